@@ -1,0 +1,65 @@
+"""Registers MiniGPT-4 with transformers: Auto classes, pipelines, and the tables that serving looks into."""
+
+import logging
+
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    AutoProcessor,
+)
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+)
+from transformers.pipelines import PIPELINE_REGISTRY
+
+from .modeling.configuration_minigpt4 import MiniGPT4Config
+from .modeling.modeling_minigpt4 import MiniGPT4ForConditionalGeneration, MiniGPT4Model
+from .processing.pipeline_minigpt4 import MiniGPT4ImageToTextPipeline
+from .processing.processing_minigpt4 import MiniGPT4Processor
+
+
+class _RepairWarning(logging.Filter):
+    """
+    Lets the line through that transformers 5.23 logs about the task name "image-to-text".
+
+    It is called with a category that nothing formats, so that logging prints a traceback in its place.
+    """
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.args == (UserWarning,):
+            record.args = ()
+        return True
+
+
+_REPAIR_WARNING = _RepairWarning()
+
+
+def register() -> None:
+    """
+    Makes transformers know MiniGPT-4 in this process, and saved folders carry their code. May be called repeatedly.
+
+    It is also the entry point by which vLLM loads the package (`vllm.general_plugins`).
+    """
+    AutoConfig.register("minigpt4", MiniGPT4Config, exist_ok=True)
+    AutoModel.register(MiniGPT4Config, MiniGPT4Model, exist_ok=True)
+    for auto_class in (AutoModelForImageTextToText, AutoModelForMultimodalLM):
+        auto_class.register(MiniGPT4Config, MiniGPT4ForConditionalGeneration, exist_ok=True)
+    AutoProcessor.register(MiniGPT4Config, MiniGPT4Processor, exist_ok=True)
+
+    # A saved folder then holds the modules, and `auto_map` in its config.
+    MiniGPT4Config.register_for_auto_class()
+    MiniGPT4Model.register_for_auto_class("AutoModel")
+    MiniGPT4ForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")
+    MiniGPT4Processor.register_for_auto_class()
+
+    # `transformers serve` tells an image model by its class name in these tables, and pipelines warn without it.
+    for names in (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES):
+        names["minigpt4"] = "MiniGPT4ForConditionalGeneration"
+
+    # transformers 5 reads "image-to-text" as this task, whose pipeline refuses a call without text. Ours takes one,
+    # and gives every other model the stock pipeline.
+    PIPELINE_REGISTRY.supported_tasks["image-text-to-text"]["impl"] = MiniGPT4ImageToTextPipeline
+    logging.getLogger("transformers.pipelines").addFilter(_REPAIR_WARNING)

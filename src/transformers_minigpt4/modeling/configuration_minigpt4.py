@@ -1,0 +1,205 @@
+"""Configuration of MiniGPT-4: a vision tower, an optional Q-Former, a projection and a language model."""
+
+from dataclasses import field
+
+from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig, Blip2QFormerConfig, PreTrainedConfig
+from transformers.configuration_utils import SubConfigSpec
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+
+# What a saved folder tells transformers about the code that travels with it.
+AUTO_MAP = {
+    "AutoConfig": "configuration_minigpt4.MiniGPT4Config",
+    "AutoModel": "modeling_minigpt4.MiniGPT4Model",
+    "AutoModelForImageTextToText": "modeling_minigpt4.MiniGPT4ForConditionalGeneration",
+    "AutoProcessor": "processing_minigpt4.MiniGPT4Processor",
+}
+CUSTOM_PIPELINES = {
+    task: {
+        "impl": "pipeline_minigpt4.MiniGPT4ImageToTextPipeline",
+        "pt": ["AutoModelForImageTextToText"],
+        "type": "multimodal",
+    }
+    for task in ("image-to-text", "image-text-to-text")
+}
+
+PATCHES_PER_TOKEN = 4  # without Q-Former, patches concatenated into one token (authors' `has_qformer=False`)
+
+
+@strict
+class MiniGPT4Config(PreTrainedConfig):
+    r"""
+    Configuration of [`MiniGPT4Model`] and [`MiniGPT4ForConditionalGeneration`].
+
+    The defaults are the paper's model with Vicuna-7B: ViT-g/14 of EVA-CLIP (39 blocks, 224 pixels), BLIP-2's Q-Former
+    with 32 queries, one linear layer, LLaMA-7B (arXiv 2304.10592 §3, Vision-CAIR/MiniGPT-4).
+
+    Args:
+        vision_config (`PreTrainedConfig` or `dict`, *optional*, defaults to `Blip2VisionConfig()`):
+            Vision tower. Any vision backbone that `AutoModel` builds and that has `hidden_size`, `image_size` and
+            `patch_size`: pass the tower's own config (`SiglipVisionConfig`), not that of a two-tower model.
+        qformer_config (`Blip2QFormerConfig`, `dict` or `None`, *optional*, defaults to `Blip2QFormerConfig()`):
+            Q-Former. `None` removes it (the paper's variant (a)): class and register tokens are dropped and each 4
+            consecutive patches are concatenated into one token.
+        text_config (`PreTrainedConfig` or `dict`, *optional*, defaults to LLaMA-7B with one more token):
+            Language model: any decoder-only language model that `AutoModel` builds.
+        num_query_tokens (`int`, *optional*, defaults to 32):
+            Learned queries of the Q-Former, that is tokens per image. Unused without Q-Former.
+        projection_layers (`int`, *optional*, defaults to 1):
+            Linear layers between vision and language: 1 as in the paper, or 3 (its variant (b)).
+        projection_hidden_act (`str`, *optional*):
+            Activation between the layers when there are 3. The paper does not say whether it had one; default none.
+        vision_post_layernorm_eps (`float`, *optional*, defaults to 1e-5):
+            Epsilon of the LayerNorm behind a `Blip2VisionModel`. The authors' `ln_vision` has torch's default 1e-5,
+            where transformers' BLIP-2 tower uses the 1e-6 of its blocks. Other towers keep their own.
+        image_token_id (`int`, *optional*, defaults to 32000):
+            Id of the placeholder whose embeddings the image replaces. It has a row in the language model's vocabulary.
+        tie_word_embeddings (`bool`, *optional*, defaults to `False`):
+            Whether `lm_head` shares the input embeddings. Taken over from `text_config` when that ties them.
+
+    Raises:
+        ValueError: for parts that cannot work together, naming the values and what to change.
+
+    Example:
+
+    ```python
+    >>> from transformers_minigpt4 import MiniGPT4Config
+
+    >>> config = MiniGPT4Config()
+    >>> config.image_seq_length
+    32
+    >>> MiniGPT4Config(qformer_config=None).image_seq_length
+    64
+    ```"""
+
+    model_type = "minigpt4"
+    sub_configs_defaults = {
+        "vision_config": SubConfigSpec(config_class=AutoConfig, model_type="blip_2_vision_model"),
+        "qformer_config": SubConfigSpec(config_class=Blip2QFormerConfig, optional=True),
+        # LLaMA-7B has 32000 tokens; Vicuna v0 was released with the same vocabulary. One row more for the image token.
+        "text_config": SubConfigSpec(
+            config_class=AutoConfig,
+            model_type="llama",
+            init_kwargs={"vocab_size": 32001, "max_position_embeddings": 2048, "rms_norm_eps": 1e-6},
+        ),
+    }
+
+    vision_config: dict | PreTrainedConfig | None = None
+    qformer_config: dict | PreTrainedConfig | None = field(default_factory=dict)
+    text_config: dict | PreTrainedConfig | None = None
+    num_query_tokens: int = 32
+    projection_layers: int = 1
+    projection_hidden_act: str | None = None
+    vision_post_layernorm_eps: float = 1e-5
+    image_token_id: int = 32000
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self, **kwargs):
+        kwargs.setdefault("auto_map", dict(AUTO_MAP))
+        if not __name__.startswith("transformers_modules"):
+            # Only for the remote code: `pipeline()` would ask for `trust_remote_code` although the package is here.
+            kwargs.pop("custom_pipelines", None)
+        if isinstance(self.qformer_config, dict):
+            self.qformer_config = {**self.qformer_config}
+            width = self.vision_config.get("hidden_size") if isinstance(self.vision_config, dict) else None
+            width = getattr(self.vision_config, "hidden_size", width)
+            if width is not None:
+                self.qformer_config.setdefault("encoder_hidden_size", width)
+        super().__post_init__(**kwargs)
+        self._check_parts()
+        # Tying is a property of the language model, but transformers reads it from the outer config.
+        self.tie_word_embeddings = self.tie_word_embeddings or bool(
+            getattr(self.text_config, "tie_word_embeddings", False)
+        )
+
+    def _check_parts(self) -> None:
+        text, vision, qformer = self.text_config, self.vision_config, self.qformer_config
+        if text.is_encoder_decoder:
+            raise ValueError(
+                f"text_config names an encoder-decoder model ({text.model_type!r}), which cannot continue a prompt that "
+                "holds image embeddings. Use a decoder-only language model, such as `llama` or `qwen3`."
+            )
+        if text.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+            raise ValueError(
+                f"text_config names {text.model_type!r}, which transformers does not list as a causal language model. "
+                "Use a decoder-only language model, such as `llama` or `qwen3`."
+            )
+        for name in ("hidden_size", "image_size", "patch_size"):
+            if getattr(vision, name, None) is None:
+                raise ValueError(
+                    f"vision_config ({vision.model_type!r}) has no {name}. Pass the config of a vision tower alone, such "
+                    "as `SiglipVisionConfig` or `model.config.vision_config` of a two-tower model."
+                )
+        if self.projection_layers not in (1, 3):
+            raise ValueError(
+                f"projection_layers is {self.projection_layers}; MiniGPT-4 has 1 linear layer, or 3 in variant (b)."
+            )
+        if self.projection_hidden_act is not None and self.projection_layers == 1:
+            raise ValueError(
+                f"projection_hidden_act={self.projection_hidden_act!r} has no place with one linear layer. "
+                "Set projection_layers=3 or projection_hidden_act=None."
+            )
+        if not 0 <= self.image_token_id < text.vocab_size:
+            raise ValueError(
+                f"image_token_id={self.image_token_id} lies outside the language model's vocabulary of "
+                f"{text.vocab_size} tokens. Set it to the image token's id and raise text_config.vocab_size "
+                "(`resize_token_embeddings`) where the tokenizer gained that token."
+            )
+        for part, sub in (("vision_config", vision), ("qformer_config", qformer), ("text_config", text)):
+            heads = getattr(sub, "num_attention_heads", None)
+            if heads and getattr(sub, "head_dim", None) is None and sub.hidden_size % heads != 0:
+                raise ValueError(
+                    f"{part}: hidden_size={sub.hidden_size} is not a multiple of num_attention_heads={heads}."
+                )
+        if qformer is None:
+            self._check_patches()
+        elif qformer.encoder_hidden_size != vision.hidden_size:
+            raise ValueError(
+                f"qformer_config.encoder_hidden_size={qformer.encoder_hidden_size} must equal "
+                f"vision_config.hidden_size={vision.hidden_size}: the Q-Former attends to the tower's output."
+            )
+        elif self.num_query_tokens < 1:
+            raise ValueError(
+                f"num_query_tokens={self.num_query_tokens}; a Q-Former needs at least one query. "
+                "Set qformer_config=None for a model without Q-Former."
+            )
+
+    def _check_patches(self) -> None:
+        if self.num_patches == 0 or self.num_patches % PATCHES_PER_TOKEN:
+            raise ValueError(
+                f"Without Q-Former each {PATCHES_PER_TOKEN} consecutive patches become one token, but image_size="
+                f"{self.vision_config.image_size} with patch_size={self.vision_config.patch_size} gives "
+                f"{self.num_patches} patches. Choose an image size that gives a multiple of {PATCHES_PER_TOKEN}."
+            )
+
+    @property
+    def image_height_width(self) -> tuple[int, int]:
+        """Height and width in pixels that the vision tower takes."""
+        return _pair(self.vision_config.image_size)
+
+    @property
+    def num_patches(self) -> int:
+        """Patches per image, without class and register tokens."""
+        height, width = self.image_height_width
+        patch_height, patch_width = _pair(self.vision_config.patch_size)
+        return (height // patch_height) * (width // patch_width)
+
+    @property
+    def image_seq_length(self) -> int:
+        """Positions that one image takes in the language model: queries, or patches / 4 without Q-Former."""
+        return self.num_query_tokens if self.qformer_config is not None else self.num_patches // PATCHES_PER_TOKEN
+
+    def to_dict(self) -> dict:
+        output = super().to_dict()
+        output["custom_pipelines"] = CUSTOM_PIPELINES
+        return output
+
+
+def _pair(size: int | list[int] | tuple[int, ...]) -> tuple[int, int]:
+    if isinstance(size, int):
+        return size, size
+    return size[-2], size[-1]
+
+
+__all__ = ["MiniGPT4Config"]

@@ -1,0 +1,410 @@
+"""MiniGPT-4 in PyTorch: image features projected into the input embeddings of a frozen language model.
+
+Shapes in the comments: N images, B prompts, T positions, P patches, S tower positions (P + class/register tokens),
+K tokens per image, C tower width, D language-model width, V vocabulary.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import AutoModel, Blip2QFormerModel, Blip2VisionConfig, Blip2VisionModel
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache
+from transformers.generation import GenerationMixin, StoppingCriteria
+from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
+from transformers.modeling_utils import PreTrainedModel, slice_logits_to_keep
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, auto_docstring, torch_compilable_check
+from transformers.utils.generic import can_return_tuple
+
+from .configuration_minigpt4 import PATCHES_PER_TOKEN, MiniGPT4Config
+
+
+@dataclass
+class MiniGPT4ImageFeatures(BaseModelOutputWithPooling):
+    """
+    Output of `get_image_features`.
+
+    Args:
+        last_hidden_state (`torch.Tensor` of shape `(images, S, C)`):
+            Output of the vision tower, class and register tokens first.
+        pooler_output (`torch.Tensor` of shape `(images, K, D)`):
+            The projected tokens that take the placeholders' places in the language model.
+        qformer_last_hidden_state (`torch.Tensor` of shape `(images, K, Q-Former width)`, *optional*):
+            Output of the Q-Former; `None` without one.
+    """
+
+    qformer_last_hidden_state: torch.Tensor | None = None
+
+
+@dataclass
+class MiniGPT4ModelOutputWithPast(BaseModelOutputWithPast):
+    """
+    Output of [`MiniGPT4Model`].
+
+    Args:
+        image_hidden_states (`torch.Tensor` of shape `(images, K, D)`, *optional*):
+            The projected image tokens; `None` for a call without images.
+    """
+
+    image_hidden_states: torch.Tensor | None = None
+
+
+@dataclass
+class MiniGPT4CausalLMOutputWithPast(ModelOutput):
+    """
+    Output of [`MiniGPT4ForConditionalGeneration`].
+
+    Args:
+        loss (`torch.Tensor` of shape `()`, *optional*, returned with `labels`):
+            Mean cross-entropy of the next token over all positions whose label is not -100.
+        logits (`torch.Tensor` of shape `(B, T, V)`):
+            Scores of the vocabulary. The image placeholder, which is no word, has the lowest value of the dtype.
+        past_key_values (`Cache`, *optional*):
+            Keys and values of the language model.
+        hidden_states (`tuple[torch.Tensor]`, *optional*):
+            Hidden states of the language model, each `(B, T, D)`.
+        attentions (`tuple[torch.Tensor]`, *optional*):
+            Attention weights of the language model.
+        image_hidden_states (`torch.Tensor` of shape `(images, K, D)`, *optional*):
+            The projected image tokens.
+    """
+
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[torch.Tensor] | None = None
+    attentions: tuple[torch.Tensor] | None = None
+    image_hidden_states: torch.Tensor | None = None
+
+
+class MiniGPT4MultiModalProjector(nn.Module):
+    """The trained part: one linear layer with bias (paper §3), or three (its variant (b), §4.4)."""
+
+    def __init__(self, config: MiniGPT4Config):
+        super().__init__()
+        if config.qformer_config is not None:
+            in_features = config.qformer_config.hidden_size
+        else:
+            in_features = PATCHES_PER_TOKEN * config.vision_config.hidden_size
+        width = config.text_config.hidden_size
+        self.linear_1 = nn.Linear(in_features, width)
+        self.linear_2 = nn.Linear(width, width) if config.projection_layers == 3 else None
+        self.linear_3 = nn.Linear(width, width) if config.projection_layers == 3 else None
+        act = config.projection_hidden_act
+        self.act = nn.Identity() if act is None else ACT2FN[act]
+
+    def forward(self, image_features: torch.Tensor) -> torch.Tensor:
+        hidden_states = self.linear_1(image_features.to(self.linear_1.weight.dtype))
+        if self.linear_2 is not None and self.linear_3 is not None:
+            hidden_states = self.linear_3(self.act(self.linear_2(self.act(hidden_states))))
+        return hidden_states
+
+
+class StopSequenceCriteria(StoppingCriteria):
+    """
+    Ends a row whose last generated ids are one of `stop_sequences`, each row of a batch for itself.
+
+    The mark `###` has two tokenisations (one token after a space, two after a word), and the second cannot be an
+    `eos_token_id`. transformers' `stop_strings` would need the tokenizer at every call of `generate`.
+    """
+
+    def __init__(self, stop_sequences: list[list[int]]):
+        self.stop_sequences = [torch.tensor(sequence) for sequence in stop_sequences]
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs) -> torch.BoolTensor:
+        done = torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+        for sequence in self.stop_sequences:
+            if input_ids.shape[1] >= len(sequence):
+                done |= (input_ids[:, -len(sequence) :] == sequence.to(input_ids.device)).all(dim=1)
+        return done
+
+
+@auto_docstring
+class MiniGPT4PreTrainedModel(PreTrainedModel):
+    config: MiniGPT4Config
+    config_class = MiniGPT4Config
+    base_model_prefix = "model"
+    input_modalities = ("image", "text")
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    _skip_keys_device_placement = ["past_key_values"]
+    _no_split_modules = ["MiniGPT4MultiModalProjector"]
+    # The authors keep Q-Former, `ln_vision` and projection in fp32 under autocast. fp16 would overflow in the first
+    # two; the projection also learns, and a step of 1e-4 is lost in the 8 bits of bf16.
+    _keep_in_fp32_modules = ["query_tokens", "qformer", "post_layernorm"]
+    _keep_in_fp32_modules_strict = ["multi_modal_projector"]
+
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, MiniGPT4Model) and module.query_tokens is not None:
+            # BLIP-2 draws its queries from N(0, 0.02); zeros would make all of them the same query for ever.
+            init.normal_(module.query_tokens, mean=0.0, std=self.config.qformer_config.initializer_range)
+
+
+@auto_docstring(
+    custom_intro="MiniGPT-4 without language-modeling head: vision tower, Q-Former, projection, and language model."
+)
+class MiniGPT4Model(MiniGPT4PreTrainedModel):
+    _keys_to_ignore_on_load_unexpected = [r"^lm_head\."]  # noqa: RUF012  `AutoModel` on a full checkpoint
+
+    def __init__(self, config: MiniGPT4Config):
+        super().__init__(config)
+        self.vision_tower = _build_vision_tower(config)
+        if config.qformer_config is not None:
+            width = config.qformer_config.hidden_size
+            self.query_tokens = nn.Parameter(torch.zeros(1, config.num_query_tokens, width))
+            self.qformer = Blip2QFormerModel._from_config(config.qformer_config)
+        else:
+            self.register_parameter("query_tokens", None)
+            self.qformer = None
+        self.multi_modal_projector = MiniGPT4MultiModalProjector(config)
+        self.language_model = AutoModel.from_config(config.text_config)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.language_model.set_input_embeddings(value)
+
+    @can_return_tuple
+    def get_image_features(
+        self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
+    ) -> tuple | MiniGPT4ImageFeatures:
+        """
+        Encodes images and projects them into the language model's embedding space.
+
+        Args:
+            pixel_values (`torch.Tensor` of shape `(images, 3, height, width)`):
+                Normalised images of the size that `config.vision_config` names.
+
+        Returns:
+            [`MiniGPT4ImageFeatures`] whose `pooler_output` has shape `(images, K, D)`.
+
+        Raises:
+            ValueError: for images of another size or rank.
+        """
+        expected = self.config.image_height_width
+        if pixel_values.ndim != 4 or tuple(pixel_values.shape[-2:]) != expected:
+            raise ValueError(
+                f"pixel_values has shape {tuple(pixel_values.shape)}, but this checkpoint takes (images, 3, "
+                f"{expected[0]}, {expected[1]}). Prepare images with the checkpoint's own processor."
+            )
+        tower_output = self.vision_tower(pixel_values, return_dict=True, **kwargs)
+        hidden_states = tower_output.last_hidden_state  # (N, S, C)
+
+        qformer_states = None
+        if self.qformer is not None:
+            # No mask: every query sees every patch.
+            qformer_states = self.qformer(
+                query_embeds=self.query_tokens.expand(hidden_states.shape[0], -1, -1),
+                encoder_hidden_states=hidden_states,
+                return_dict=True,
+            ).last_hidden_state  # (N, K, Q-Former width)
+            tokens = qformer_states
+        else:
+            # Class and register tokens stand in front of the patches in every tower of transformers.
+            patches = hidden_states[:, -self.config.num_patches :]  # (N, P, C)
+            tokens = patches.reshape(patches.shape[0], -1, PATCHES_PER_TOKEN * patches.shape[-1])  # (N, P / 4, 4 C)
+
+        return MiniGPT4ImageFeatures(
+            last_hidden_state=hidden_states,
+            pooler_output=self.multi_modal_projector(tokens),  # (N, K, D)
+            hidden_states=tower_output.hidden_states,
+            attentions=tower_output.attentions,
+            qformer_last_hidden_state=qformer_states,
+        )
+
+    def get_placeholder_mask(
+        self, input_ids: torch.LongTensor | None, inputs_embeds: torch.Tensor, image_features: torch.Tensor
+    ) -> torch.BoolTensor:
+        """
+        Mask of shape `(B, T, 1)` of the positions that image tokens take.
+
+        Raises:
+            ValueError: when the number of placeholders differs from the number of image tokens.
+        """
+        if input_ids is None:
+            token = torch.full((), self.config.image_token_id, dtype=torch.long, device=inputs_embeds.device)
+            mask = (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
+        else:
+            mask = input_ids == self.config.image_token_id
+        count = mask.sum()
+        torch_compilable_check(
+            count * image_features.shape[-1] == image_features.numel(),
+            f"The prompts hold {count} image placeholders, but the images give {image_features.shape[0]} x "
+            f"{image_features.shape[1]} tokens. Give one image per <ImageHere> and do not truncate the prompt.",
+        )
+        return mask.unsqueeze(-1).to(inputs_embeds.device)
+
+    @can_return_tuple
+    @auto_docstring
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple | MiniGPT4ModelOutputWithPast:
+        r"""
+        pixel_values (`torch.Tensor` of shape `(images, 3, height, width)`, *optional*):
+            Images of all prompts of the batch, in reading order.
+        mm_encoder_outputs (`dict[str, ModelOutput]`, *optional*):
+            `{"image": features}` with features of `get_image_features`, in place of `pixel_values`.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Give exactly one of input_ids and inputs_embeds.")
+        if pixel_values is not None and mm_encoder_outputs is not None:
+            raise ValueError("Give either pixel_values or mm_encoder_outputs, not both.")
+
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)  # (B, T, D)
+
+        image_features = None
+        if pixel_values is not None:
+            image_features = self.get_image_features(pixel_values, return_dict=True).pooler_output
+        elif mm_encoder_outputs is not None and mm_encoder_outputs.get("image") is not None:
+            image_features = mm_encoder_outputs["image"].pooler_output
+            if not isinstance(image_features, torch.Tensor):  # `generate` hands back one tensor per image
+                image_features = torch.stack(list(image_features))
+
+        if image_features is not None:
+            image_features = image_features.to(inputs_embeds.device, inputs_embeds.dtype)
+            mask = self.get_placeholder_mask(input_ids, inputs_embeds, image_features)
+            inputs_embeds = inputs_embeds.masked_scatter(mask, image_features)
+
+        outputs = self.language_model(
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
+        )
+        return MiniGPT4ModelOutputWithPast(
+            last_hidden_state=outputs.last_hidden_state,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=image_features,
+        )
+
+
+@auto_docstring(custom_intro="MiniGPT-4 with a language-modeling head: answers in text about images and text.")
+class MiniGPT4ForConditionalGeneration(MiniGPT4PreTrainedModel, GenerationMixin):
+    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+
+    def __init__(self, config: MiniGPT4Config):
+        super().__init__(config)
+        self.model = MiniGPT4Model(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def get_image_features(
+        self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
+    ) -> tuple | MiniGPT4ImageFeatures:
+        """See [`MiniGPT4Model.get_image_features`]."""
+        return self.model.get_image_features(pixel_values, **kwargs)
+
+    @can_return_tuple
+    @auto_docstring
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple | MiniGPT4CausalLMOutputWithPast:
+        r"""
+        pixel_values (`torch.Tensor` of shape `(images, 3, height, width)`, *optional*):
+            Images of all prompts of the batch, in reading order.
+        mm_encoder_outputs (`dict[str, ModelOutput]`, *optional*):
+            `{"image": features}` with features of `get_image_features`, in place of `pixel_values`.
+
+        Example:
+
+        ```python
+        >>> from PIL import Image
+        >>> from transformers_minigpt4 import MiniGPT4ForConditionalGeneration, MiniGPT4Processor
+
+        >>> folder = "minigpt4-demo/stage2"  # what `minigpt4 demo` leaves
+        >>> model = MiniGPT4ForConditionalGeneration.from_pretrained(folder)
+        >>> processor = MiniGPT4Processor.from_pretrained(folder)
+        >>> inputs = processor(
+        ...     images=Image.open("picture.png"),
+        ...     text="###Human: <Img><ImageHere></Img> Describe this image in detail. ###Assistant: ",
+        ...     return_tensors="pt",
+        ... )
+        >>> ids = model.generate(**inputs, do_sample=False)
+        >>> processor.post_process_image_text_to_text(ids[:, inputs["input_ids"].shape[1] :])
+        ```"""
+        outputs = self.model(
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            mm_encoder_outputs=mm_encoder_outputs,
+            **kwargs,
+        )
+        hidden_states = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
+        logits = self.lm_head(hidden_states)  # (B, T or kept, V)
+        # The authors' vocabulary has no image token: it must take no share of the softmax and never be said.
+        logits[..., self.config.image_token_id] = torch.finfo(logits.dtype).min
+
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(
+                logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs
+            )
+        return MiniGPT4CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=outputs.image_hidden_states,
+        )
+
+    def _get_stopping_criteria(self, generation_config, *args, **kwargs):
+        criteria = super()._get_stopping_criteria(generation_config, *args, **kwargs)
+        stop_sequences = getattr(generation_config, "stop_sequences", None)
+        if stop_sequences:
+            criteria.append(StopSequenceCriteria(stop_sequences))
+        return criteria
+
+
+def _build_vision_tower(config: MiniGPT4Config) -> PreTrainedModel:
+    if not isinstance(config.vision_config, Blip2VisionConfig):
+        return AutoModel.from_config(config.vision_config)
+    # `AutoModel` does not list BLIP-2's tower.
+    tower = Blip2VisionModel._from_config(config.vision_config)
+    tower.post_layernorm.eps = config.vision_post_layernorm_eps
+    return tower
+
+
+__all__ = ["MiniGPT4ForConditionalGeneration", "MiniGPT4Model", "MiniGPT4PreTrainedModel"]

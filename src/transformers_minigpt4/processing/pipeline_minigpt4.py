@@ -1,0 +1,63 @@
+"""The pipeline of MiniGPT-4: pictures alone, pictures with a question, or chats in; text out."""
+
+from transformers import ImageTextToTextPipeline
+from transformers.image_utils import valid_images
+from transformers.pipelines.image_text_to_text import ReturnType
+
+
+DEFAULT_PROMPT = "Describe this image in detail."  # first of the paper's stage-2 instructions (§3.3)
+
+
+class MiniGPT4ImageToTextPipeline(ImageTextToTextPipeline):
+    """
+    `image-to-text` and `image-text-to-text` for MiniGPT-4.
+
+    `pipe(picture)` describes the picture with [`DEFAULT_PROMPT`] or `prompt`, and returns
+    `[{"generated_text": text}]`; a list of pictures gives a list of such lists. With `text` or a chat it behaves as
+    [`ImageTextToTextPipeline`] does, except that a question without `<ImageHere>` is asked as a chat about its images.
+
+    Building it with another model gives that model the stock pipeline, so that it can stand in the task table.
+    """
+
+    def __new__(cls, model=None, *args, **kwargs):
+        if getattr(getattr(model, "config", None), "model_type", "minigpt4") != "minigpt4":
+            return ImageTextToTextPipeline(model, *args, **kwargs)
+        return super().__new__(cls)
+
+    def check_model_type(self, supported_models) -> None:
+        """The tables know this class only where the package is imported; it always fits its own pipeline."""
+
+    def __call__(self, images=None, text=None, prompt: str = DEFAULT_PROMPT, **kwargs):
+        if text is None and _are_pictures(images):
+            many = isinstance(images, (list, tuple))
+            chats = [_ask(picture, prompt) for picture in (images if many else [images])]
+            answers = super().__call__(text=chats, return_full_text=False, **kwargs)
+            answers = [[{"generated_text": record["generated_text"]} for record in records] for records in answers]
+            return answers if many else answers[0]
+        if isinstance(text, str) and images is not None and self.processor.image_token not in text:
+            pictures = images if isinstance(images, (list, tuple)) else [images]
+            return super().__call__(text=_ask(*pictures, text), **kwargs)
+        return super().__call__(images, text, **kwargs)
+
+    def postprocess(self, model_outputs, return_type=ReturnType.FULL_TEXT, **kwargs):
+        if return_type != ReturnType.TENSORS:
+            # The answer is cut at its stop mark, and the prompt holds stop marks too: decode the new ids alone.
+            prompt_ids = model_outputs["input_ids"]
+            model_outputs = {
+                **model_outputs,
+                "generated_sequence": model_outputs["generated_sequence"][..., prompt_ids.shape[1] :],
+                "input_ids": prompt_ids[:, :0],
+            }
+        return super().postprocess(model_outputs, return_type=return_type, **kwargs)
+
+
+def _are_pictures(images) -> bool:
+    if isinstance(images, (list, tuple)):
+        return len(images) > 0 and all(_are_pictures(image) for image in images)
+    return isinstance(images, str) or (images is not None and valid_images(images))
+
+
+def _ask(*parts) -> list[dict]:
+    """A chat of one user message; the last part is its text."""
+    content = [{"type": "image", "image": picture} for picture in parts[:-1]]
+    return [{"role": "user", "content": [*content, {"type": "text", "text": parts[-1]}]}]

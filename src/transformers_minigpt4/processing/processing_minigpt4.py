@@ -1,0 +1,236 @@
+"""Processor of MiniGPT-4: images, prompts and chats in; token ids and pixels out; and answers back to text."""
+
+import os
+from typing import Any
+
+from PIL.Image import Image
+from tokenizers import normalizers, pre_tokenizers
+from transformers import GenerationConfig, PreTrainedTokenizerFast
+from transformers.dynamic_module_utils import custom_object_save
+from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin
+from transformers.utils import auto_docstring
+
+from .chat_templates_minigpt4 import CHAT_TEMPLATES, VICUNA_V0, with_images
+from .image_utils_minigpt4 import load_image
+from .pipeline_minigpt4 import MiniGPT4ImageToTextPipeline
+
+
+class MiniGPT4ProcessorKwargs(ProcessingKwargs, total=False):
+    _defaults = {"text_kwargs": {"padding": False, "return_mm_token_type_ids": False}}  # noqa: RUF012
+
+
+@auto_docstring
+class MiniGPT4Processor(ProcessorMixin):
+    valid_processor_kwargs = MiniGPT4ProcessorKwargs
+
+    def __init__(
+        self,
+        image_processor=None,
+        tokenizer=None,
+        image_seq_length: int = 32,
+        chat_template: str | None = None,
+        image_token: str = "<ImageHere>",
+        stop_strings: list[str] | None = None,
+        **kwargs,
+    ):
+        r"""
+        image_processor (`BaseImageProcessor`):
+            Resizes to the square that the vision tower takes (224 pixels, bicubic, no crop) and normalises with CLIP's
+            mean and deviation: `BlipImageProcessor(size={"height": 224, "width": 224})`.
+        tokenizer (`PreTrainedTokenizerBase`):
+            The language model's tokenizer. A LLaMA-style one is set to put its `▁` on every text segment, as in the
+            authors' code; the image token is added where it lacks (then `model.resize_token_embeddings`).
+        image_seq_length (`int`, *optional*, defaults to 32):
+            Positions per image, `config.image_seq_length` of the model.
+        chat_template (`str`, *optional*):
+            A Jinja template, or `"vicuna_v0"` or `"llama_2"` for the authors' formats. By default the tokenizer's own
+            template, with images placed as `<Img><ImageHere></Img>`, and Vicuna v0 where the tokenizer has none.
+        image_token (`str`, *optional*, defaults to `"<ImageHere>"`):
+            Placeholder of an image in a prompt, the authors' own.
+        stop_strings (`list[str]`, *optional*):
+            Marks that end an answer beside the end-of-sequence token. By default `["###"]` with Vicuna v0's template,
+            none with others.
+        """
+        if image_processor is None or tokenizer is None:
+            missing = "image_processor" if image_processor is None else "tokenizer"
+            raise ValueError(f"MiniGPT4Processor needs an image_processor and a tokenizer; {missing} is missing.")
+        tokenizer = _prefix_every_segment(tokenizer)
+        if image_token not in tokenizer.get_vocab():
+            tokenizer.add_special_tokens({"additional_special_tokens": [image_token]}, replace_extra_special_tokens=False)
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+        self.image_seq_length = image_seq_length
+        self.image_token = image_token
+        self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
+        if chat_template is None:
+            chat_template = with_images(tokenizer.chat_template) if tokenizer.chat_template else VICUNA_V0
+        chat_template = CHAT_TEMPLATES.get(chat_template, chat_template) if isinstance(chat_template, str) else chat_template
+        if stop_strings is None:
+            stop_strings = ["###"] if chat_template == VICUNA_V0 else []
+        self.stop_strings = stop_strings
+        super().__init__(image_processor, tokenizer, chat_template=chat_template)
+
+    def prepare_inputs_layout(self, images=None, text=None, **kwargs):
+        if images is not None:
+            images = _upright_rgb(images)
+        return super().prepare_inputs_layout(images=images, text=text, **kwargs)
+
+    def validate_inputs(self, images=None, text=None, **kwargs):
+        super().validate_inputs(images=images, text=text, **kwargs)
+        # The base class compares totals; a row with an image too many would hand it on to the next row.
+        if text is None or not isinstance(images, (list, tuple)) or not isinstance(images[0], (list, tuple)):
+            return
+        if len(images) != len(text):
+            raise ValueError(f"Got images for {len(images)} prompts, but {len(text)} prompts. Give one list per prompt.")
+        for row, (pictures, prompt) in enumerate(zip(images, text)):
+            placeholders = prompt.count(self.image_token)
+            if placeholders != len(pictures):
+                raise ValueError(
+                    f"Prompt {row} has {placeholders} {self.image_token} and {len(pictures)} images. "
+                    "Give each prompt as many images as placeholders."
+                )
+
+    def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
+        return self.image_token * self.image_seq_length
+
+    def _get_num_multimodal_tokens(self, image_sizes: list[list[int]] | None = None, **kwargs) -> MultiModalData:
+        """Placeholder tokens for images of `image_sizes` (height, width): as many for every size."""
+        if image_sizes is None:
+            return MultiModalData()
+        return MultiModalData(
+            num_image_tokens=[self.image_seq_length] * len(image_sizes), num_image_patches=[1] * len(image_sizes)
+        )
+
+    def apply_chat_template(self, conversation, *args, sanitize_control_tokens: bool = False, **kwargs):
+        """
+        See [`~ProcessorMixin.apply_chat_template`].
+
+        Raises:
+            ValueError: for a text that holds the image placeholder (pass images as parts of type `"image"`, or
+                `sanitize_control_tokens=True` to read it as plain text), and for a message without content.
+        """
+        chats = conversation if conversation and isinstance(conversation[0], (list, tuple)) else [conversation]
+        for chat in chats:
+            if not chat:
+                raise ValueError("The conversation is empty. Give at least one message with role and content.")
+            for message in chat:
+                self._check_message(message, sanitize_control_tokens)
+        return super().apply_chat_template(
+            conversation, *args, sanitize_control_tokens=sanitize_control_tokens, **kwargs
+        )
+
+    def _check_message(self, message: dict[str, Any], sanitize_control_tokens: bool) -> None:
+        content = message.get("content")
+        if message.get("role") != "system" and not content:
+            raise ValueError(
+                f"A {message.get('role')} message is empty: {message}. Give it a text, or a list of parts such as "
+                '[{"type": "image", "image": picture}, {"type": "text", "text": "Describe this image."}].'
+            )
+        texts = [content] if isinstance(content, str) else [part.get("text") or "" for part in content or []]
+        if not sanitize_control_tokens and any(self.image_token in text for text in texts):
+            raise ValueError(
+                f"A {message.get('role')} message holds the image placeholder {self.image_token} in its text. Pass "
+                'images as parts of type "image", or sanitize_control_tokens=True to read it as plain text.'
+            )
+
+    def post_process_image_text_to_text(self, generated_outputs, skip_special_tokens: bool = True, **kwargs) -> list[str]:
+        """
+        Turns generated ids into answers, without the stop mark and what follows it.
+
+        Args:
+            generated_outputs (`torch.Tensor` of shape `(B, new tokens)` or `list[list[int]]`):
+                The **new** ids alone: cut the prompt off, since it holds stop marks itself.
+            skip_special_tokens (`bool`, *optional*, defaults to `True`):
+                Whether to leave out special tokens.
+
+        Returns:
+            `list[str]`: One answer per row.
+        """
+        texts = self.tokenizer.batch_decode(generated_outputs, skip_special_tokens=skip_special_tokens, **kwargs)
+        for mark in self.stop_strings:
+            texts = [text.split(mark, 1)[0] for text in texts]
+        return [text.strip() for text in texts]
+
+    def get_generation_config(self, **kwargs) -> GenerationConfig:
+        """
+        Generation defaults of the authors' chat (`Chat.answer_prepare`) for this tokenizer, to save with a model.
+
+        Sampling with top-p 0.9, temperature 1.0, repetition penalty 1.05, 1 to 300 new tokens; top-k 50, which the
+        transformers of 2023 applied by default. Answers end at the end-of-sequence token and at every tokenisation of
+        `stop_strings`: those of one token are among `eos_token_id`, longer ones in `stop_sequences`.
+
+        Args:
+            kwargs: Values that replace these defaults.
+        """
+        stops = [ids for mark in self.stop_strings for ids in self._tokenisations(mark)]
+        settings: dict[str, Any] = {
+            "do_sample": True,
+            "top_p": 0.9,
+            "top_k": 50,
+            "temperature": 1.0,
+            "repetition_penalty": 1.05,
+            "max_new_tokens": 300,
+            "min_new_tokens": 1,
+            "bos_token_id": self.tokenizer.bos_token_id,
+            "pad_token_id": self.tokenizer.pad_token_id,
+            "eos_token_id": [self.tokenizer.eos_token_id] + [ids[0] for ids in stops if len(ids) == 1],
+            "stop_sequences": [ids for ids in stops if len(ids) > 1],
+        }
+        return GenerationConfig(**{**settings, **kwargs})
+
+    def _tokenisations(self, mark: str) -> list[list[int]]:
+        """Ids of `mark` at the start of a text, after a word, and after a space, each once."""
+        encode = lambda text: self.tokenizer.encode(text, add_special_tokens=False)  # noqa: E731
+        forms = [encode(mark)] + [encode(before + mark)[len(encode(before)) :] for before in ("a", ".", "a ")]
+        unique: list[list[int]] = []
+        for ids in forms:
+            if ids not in unique and self.tokenizer.decode(ids).strip() == mark:
+                unique.append(ids)
+        return unique
+
+    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs):
+        if self._auto_class is not None:
+            os.makedirs(save_directory, exist_ok=True)
+            # `custom_pipelines` of the model's config names this file.
+            custom_object_save(MiniGPT4ImageToTextPipeline, save_directory)
+        return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+
+    @property
+    def unused_input_names(self) -> list[str]:
+        return ["token_type_ids"]
+
+
+def _upright_rgb(images):
+    """Applies `load_image` to all paths, URLs and PIL images of a nested list; arrays and tensors stay as they are."""
+    if isinstance(images, (list, tuple)):
+        return [_upright_rgb(image) for image in images]
+    return load_image(images) if isinstance(images, (str, os.PathLike, Image)) else images
+
+
+def _prefix_every_segment(tokenizer):
+    """
+    Gives a LLaMA-style tokenizer its `▁` on every text segment between special tokens.
+
+    sentencepiece, and so the authors' code, puts it before each text that it is given, and they tokenise the text
+    around images piece by piece. transformers' `LlamaTokenizer` puts it before the first alone, and not before a
+    text that begins with a space. Other tokenizers are returned as they are.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None or not isinstance(backend.pre_tokenizer, pre_tokenizers.Metaspace):
+        return tokenizer
+    if backend.pre_tokenizer.prepend_scheme == "never":
+        return tokenizer
+    backend = type(backend).from_str(backend.to_str())
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    backend.pre_tokenizer = None
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        model_max_length=tokenizer.model_max_length,
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+        chat_template=tokenizer.chat_template,
+        **tokenizer.special_tokens_map,
+    )
+
+
+__all__ = ["MiniGPT4Processor"]

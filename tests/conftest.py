@@ -1,0 +1,69 @@
+"""Fixtures shared by all tests: the tiny model of the golden files, and a folder that holds it."""
+
+import json
+
+import pytest
+import torch
+from golden_model import ALPHA, GOLDEN, golden_model
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import AutoTokenizer, logging
+from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
+
+from transformers_minigpt4 import MiniGPT4Processor
+
+
+logging.disable_progress_bar()
+
+
+@pytest.fixture(scope="session")
+def golden() -> dict:
+    """`golden.json`: what went into the authors' code, and its ids, losses and answers."""
+    return json.loads((ALPHA / "golden.json").read_text())
+
+
+@pytest.fixture(scope="session")
+def golden_tensors() -> dict[str, torch.Tensor]:
+    return load_file(ALPHA / "golden.safetensors")
+
+
+def build_processor(**kwargs) -> MiniGPT4Processor:
+    tokenizer = AutoTokenizer.from_pretrained(GOLDEN / "tokenizer")
+    image_processor = BlipImageProcessorPil(size={"height": 56, "width": 56})
+    return MiniGPT4Processor(image_processor, tokenizer, image_seq_length=8, **kwargs)
+
+
+@pytest.fixture(scope="session")
+def processor() -> MiniGPT4Processor:
+    return build_processor()
+
+
+@pytest.fixture
+def model(golden, processor):
+    """The golden model, fresh for each test."""
+    model = golden_model(golden["config"])
+    model.generation_config = processor.get_generation_config()
+    return model
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(golden, processor, tmp_path_factory) -> str:
+    """A saved folder with model, processor and generation config."""
+    folder = tmp_path_factory.mktemp("tiny") / "checkpoint"
+    model = golden_model(golden["config"])
+    model.generation_config = processor.get_generation_config()
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def pictures() -> list[Image.Image]:
+    """Three different pictures."""
+    colours = [(200, 30, 30), (30, 160, 60), (40, 60, 220)]
+    images = []
+    for i, colour in enumerate(colours):
+        image = Image.new("RGB", (90, 60), (240, 240, 240))
+        image.paste(colour, (10 + 15 * i, 10, 40 + 15 * i, 45))
+        images.append(image)
+    return images

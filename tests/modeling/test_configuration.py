@@ -1,0 +1,76 @@
+"""Every variant of the paper is a configuration, and impossible ones say so when they are built."""
+
+import pytest
+from transformers import (
+    BertConfig,
+    Blip2QFormerConfig,
+    Blip2VisionConfig,
+    CLIPVisionConfig,
+    LlamaConfig,
+    SiglipConfig,
+    T5Config,
+)
+
+from transformers_minigpt4 import MiniGPT4Config
+
+
+def test_defaults_are_the_papers_model():
+    config = MiniGPT4Config()
+    vision, qformer, text = config.vision_config, config.qformer_config, config.text_config
+    assert (vision.hidden_size, vision.num_hidden_layers, vision.intermediate_size, vision.image_size) == (
+        1408,
+        39,
+        6144,
+        224,
+    )
+    assert (qformer.hidden_size, qformer.num_hidden_layers, qformer.cross_attention_frequency) == (768, 12, 2)
+    assert (text.hidden_size, text.num_hidden_layers, text.vocab_size) == (4096, 32, 32001)
+    assert (config.num_query_tokens, config.projection_layers, config.vision_post_layernorm_eps) == (32, 1, 1e-5)
+    assert config.image_seq_length == 32
+    assert config.get_text_config() is not config
+
+
+@pytest.mark.parametrize("pixels,tokens", [(224, 64), (448, 256)])
+def test_tokens_without_qformer(pixels, tokens):
+    config = MiniGPT4Config(vision_config={"image_size": pixels}, qformer_config=None)
+    assert config.image_seq_length == tokens
+
+
+def test_json_round_trip_keeps_every_field(tmp_path):
+    config = MiniGPT4Config(qformer_config=None, projection_layers=3, projection_hidden_act="gelu", image_token_id=7)
+    config.save_pretrained(tmp_path)
+    again = MiniGPT4Config.from_pretrained(tmp_path)
+    assert again.to_dict() == config.to_dict()
+    assert again.qformer_config is None
+    default = tmp_path / "default"
+    MiniGPT4Config().save_pretrained(default)
+    assert MiniGPT4Config.from_pretrained(default).qformer_config.hidden_size == 768
+
+
+def test_qformer_takes_the_towers_width_unless_told():
+    config = MiniGPT4Config(vision_config=CLIPVisionConfig(hidden_size=256, num_attention_heads=4))
+    assert config.qformer_config.encoder_hidden_size == 256
+
+
+@pytest.mark.parametrize(
+    "kwargs,message",
+    [
+        ({"text_config": T5Config()}, "encoder-decoder"),
+        ({"text_config": CLIPVisionConfig()}, "causal language model"),
+        ({"qformer_config": None, "vision_config": {"image_size": 70}}, "25 patches"),
+        ({"qformer_config": None, "vision_config": {"image_size": 8}}, "0 patches"),
+        ({"qformer_config": Blip2QFormerConfig(encoder_hidden_size=99)}, "must equal"),
+        ({"num_query_tokens": 0}, "at least one query"),
+        ({"projection_layers": 2}, "projection_layers is 2"),
+        ({"projection_hidden_act": "gelu"}, "no place with one linear layer"),
+        ({"image_token_id": 32001}, "outside the language model's vocabulary"),
+        ({"image_token_id": -1}, "outside the language model's vocabulary"),
+        ({"vision_config": SiglipConfig()}, "vision tower alone"),
+        ({"vision_config": BertConfig()}, "has no image_size"),
+        ({"vision_config": Blip2VisionConfig(hidden_size=30, num_attention_heads=4)}, "vision_config: hidden_size=30"),
+        ({"text_config": LlamaConfig(hidden_size=30, num_attention_heads=5, head_dim=6)}, "outside"),
+    ],
+)
+def test_impossible_configurations(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        MiniGPT4Config(**kwargs)

@@ -1,0 +1,118 @@
+"""A saved folder works with `trust_remote_code=True` in a process that has no `transformers_minigpt4`."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+
+SCRIPT = """
+import importlib.util, json, logging, sys
+from PIL import Image
+folder, picture = sys.argv[1:3]
+
+class Blocker:
+    def find_spec(self, name, *args):
+        if name.split(".")[0] == "transformers_minigpt4":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Blocker())
+try:
+    import transformers_minigpt4
+    sys.exit("the package can be seen")
+except ModuleNotFoundError:
+    pass
+
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoTokenizer, pipeline
+
+try:
+    AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    sys.exit("loaded without trust")
+except ValueError:
+    pass
+trust = {"trust_remote_code": True}
+processor = AutoProcessor.from_pretrained(folder, **trust)
+model = AutoModelForImageTextToText.from_pretrained(folder, **trust)
+prompt = "###Human: <Img><ImageHere></Img> Describe this image in detail. ###Assistant: "
+inputs = processor(images=Image.open(picture), text=prompt, return_tensors="pt")
+greedy = {"do_sample": False, "max_new_tokens": 8, "min_new_tokens": 8}
+result = {
+    "ids": model.generate(**inputs, **greedy).tolist(),
+    "classes": [type(x).__name__ for x in (
+        AutoConfig.from_pretrained(folder, **trust), AutoModel.from_pretrained(folder, **trust), model, processor,
+        AutoTokenizer.from_pretrained(folder), AutoImageProcessor.from_pretrained(folder))],
+}
+for task in ("image-to-text", "image-text-to-text"):
+    pipe = pipeline(task, model=folder, **trust)
+    result[task] = pipe(picture, generate_kwargs=dict(greedy))
+chat = [{"role": "user", "content": [{"type": "image", "path": picture}, {"type": "text", "text": "Hello?"}]}]
+result["chat"] = pipe(text=chat, generate_kwargs=dict(greedy), return_full_text=False)[0]["generated_text"]
+again = sys.argv[3]
+model.save_pretrained(again)
+processor.save_pretrained(again)
+AutoModelForImageTextToText.from_pretrained(again, **trust)
+AutoProcessor.from_pretrained(again, **trust)
+print("RESULT" + json.dumps(result))
+"""
+
+
+@pytest.fixture(scope="module")
+def remote(tiny_checkpoint, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("remote")
+    from PIL import Image
+
+    picture = folder / "picture.png"
+    Image.new("RGB", (70, 50), (200, 40, 40)).save(picture)
+    environment = {**os.environ, "HF_HOME": str(folder / "hf"), "HF_HUB_OFFLINE": "1", "PYTHONPATH": ""}
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, tiny_checkpoint, str(picture), str(folder / "again")],
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=folder,
+    )
+    assert done.returncode == 0, done.stderr
+    line = next(line for line in done.stdout.splitlines() if line.startswith("RESULT"))
+    return json.loads(line.removeprefix("RESULT")), picture, folder / "again", done.stderr
+
+
+def test_same_classes(remote):
+    assert remote[0]["classes"] == [
+        "MiniGPT4Config",
+        "MiniGPT4Model",
+        "MiniGPT4ForConditionalGeneration",
+        "MiniGPT4Processor",
+        "TokenizersBackend",
+        "BlipImageProcessorPil",
+    ]
+
+
+def test_same_tokens(remote, tiny_checkpoint):
+    from PIL import Image
+
+    processor = AutoProcessor.from_pretrained(tiny_checkpoint)
+    model = AutoModelForImageTextToText.from_pretrained(tiny_checkpoint)
+    prompt = "###Human: <Img><ImageHere></Img> Describe this image in detail. ###Assistant: "
+    inputs = processor(images=Image.open(remote[1]), text=prompt, return_tensors="pt")
+    ids = model.generate(**inputs, do_sample=False, max_new_tokens=8, min_new_tokens=8).tolist()
+    assert remote[0]["ids"] == ids
+
+
+def test_same_pipelines(remote, tiny_checkpoint):
+    from transformers import pipeline
+
+    greedy = {"do_sample": False, "max_new_tokens": 8, "min_new_tokens": 8}
+    expected = pipeline("image-to-text", model=tiny_checkpoint)(str(remote[1]), generate_kwargs=greedy)
+    assert remote[0]["image-to-text"] == remote[0]["image-text-to-text"] == expected
+    assert isinstance(remote[0]["chat"], str)
+    assert "is not supported for" not in remote[3]
+
+
+def test_a_folder_saved_there_loads_here(remote, tiny_checkpoint):
+    config = json.loads((remote[2] / "config.json").read_text())
+    assert config["auto_map"] == json.loads(open(f"{tiny_checkpoint}/config.json").read())["auto_map"]
+    assert type(AutoModelForImageTextToText.from_pretrained(remote[2])).__module__.startswith("transformers_minigpt4")
