@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -44,7 +45,7 @@ result = {
     "ids": model.generate(**inputs, **greedy).tolist(),
     "classes": [type(x).__name__ for x in (
         AutoConfig.from_pretrained(folder, **trust), AutoModel.from_pretrained(folder, **trust), model, processor,
-        AutoTokenizer.from_pretrained(folder), AutoImageProcessor.from_pretrained(folder))],
+        AutoTokenizer.from_pretrained(folder, **trust), AutoImageProcessor.from_pretrained(folder, **trust))],
 }
 for task in ("image-to-text", "image-text-to-text"):
     pipe = pipeline(task, model=folder, **trust)
@@ -70,6 +71,7 @@ def remote(tiny_checkpoint, tmp_path_factory):
     environment = {**os.environ, "HF_HOME": str(folder / "hf"), "HF_HUB_OFFLINE": "1", "PYTHONPATH": ""}
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, tiny_checkpoint, str(picture), str(folder / "again")],
+        stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
         env=environment,
@@ -114,5 +116,5 @@ def test_same_pipelines(remote, tiny_checkpoint):
 
 def test_a_folder_saved_there_loads_here(remote, tiny_checkpoint):
     config = json.loads((remote[2] / "config.json").read_text())
-    assert config["auto_map"] == json.loads(open(f"{tiny_checkpoint}/config.json").read())["auto_map"]
+    assert config["auto_map"] == json.loads(Path(tiny_checkpoint, "config.json").read_text())["auto_map"]
     assert type(AutoModelForImageTextToText.from_pretrained(remote[2])).__module__.startswith("transformers_minigpt4")

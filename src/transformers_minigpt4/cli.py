@@ -1,6 +1,7 @@
 """The `minigpt4` command: demo, describe and env; each subcommand imports what it needs, so that help is quick."""
 
 import contextlib
+import io
 import os
 import platform
 import sys
@@ -28,12 +29,16 @@ app = typer.Typer(
     help="MiniGPT-4 for Hugging Face transformers.",
     no_args_is_help=True,
     add_completion=False,
+    rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
 
 
 def main() -> None:
     """Run the `minigpt4` command and exit with its status."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # JSON is UTF-8 whatever the locale, and a caption of a character that it lacks must not end the run.
+        sys.stdout.reconfigure(encoding="utf-8")
     try:
         app()
     except SystemExit as exit_:
@@ -82,6 +87,8 @@ def _complain(message: str) -> None:
 
 def _first_line(error: BaseException) -> str:
     """The first line of an error that speaks for itself, with the type in front where it may not."""
+    if type(error).__name__ == "OutOfMemoryError":  # torch's, by name, because torch need not be imported yet
+        return "the device is out of memory; lower --batch-size, or set --dtype bfloat16, or spread with --device auto"
     line = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
     if type(error) in (ValueError, OSError) or type(error).__module__.startswith("transformers_minigpt4"):
         return line or type(error).__name__
@@ -171,10 +178,15 @@ def describe(
             raise typer.Exit(1)
 
 
-def _demo_checkpoint() -> str:
-    from transformers_minigpt4.demo import DEFAULT_OUTPUT_DIR
+def _demo_dir() -> Path:
+    """Where `demo` writes and `describe` looks by default: beside the models of the Hub, whatever folder one is in."""
+    from huggingface_hub.constants import HF_HOME
 
-    checkpoint = Path(DEFAULT_OUTPUT_DIR) / "checkpoint"
+    return Path(HF_HOME) / "minigpt4-demo"
+
+
+def _demo_checkpoint() -> str:
+    checkpoint = _demo_dir() / "checkpoint"
     if not (checkpoint / "config.json").is_file():
         raise ValueError(
             f"there is no model in {str(checkpoint)!r}; run `minigpt4 demo`, which makes one, or name one with --model"
@@ -232,12 +244,28 @@ def _describe_many(
                 bar.update()
         except KeyboardInterrupt as interrupt:
             bar.close()
-            again = "; run the same command again to go on" if captions is not None else ""
-            _complain(f"stopped after {done} of {len(sources)} pictures, which are kept{where}{again}")
+            again = f", which are{where}; run the same command again to go on" if captions is not None else ""
+            _complain(f"stopped after {done} of {len(sources)} pictures{again}")
             raise typer.Exit(INTERRUPTED) from interrupt
     if failed or captions is not None:
         typer.echo(f"{done} described{where}, {failed} failed", err=True)
     return failed
+
+
+@app.command()
+def demo(
+    context: typer.Context,
+    output_dir: Annotated[
+        Path | None, typer.Option(help="Where model and results go. By default where `minigpt4 describe` looks.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Another seed gives other weights and pictures.")] = 42,
+) -> None:
+    """Train a tiny MiniGPT-4 in both stages on drawn pictures, on the CPU and without downloads."""
+    with _one_line_errors(context):
+        from transformers_minigpt4.demo.run import run_demo
+
+        _quieten_libraries(context.obj)
+        run_demo(output_dir or _demo_dir(), seed=seed)
 
 
 @app.command()

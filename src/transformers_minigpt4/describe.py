@@ -17,9 +17,9 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.generation.streamers import BaseStreamer
 
 from transformers_minigpt4.processing.image_utils_minigpt4 import DEFAULT_TIMEOUT, ImageLoadError, load_image
+from transformers_minigpt4.processing.pipeline_minigpt4 import DEFAULT_PROMPT
 
 
-DEFAULT_PROMPT = "Describe this image in detail."
 # The answer length of the authors' chat, for checkpoints whose generation config names none.
 DEFAULT_MAX_NEW_TOKENS = 300
 # What counts as a picture inside a folder. HEIC stands here though plain PIL cannot read it: it is then reported as
@@ -104,15 +104,25 @@ def load_model_and_processor(
         `tuple[PreTrainedModel, ProcessorMixin]`: the model in evaluation mode, and its processor.
 
     Raises:
-        OSError or ValueError: from transformers, if the checkpoint is missing or no such model.
+        ValueError: if the checkpoint cannot be found or is of another kind, or the device's name is none.
     """
     if device is None:
         accelerator = torch.accelerator.current_accelerator(check_available=True)
         device = str(accelerator) if accelerator is not None else "cpu"
-    processor = AutoProcessor.from_pretrained(checkpoint, trust_remote_code=trust_remote_code)
-    model = AutoModelForImageTextToText.from_pretrained(
-        checkpoint, dtype=dtype, device_map=device, trust_remote_code=trust_remote_code
-    )
+    if (os.path.isabs(checkpoint) or checkpoint.startswith(".")) and not os.path.isdir(checkpoint):
+        # transformers would take it for a Hub id and complain about its characters.
+        raise ValueError(f"there is no model folder {checkpoint!r}; check the path")
+    try:
+        processor = AutoProcessor.from_pretrained(checkpoint, trust_remote_code=trust_remote_code)
+        model = AutoModelForImageTextToText.from_pretrained(
+            checkpoint, dtype=dtype, device_map=device, trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0].rstrip(".")
+        raise ValueError(
+            f"cannot load {checkpoint!r} as image-text-to-text model on {device!r}: {reason}; give a folder or Hub id "
+            "that holds such a model and its processor"
+        ) from error
     return model.eval(), processor
 
 

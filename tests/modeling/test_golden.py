@@ -75,7 +75,9 @@ def test_logits_and_projection_gradients(model, golden, golden_tensors, name):
 
 
 def chat_turns():
-    return [(chat, turn) for chat, turns in (("vicuna0", 2), ("llama2", 2), ("two_uploads", 1)) for turn in range(turns)]
+    return [
+        (chat, turn) for chat, turns in (("vicuna0", 2), ("llama2", 2), ("two_uploads", 1)) for turn in range(turns)
+    ]
 
 
 @pytest.mark.parametrize("chat,turn", chat_turns())
@@ -112,7 +114,7 @@ def test_greedy_tokens_of_a_left_padded_batch(model, golden, golden_tensors):
 
 
 def test_pad_token_of_the_authors_keeps_its_label(model, golden, golden_tensors):
-    """Their `$$` in an answer lost its label; ours learns it, so the loss differs from theirs there and there alone."""
+    """Their `$$` in an answer lost its label; ours learns it, so their loss is reached with their labels."""
     case = golden["cases"]["pad_quirk"]
     batch = train_batch(case, golden_tensors)
     assert model(**batch).loss.item() == pytest.approx(case["loss"], abs=1e-5)

@@ -55,9 +55,7 @@ def tiny_config(**kwargs):
 
 def test_mixed_batch_equals_rows_alone(model, processor, pictures, mixed):
     images = [[pictures[0]], None, [pictures[1], pictures[2]]]
-    alone = [
-        new_ids(model, processor(images=i, text=t, return_tensors="pt"))[0] for i, t in zip(images, PROMPTS)
-    ]
+    alone = [new_ids(model, processor(images=i, text=t, return_tensors="pt"))[0] for i, t in zip(images, PROMPTS)]
     assert new_ids(model, mixed) == alone
     assert len({tuple(ids) for ids in alone}) == 3
 
@@ -72,9 +70,7 @@ def test_padding_side_does_not_matter(model, processor, pictures, mixed):
     )
     assert right["attention_mask"][1, -1] == 0 and mixed["attention_mask"][1, 0] == 0
     a, b = model(**mixed).logits, model(**right).logits
-    torch.testing.assert_close(
-        a[mixed["attention_mask"].bool()], b[right["attention_mask"].bool()], atol=2e-5, rtol=0
-    )
+    torch.testing.assert_close(a[mixed["attention_mask"].bool()], b[right["attention_mask"].bool()], atol=2e-5, rtol=0)
 
 
 def test_different_pictures_give_different_answers(model, processor, pictures):
@@ -332,7 +328,9 @@ def test_any_tower_with_any_language_model(tower):
     size = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
     text = Qwen3Config(vocab_size=50, head_dim=8, num_key_value_heads=2, tie_word_embeddings=True, **{
         "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4})  # fmt: skip
-    config = tiny_config(vision_config=tower(image_size=28, patch_size=7, **size), text_config=text, qformer_config=None)
+    config = tiny_config(
+        vision_config=tower(image_size=28, patch_size=7, **size), text_config=text, qformer_config=None
+    )
     model = MiniGPT4ForConditionalGeneration(config).eval()
     assert model.lm_head.weight is model.get_input_embeddings().weight
     pixels = torch.randn(2, 3, 28, 28)

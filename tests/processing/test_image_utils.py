@@ -22,6 +22,7 @@ from PIL import Image, ImageChops
 from transformers_minigpt4.processing.image_utils_minigpt4 import (
     MAX_DOWNLOAD_BYTES,
     ImageLoadError,
+    _http_client,
     load_image,
     to_rgb,
 )
@@ -393,6 +394,15 @@ def url(server) -> str:
 class TestUrls:
     def test_ok(self, url):
         assert load_image(f"{url}/ok.png").tobytes() == photo().tobytes()
+
+    def test_scheme_in_capitals(self, url):
+        assert load_image(url.replace("http", "HTTP") + "/ok.png").size == (60, 40)
+
+    def test_forked_process_opens_its_own_connections(self, url):
+        load_image(f"{url}/ok.png")
+        client = _http_client(os.getpid())
+        assert _http_client(os.getpid()) is client
+        assert _http_client(-1) is not client
 
     def test_redirect(self, url):
         assert load_image(f"{url}/to/{url}/ok.png").size == (60, 40)

@@ -1,6 +1,7 @@
 """Configuration of MiniGPT-4: a vision tower, an optional Q-Former, a projection and a language model."""
 
 from dataclasses import field
+from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, Blip2QFormerConfig, PreTrainedConfig
@@ -85,9 +86,9 @@ class MiniGPT4Config(PreTrainedConfig):
         ),
     }
 
-    vision_config: dict | PreTrainedConfig | None = None
-    qformer_config: dict | PreTrainedConfig | None = field(default_factory=dict)
-    text_config: dict | PreTrainedConfig | None = None
+    vision_config: Any = None
+    qformer_config: Any = field(default_factory=dict)
+    text_config: Any = None
     num_query_tokens: int = 32
     projection_layers: int = 1
     projection_hidden_act: str | None = None
@@ -117,8 +118,8 @@ class MiniGPT4Config(PreTrainedConfig):
         text, vision, qformer = self.text_config, self.vision_config, self.qformer_config
         if text.is_encoder_decoder:
             raise ValueError(
-                f"text_config names an encoder-decoder model ({text.model_type!r}), which cannot continue a prompt that "
-                "holds image embeddings. Use a decoder-only language model, such as `llama` or `qwen3`."
+                f"text_config names an encoder-decoder model ({text.model_type!r}), which cannot continue a prompt "
+                "that holds image embeddings. Use a decoder-only language model, such as `llama` or `qwen3`."
             )
         if text.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
             raise ValueError(
@@ -128,8 +129,8 @@ class MiniGPT4Config(PreTrainedConfig):
         for name in ("hidden_size", "image_size", "patch_size"):
             if getattr(vision, name, None) is None:
                 raise ValueError(
-                    f"vision_config ({vision.model_type!r}) has no {name}. Pass the config of a vision tower alone, such "
-                    "as `SiglipVisionConfig` or `model.config.vision_config` of a two-tower model."
+                    f"vision_config ({vision.model_type!r}) has no {name}. Pass the config of a vision tower alone, "
+                    "such as `SiglipVisionConfig` or `model.config.vision_config` of a two-tower model."
                 )
         if self.projection_layers not in (1, 3):
             raise ValueError(

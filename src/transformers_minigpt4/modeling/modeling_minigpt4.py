@@ -143,6 +143,32 @@ class MiniGPT4PreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
+        """
+        See [`~PreTrainedModel.from_pretrained`].
+
+        Raises:
+            ValueError: for a checkpoint that lacks parameters or holds others, where transformers would go on with
+                random ones. `ignore_mismatched_sizes=True` accepts parameters of other shapes, as it does there.
+        """
+        wants_info = kwargs.pop("output_loading_info", False)
+        model, info = super().from_pretrained(
+            pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
+        )
+        problems = [
+            f"{len(info[kind])} {words} ({', '.join(sorted(info[kind])[:5])}{', …' if len(info[kind]) > 5 else ''})"
+            for kind, words in (("missing_keys", "missing"), ("unexpected_keys", "that the model does not have"))
+            if info[kind]
+        ]
+        if problems:
+            raise ValueError(
+                f"The checkpoint {pretrained_model_name_or_path} does not fit {cls.__name__} with its config: "
+                f"parameters {' and '.join(problems)}. Take weights and config of one model, or convert the weights "
+                "first."
+            )
+        return (model, info) if wants_info else model
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -155,7 +181,7 @@ class MiniGPT4PreTrainedModel(PreTrainedModel):
     custom_intro="MiniGPT-4 without language-modeling head: vision tower, Q-Former, projection, and language model."
 )
 class MiniGPT4Model(MiniGPT4PreTrainedModel):
-    _keys_to_ignore_on_load_unexpected = [r"^lm_head\."]  # noqa: RUF012  `AutoModel` on a full checkpoint
+    _keys_to_ignore_on_load_unexpected = [r"^lm_head\."]  # `AutoModel` reads full checkpoints
 
     def __init__(self, config: MiniGPT4Config):
         super().__init__(config)
@@ -247,6 +273,18 @@ class MiniGPT4Model(MiniGPT4PreTrainedModel):
         )
         return mask.unsqueeze(-1).to(inputs_embeds.device)
 
+    def _check_length(self, length: int) -> None:
+        text_config = self.config.text_config
+        context = getattr(text_config, "max_position_embeddings", None)
+        rope_type = (getattr(text_config, "rope_parameters", None) or {}).get("rope_type", "default")
+        if length == 0:
+            raise ValueError("The prompt is empty. Give at least one token or one image.")
+        if context is not None and length > context and rope_type == "default":
+            raise ValueError(
+                f"The prompt has {length} positions ({self.config.image_seq_length} per image), but the language "
+                f"model was trained with {context}. Shorten the text or give fewer images."
+            )
+
     @can_return_tuple
     @auto_docstring
     def forward(
@@ -273,6 +311,8 @@ class MiniGPT4Model(MiniGPT4PreTrainedModel):
 
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)  # (B, T, D)
+        if not self.training:  # training may pack several rows, each with positions from 0, into one
+            self._check_length(inputs_embeds.shape[1])
 
         image_features = None
         if pixel_values is not None:

@@ -27,6 +27,7 @@ _MAX_NAME_LENGTH = 200
 _HEADERS = {"User-Agent": "transformers-minigpt4", "Accept": "image/*,*/*;q=0.5"}
 # The shortest string worth trying as base64: no image format fits a file into fewer bytes.
 _BASE64_IMAGE = re.compile(r"[A-Za-z0-9+/\s]{32,}={0,2}\s*")
+_WEB_URL = re.compile(r"https?://", re.IGNORECASE)
 _URL_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://")
 
 
@@ -101,10 +102,10 @@ def load_image(source: Any, timeout: float | None = DEFAULT_TIMEOUT) -> Image.Im
     if hasattr(source, "read"):
         return _open(io.BytesIO(_read_stream(source, name)), name)
     if isinstance(source, str):
-        if source.startswith(("http://", "https://")):
+        if _WEB_URL.match(source):
             content, content_type = _download(source, name, timeout)
             return _open(io.BytesIO(content), name, served_as=content_type)
-        if source.startswith("data:"):
+        if source[:5].lower() == "data:":
             return _open(io.BytesIO(_read_data_url(source, name)), name)
         if match := _URL_SCHEME.match(source):
             raise ImageLoadError(
@@ -130,7 +131,7 @@ def _name_of(source: Any) -> str:
     if not isinstance(source, (str, os.PathLike)):
         return f"<{type(source).__name__}>"
     name = os.fsdecode(source)
-    if name.startswith(("http://", "https://")):
+    if _WEB_URL.match(name):
         name = re.sub(r"//[^/?#]*@", "//", name, count=1)
     if not name.isprintable():
         name = ascii(name)[1:-1]
@@ -187,8 +188,9 @@ def _open_base64(text: str, name: str) -> Image.Image:
 
 
 @functools.lru_cache(maxsize=1)
-def _http_client() -> Any:
+def _http_client(process_id: int) -> Any:
     # Kept, because making one loads the certificate store each time; httpx clients are safe to share among threads.
+    # One a process, because a forked data worker must not read answers off its parent's connections.
     return httpx.Client(follow_redirects=True, max_redirects=_MAX_REDIRECTS, headers=_HEADERS)
 
 
@@ -202,7 +204,7 @@ def _download(url: str, name: str, timeout: float | None) -> tuple[bytes, str]:
         name, f"it is larger than {MAX_DOWNLOAD_BYTES // 2**20} MiB", "download it and make it smaller first"
     )
     try:
-        with _http_client().stream("GET", url, timeout=timeout) as response:
+        with _http_client(os.getpid()).stream("GET", url, timeout=timeout) as response:
             if not response.is_success:
                 raise ImageLoadError(
                     name, f"the server answered {response.status_code} {response.reason_phrase}", "check the URL"

@@ -4,10 +4,10 @@ import os
 from typing import Any
 
 from PIL.Image import Image
-from tokenizers import normalizers, pre_tokenizers
+from tokenizers import AddedToken, normalizers, pre_tokenizers
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 from transformers.dynamic_module_utils import custom_object_save
-from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin
+from transformers.processing_utils import MultiModalData, ProcessorMixin
 from transformers.utils import auto_docstring
 
 from .chat_templates_minigpt4 import CHAT_TEMPLATES, VICUNA_V0, with_images
@@ -15,13 +15,9 @@ from .image_utils_minigpt4 import load_image
 from .pipeline_minigpt4 import MiniGPT4ImageToTextPipeline
 
 
-class MiniGPT4ProcessorKwargs(ProcessingKwargs, total=False):
-    _defaults = {"text_kwargs": {"padding": False, "return_mm_token_type_ids": False}}  # noqa: RUF012
-
-
 @auto_docstring
 class MiniGPT4Processor(ProcessorMixin):
-    valid_processor_kwargs = MiniGPT4ProcessorKwargs
+    text_kwargs = {"return_token_type_ids": False}
 
     def __init__(
         self,
@@ -56,7 +52,9 @@ class MiniGPT4Processor(ProcessorMixin):
             raise ValueError(f"MiniGPT4Processor needs an image_processor and a tokenizer; {missing} is missing.")
         tokenizer = _prefix_every_segment(tokenizer)
         if image_token not in tokenizer.get_vocab():
-            tokenizer.add_special_tokens({"additional_special_tokens": [image_token]}, replace_extra_special_tokens=False)
+            tokenizer.add_special_tokens(
+                {"additional_special_tokens": [image_token]}, replace_extra_special_tokens=False
+            )
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
         self.image_seq_length = image_seq_length
@@ -64,7 +62,9 @@ class MiniGPT4Processor(ProcessorMixin):
         self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
         if chat_template is None:
             chat_template = with_images(tokenizer.chat_template) if tokenizer.chat_template else VICUNA_V0
-        chat_template = CHAT_TEMPLATES.get(chat_template, chat_template) if isinstance(chat_template, str) else chat_template
+        chat_template = (
+            CHAT_TEMPLATES.get(chat_template, chat_template) if isinstance(chat_template, str) else chat_template
+        )
         if stop_strings is None:
             stop_strings = ["###"] if chat_template == VICUNA_V0 else []
         self.stop_strings = stop_strings
@@ -81,7 +81,9 @@ class MiniGPT4Processor(ProcessorMixin):
         if text is None or not isinstance(images, (list, tuple)) or not isinstance(images[0], (list, tuple)):
             return
         if len(images) != len(text):
-            raise ValueError(f"Got images for {len(images)} prompts, but {len(text)} prompts. Give one list per prompt.")
+            raise ValueError(
+                f"Got images for {len(images)} prompts, but {len(text)} prompts. Give one list per prompt."
+            )
         for row, (pictures, prompt) in enumerate(zip(images, text)):
             placeholders = prompt.count(self.image_token)
             if placeholders != len(pictures):
@@ -133,7 +135,9 @@ class MiniGPT4Processor(ProcessorMixin):
                 'images as parts of type "image", or sanitize_control_tokens=True to read it as plain text.'
             )
 
-    def post_process_image_text_to_text(self, generated_outputs, skip_special_tokens: bool = True, **kwargs) -> list[str]:
+    def post_process_image_text_to_text(
+        self, generated_outputs, skip_special_tokens: bool = True, **kwargs
+    ) -> list[str]:
         """
         Turns generated ids into answers, without the stop mark and what follows it.
 
@@ -195,10 +199,6 @@ class MiniGPT4Processor(ProcessorMixin):
             custom_object_save(MiniGPT4ImageToTextPipeline, save_directory)
         return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
-    @property
-    def unused_input_names(self) -> list[str]:
-        return ["token_type_ids"]
-
 
 def _upright_rgb(images):
     """Applies `load_image` to all paths, URLs and PIL images of a nested list; arrays and tensors stay as they are."""
@@ -223,6 +223,9 @@ def _prefix_every_segment(tokenizer):
     backend = type(backend).from_str(backend.to_str())
     backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     backend.pre_tokenizer = None
+    # <unk>, which pads, is no special token in the backend otherwise, and would stay in decoded answers.
+    special = {tokenizer.unk_token, tokenizer.bos_token, tokenizer.eos_token} - {None}
+    backend.add_special_tokens([AddedToken(token, normalized=False) for token in sorted(special)])
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         model_max_length=tokenizer.model_max_length,

@@ -1,0 +1,190 @@
+"""Compares MiniGPT-4's inference with transformers' BLIP-2, InstructBLIP and LLaVA of equal size, in one process.
+
+    python benchmarks/inference.py
+
+Random weights, one text prompt, batches of 1 and 8: image encoding, time to first token, decoding, peak memory, and how
+near each comes to the matmul rate and memory bandwidth that the same run measures. docs/benchmarks.md explains the rows.
+"""
+
+import argparse
+import gc
+import json
+import multiprocessing
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import transformers
+from peers import MODELS, OURS, PEERS, SIZES, TEXT_TOKENS, Size, build_inputs, build_model, check_equal_work
+from peers import encode, generate, image_seq_length, share_weights
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import PreTrainedModel, StoppingCriteria
+
+
+BATCH_SIZES = (1, 8)
+MATMUL_SIDE = {"cpu": 2048, "cuda": 8192}
+BANDWIDTH_BYTES = {"cpu": 2**29, "cuda": 2**32}  # far beyond the caches
+MIB = 2**20
+
+
+class Clock(StoppingCriteria):
+    """Notes when each token of the batch was ready; never stops the generation."""
+
+    def __init__(self, device: str):
+        self.device = device
+        self.times: list[float] = []
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs) -> torch.BoolTensor:
+        self.times.append(now(self.device))
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+
+
+def now(device: str) -> float:
+    """Seconds, after all work given to the device is done."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def seconds(call: Callable[[], object], device: str) -> float:
+    """Wall time of one call."""
+    start = now(device)
+    call()
+    return now(device) - start
+
+
+def time_generation(model: PreTrainedModel, inputs: dict, decode_tokens: int, device: str) -> tuple[float, float]:
+    """Seconds from pixels and ids to the first token, and seconds per further step of the batch."""
+    clock = Clock(device)
+    start = now(device)
+    generate(model, inputs, 1 + decode_tokens, clock)
+    if len(clock.times) != 1 + decode_tokens:
+        raise RuntimeError(f"{type(model).__name__} took {len(clock.times)} steps instead of {1 + decode_tokens}.")
+    return clock.times[0] - start, (clock.times[-1] - clock.times[0]) / decode_tokens
+
+
+def limit_probes(dtype: torch.dtype, device: str, small: bool) -> tuple[dict[str, Callable], float, dict[str, float]]:
+    """
+    What the limits are measured with.
+
+    Returns:
+        The calls by name, the floating-point operations of `"matmul"`, and the bytes that each of the others moves.
+    """
+    side = 256 if small else MATMUL_SIDE[device]
+    left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    count = (2**24 if small else BANDWIDTH_BYTES[device]) // 4
+    floats = torch.ones(count, device=device)
+    target = torch.empty_like(floats)
+    # The product of a matrix and a vector reads the matrix once, as a step of decoding reads the weights.
+    matrix = torch.ones(count * 4 // dtype.itemsize, dtype=dtype, device=device).view(-1, 4096)
+    vector = torch.ones(4096, dtype=dtype, device=device)
+    probes = {
+        "matmul": lambda: left @ right,
+        "sum": floats.sum,
+        "copy": lambda: target.copy_(floats),
+        "matrix-vector product": lambda: matrix @ vector,
+    }
+    return probes, 2.0 * side**3, {"sum": 4.0 * count, "copy": 8.0 * count, "matrix-vector product": 4.0 * count}
+
+
+def count_flops(call: Callable[[], object]) -> int:
+    """
+    Floating-point operations of all matrix products, convolutions and attention in one call, two per multiply-add.
+
+    Attention runs in its plain form here, which the counter sees on every device: every position attends to every
+    other, causal or not.
+    """
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        call()
+    return counter.get_total_flops()
+
+
+def decode_bytes(model: PreTrainedModel, batch_size: int, decode_tokens: int) -> int:
+    """Bytes that one step of the batch must read: language model and head once, and its keys and values."""
+    text = model.config.text_config
+    read = sum(
+        parameter.numel() * parameter.element_size()
+        for name, parameter in model.named_parameters()
+        if ("language_model." in name or "lm_head." in name) and "embed_tokens" not in name
+    )
+    positions = image_seq_length(model) + TEXT_TOKENS + decode_tokens / 2  # the mean over the steps
+    cache = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * model.get_output_embeddings().weight.element_size()
+    return int(read + batch_size * positions * cache)
+
+
+def resident_bytes(field: str) -> int:
+    """`VmRSS` (resident now) or `VmHWM` (highest since the last reset) of this process; Linux only."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"/proc/self/status has no {field}.")
+
+
+def measure_memory(name: str, size: Size, dtype: torch.dtype, device: str, threads: int) -> dict[int, int]:
+    """Peak bytes by batch size of one model, weights included, while it encodes and generates. Needs a fresh process."""
+    torch.set_num_threads(threads)
+    before = resident_bytes("VmRSS")
+    model = build_model(name, size, dtype, device)
+    gc.collect()
+    peaks = {}
+    for batch_size in BATCH_SIZES:
+        inputs = build_inputs(model, batch_size)
+        if device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        else:
+            Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM, see `man 5 proc`
+        with torch.inference_mode():
+            generate(model, inputs, 1 + size.decode_tokens)
+        peaks[batch_size] = torch.cuda.max_memory_allocated() if device == "cuda" else resident_bytes("VmHWM") - before
+    return peaks
+
+
+def peak_memory(size: Size, dtype: torch.dtype, device: str, threads: int) -> dict[str, dict[int, int]]:
+    """`measure_memory` of every model, each in a process of its own."""
+    # A forked process has the imports already; CUDA cannot be used in one.
+    context = multiprocessing.get_context("spawn" if device == "cuda" else "fork")
+    peaks = {}
+    for name in MODELS:
+        with context.Pool(1) as pool:
+            peaks[name] = pool.apply(measure_memory, (name, size, dtype, device, threads))
+    return peaks
+
+
+@torch.inference_mode()
+def measure_times(
+    models: dict[str, PreTrainedModel], size: Size, probes: dict[str, Callable], repeats: int, device: str
+) -> tuple[dict[str, dict[str, list[float]]], dict[str, list[float]]]:
+    """
+    Times of every repeat in seconds, as `times[row][model]`, and of the probes.
+
+    Within each repeat the models take turns at every row, and the first changes from repeat to repeat, so that a slow
+    spell of the machine hits all of them.
+    """
+    times: dict[str, dict[str, list[float]]] = {}
+    probe_times: dict[str, list[float]] = {name: [] for name in probes}
+    inputs = {(name, batch): build_inputs(model, batch) for name, model in models.items() for batch in BATCH_SIZES}
+    for repeat in range(-1, repeats):  # repeat -1 warms up
+        order = [MODELS[(repeat + k) % len(MODELS)] for k in range(len(MODELS))]
+        measured: dict[str, dict[str, float]] = {}
+        for name, probe in probes.items():
+            elapsed = seconds(probe, device)
+            if repeat >= 0:
+                probe_times[name].append(elapsed)
+        for batch in BATCH_SIZES:
+            for name in order:
+                call_inputs = inputs[name, batch]
+                elapsed = seconds(lambda model=models[name], i=call_inputs: encode(model, i), device)
+                measured.setdefault(f"encode {batch}", {})[name] = elapsed
+            for name in order:
+                first, step = time_generation(models[name], inputs[name, batch], size.decode_tokens, device)
+                measured.setdefault(f"first {batch}", {})[name] = first
+                measured.setdefault(f"decode {batch}", {})[name] = step
+        print(f"repeat {repeat + 1} of {repeats}", flush=True)
+        if repeat >= 0:
+            for row, by_model in measured.items():
+                for name, elapsed in by_model.items():
+                    times.setdefault(row, {}).setdefault(name, []).append(elapsed)
+    return times, probe_times

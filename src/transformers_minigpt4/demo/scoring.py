@@ -1,0 +1,102 @@
+"""Scores the demo's texts by plain rules: which attributes are right, and which outputs failed, and how."""
+
+import re
+from collections.abc import Sequence
+from typing import Literal
+
+from .world import ATTRIBUTES, COLOURS, COLUMNS, ROWS, SHAPES, SIZES, Thing
+
+
+Failure = Literal["repeated", "cut off", "off-topic"]
+FAILURES: tuple[Failure, ...] = ("repeated", "cut off", "off-topic")
+
+_PLACE = re.compile(rf"\b(?:({'|'.join(ROWS)}) ({'|'.join(COLUMNS)})|center)\b")
+_MIN_WORDS = 8  # the shortest description of the training texts has 14
+
+
+def named_values(text: str) -> dict[str, set[str]]:
+    """The values that a text names, for each of `colour`, `shape`, `size`, `place`."""
+    lower = text.lower()
+    words = set(re.findall(r"[a-z]+", lower))
+    places = {match.group(0) for match in _PLACE.finditer(lower)}
+    return {
+        "colour": words & set(COLOURS),
+        "shape": words & set(SHAPES),
+        "size": words & set(SIZES),
+        "place": {"center" if place == "middle center" else place for place in places},
+    }
+
+
+def right_attributes(text: str, thing: Thing) -> dict[str, bool]:
+    """Whether a text names each attribute with the picture's value and with no other value."""
+    named = named_values(text)
+    return {attribute: named[attribute] == {getattr(thing, attribute)} for attribute in ATTRIBUTES}
+
+
+def failure(text: str, thing: Thing, ended: bool = True) -> Failure | None:
+    """
+    How a description failed, after the three kinds of the paper's section 4.3, or `None`.
+
+    - `repeated`: a sentence occurs twice, a word three times on end, or a phrase of 2 to 8 words twice on end.
+    - `cut off`: the end mark did not come, the last sentence does not end, or there are fewer than 8 words.
+    - `off-topic`: neither the picture's colour nor its shape is named.
+
+    Args:
+        text: The answer without its end mark.
+        thing: What the picture shows.
+        ended: Whether the end mark came before the limit of new tokens.
+
+    Returns:
+        The first of the three that holds.
+    """
+    if _repeats(text):
+        return "repeated"
+    if not ended or not text.rstrip().endswith((".", "!", "?")) or len(text.split()) < _MIN_WORDS:
+        return "cut off"
+    named = named_values(text)
+    if thing.colour not in named["colour"] and thing.shape not in named["shape"]:
+        return "off-topic"
+    return None
+
+
+def _repeats(text: str) -> bool:
+    sentences = [" ".join(sentence.lower().split()) for sentence in re.split(r"[.!?]", text) if sentence.strip()]
+    if len(set(sentences)) < len(sentences):
+        return True
+    words = re.findall(r"[a-z']+", text.lower())
+    if any(words[i] == words[i + 1] == words[i + 2] for i in range(len(words) - 2)):
+        return True
+    return any(
+        words[i : i + length] == words[i + length : i + 2 * length]
+        for length in range(2, 9)
+        for i in range(len(words) - 2 * length + 1)
+    )
+
+
+def summarise(texts: Sequence[str], things: Sequence[Thing], ended: Sequence[bool]) -> dict[str, float]:
+    """
+    Shares over a set of descriptions.
+
+    Args:
+        texts: One description per picture.
+        things: What each picture shows.
+        ended: Whether each description's end mark came.
+
+    Returns:
+        `dict`: `colour`, `shape`, `size`, `place` and their mean `attributes`; `repeated`, `cut off`, `off-topic` and
+        their sum `failed`; each between 0 and 1.
+
+    Raises:
+        ValueError: when the three lists differ in length or are empty.
+    """
+    if not texts or not len(texts) == len(things) == len(ended):
+        raise ValueError(
+            f"Got {len(texts)} texts, {len(things)} things and {len(ended)} end flags. Give one of each per picture."
+        )
+    right = [right_attributes(text, thing) for text, thing in zip(texts, things)]
+    kinds = [failure(text, thing, end) for text, thing, end in zip(texts, things, ended)]
+    shares = {attribute: sum(row[attribute] for row in right) / len(right) for attribute in ATTRIBUTES}
+    shares["attributes"] = sum(shares.values()) / len(ATTRIBUTES)
+    shares.update({str(kind): kinds.count(kind) / len(kinds) for kind in FAILURES})
+    shares["failed"] = sum(kind is not None for kind in kinds) / len(kinds)
+    return shares

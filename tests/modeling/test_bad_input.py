@@ -1,0 +1,100 @@
+"""Wrong inputs and wrong checkpoints say what was given, why it cannot work and what to do."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForImageTextToText, T5Config
+
+from transformers_minigpt4 import MiniGPT4ForConditionalGeneration
+
+
+@pytest.fixture
+def broken(tiny_checkpoint, tmp_path):
+    """A copy of the tiny checkpoint, and a function that rewrites its weights."""
+    folder = tmp_path / "broken"
+    shutil.copytree(tiny_checkpoint, folder)
+
+    def rewrite(change):
+        weights = load_file(folder / "model.safetensors")
+        change(weights)
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        return folder
+
+    return rewrite
+
+
+PROJECTION = "model.multi_modal_projector.linear_1.weight"
+
+
+def test_missing_parameter(broken):
+    folder = broken(lambda weights: weights.pop(PROJECTION))
+    with pytest.raises(ValueError, match=rf"1 missing \({PROJECTION}\).*convert"):
+        AutoModelForImageTextToText.from_pretrained(folder)
+
+
+def test_parameter_that_the_model_does_not_have(broken):
+    folder = broken(lambda weights: weights.update({"llama_proj.weight": torch.zeros(2, 2)}))
+    with pytest.raises(ValueError, match=r"1 that the model does not have \(llama_proj.weight\)"):
+        MiniGPT4ForConditionalGeneration.from_pretrained(folder)
+
+
+def test_parameter_of_another_shape(broken):
+    folder = broken(lambda weights: weights.update({PROJECTION: torch.zeros(64, 47)}))
+    with pytest.raises(RuntimeError, match="mismatch"):
+        MiniGPT4ForConditionalGeneration.from_pretrained(folder)
+    again = MiniGPT4ForConditionalGeneration.from_pretrained(folder, ignore_mismatched_sizes=True)
+    assert again.model.multi_modal_projector.linear_1.weight.shape == (64, 48)
+
+
+def test_config_that_names_an_encoder_decoder(tiny_checkpoint, tmp_path):
+    folder = tmp_path / "t5"
+    shutil.copytree(tiny_checkpoint, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"] = T5Config().to_dict()
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="encoder-decoder"):
+        AutoModelForImageTextToText.from_pretrained(folder)
+
+
+def test_loading_info_on_request(tiny_checkpoint):
+    model, info = MiniGPT4ForConditionalGeneration.from_pretrained(tiny_checkpoint, output_loading_info=True)
+    assert isinstance(model, MiniGPT4ForConditionalGeneration) and not info["missing_keys"]
+
+
+def test_more_placeholders_than_images(model):
+    ids = torch.tensor([[1, *[1200] * 16, 5]])
+    with pytest.raises(ValueError, match="hold 16 image placeholders, but the images give 1 x 8 tokens"):
+        model(ids, pixel_values=torch.zeros(1, 3, 56, 56))
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 42, 42), (3, 56, 56), (1, 2, 3, 56, 56)])
+def test_images_of_another_size(model, shape):
+    with pytest.raises(ValueError, match=r"takes \(images, 3, 56, 56\)"):
+        model.get_image_features(torch.zeros(shape))
+
+
+def test_ids_and_embeddings(model):
+    with pytest.raises(ValueError, match="exactly one of input_ids and inputs_embeds"):
+        model.model(input_ids=torch.tensor([[1]]), inputs_embeds=torch.zeros(1, 1, 64))
+    with pytest.raises(ValueError, match="exactly one of input_ids and inputs_embeds"):
+        model.model()
+
+
+def test_pixels_and_features(model):
+    with pytest.raises(ValueError, match="not both"):
+        model(torch.tensor([[1]]), pixel_values=torch.zeros(1, 3, 56, 56), mm_encoder_outputs={})
+
+
+def test_prompt_longer_than_the_context(model, processor):
+    inputs = processor(text="a " * 2100, return_tensors="pt")
+    with pytest.raises(ValueError, match=r"language model was trained with 2048\. Shorten"):
+        model.generate(**inputs, max_new_tokens=1)
+
+
+def test_empty_prompt(model, processor):
+    inputs = processor(text="", add_special_tokens=False, return_tensors="pt")
+    with pytest.raises(ValueError, match="prompt is empty"):
+        model(input_ids=inputs["input_ids"].long())

@@ -1,0 +1,107 @@
+"""`pipeline("image-to-text")` needs no text; chats work; other models keep their pipelines."""
+
+import logging
+
+import pytest
+from golden_model import GOLDEN
+from transformers import (
+    AutoTokenizer,
+    CLIPVisionConfig,
+    ImageTextToTextPipeline,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    pipeline,
+)
+from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
+
+from transformers_minigpt4 import MiniGPT4ImageToTextPipeline
+
+
+GREEDY = {"do_sample": False, "max_new_tokens": 6, "min_new_tokens": 6}
+
+
+@pytest.fixture(scope="module")
+def pipe(tiny_checkpoint):
+    return pipeline("image-to-text", model=tiny_checkpoint)
+
+
+def test_a_picture_alone(pipe, pictures, tmp_path):
+    path = tmp_path / "picture.png"
+    pictures[0].save(path)
+    answer = pipe(pictures[0], generate_kwargs=GREEDY)
+    assert list(answer[0]) == ["generated_text"] and answer[0]["generated_text"]
+    assert pipe(str(path), generate_kwargs=GREEDY) == answer
+    assert pipe(pictures[0], prompt="What is this?", generate_kwargs=GREEDY) != answer
+
+
+def test_many_pictures_in_batches_equal_one_at_a_time(pipe, pictures):
+    alone = [pipe(picture, generate_kwargs=GREEDY) for picture in pictures]
+    assert pipe(pictures, generate_kwargs=GREEDY) == alone
+    assert pipe(pictures, batch_size=2, generate_kwargs=GREEDY) == alone
+
+
+def test_chat(pipe, pictures):
+    content = [{"type": "image", "image": pictures[0]}, {"type": "text", "text": "Describe this image in detail."}]
+    chat = [{"role": "user", "content": content}]
+    expected = pipe(pictures[0], generate_kwargs=GREEDY)[0]["generated_text"]
+    full = pipe(text=chat, generate_kwargs=GREEDY)[0]["generated_text"]
+    assert full[0]["role"] == "user" and full[1] == {"role": "assistant", "content": expected}
+    short = pipe(text=chat, generate_kwargs=GREEDY, return_full_text=False)
+    assert short[0]["generated_text"] == expected
+    ids = pipe(text=chat, generate_kwargs=GREEDY, return_tensors=True)[0]["generated_token_ids"]
+    assert len(ids) > 20
+
+
+def test_a_question_and_a_ready_prompt(pipe, pictures):
+    asked = pipe(pictures[0], text="What is this?", generate_kwargs=GREEDY, return_full_text=False)
+    assert (
+        asked[0]["generated_text"]
+        == pipe(pictures[0], prompt="What is this?", generate_kwargs=GREEDY)[0]["generated_text"]
+    )
+    prompt = "###Human: <Img><ImageHere></Img> What is this? ###Assistant: "
+    ready = pipe(pictures[0], text=prompt, generate_kwargs=GREEDY)
+    assert ready[0]["generated_text"].startswith(prompt)
+
+
+def test_neither_picture_nor_text(pipe):
+    with pytest.raises(ValueError, match="at least provide either text or images"):
+        pipe()
+
+
+def test_no_warning_about_the_class_and_no_traceback(tiny_checkpoint, caplog, capfd):
+    transformers_logger = logging.getLogger("transformers")
+    transformers_logger.addHandler(caplog.handler)
+    try:
+        pipe = pipeline("image-text-to-text", model=tiny_checkpoint)
+        pipeline("image-to-text", model=tiny_checkpoint)
+    finally:
+        transformers_logger.removeHandler(caplog.handler)
+    assert isinstance(pipe, MiniGPT4ImageToTextPipeline)
+    assert "is not supported for" not in caplog.text
+    assert "Logging error" not in capfd.readouterr().err
+
+
+def test_other_models_keep_the_stock_pipeline(pictures):
+    size = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(image_size=28, patch_size=14, **size),
+        text_config=LlamaConfig(vocab_size=1201, **size),
+        image_token_index=1200,
+    )
+    tokenizer = AutoTokenizer.from_pretrained(GOLDEN / "tokenizer")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    image_processor = BlipImageProcessorPil(size={"height": 28, "width": 28})
+    processor = LlavaProcessor(
+        image_processor,
+        tokenizer,
+        patch_size=14,
+        num_additional_image_tokens=1,
+        vision_feature_select_strategy="default",
+    )
+    pipe = pipeline("image-to-text", model=LlavaForConditionalGeneration(config), processor=processor)
+    assert type(pipe) is ImageTextToTextPipeline
+    with pytest.raises(ValueError, match="You must provide text"):
+        pipe(pictures[0])
+    assert pipe(pictures[0], text="<image> a", max_new_tokens=3)[0]["generated_text"].startswith("<image> a")
