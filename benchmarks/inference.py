@@ -2,23 +2,37 @@
 
     python benchmarks/inference.py
 
-Random weights, one text prompt, batches of 1 and 8: image encoding, time to first token, decoding, peak memory, and how
-near each comes to the matmul rate and memory bandwidth that the same run measures. docs/benchmarks.md explains the rows.
+Random weights, batches of 1 and 8: image encoding, time to first token, decoding, peak memory, and how near each comes
+to the matmul rate and the memory bandwidth that the same run measures. docs/benchmarks.md explains the rows.
 """
 
 import argparse
 import gc
 import json
 import multiprocessing
-import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import transformers
-from peers import MODELS, OURS, PEERS, SIZES, TEXT_TOKENS, Size, build_inputs, build_model, check_equal_work
-from peers import encode, generate, image_seq_length, share_weights
+from peers import (
+    MODELS,
+    OURS,
+    PEERS,
+    SIZES,
+    TEXT_TOKENS,
+    Size,
+    build_inputs,
+    build_model,
+    check_equal_work,
+    encode,
+    generate,
+    image_seq_length,
+    language_decoder,
+    share_weights,
+)
+from report import compare, comparison_table, limit_shares, measured_limits, share_table
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel, StoppingCriteria
@@ -27,7 +41,6 @@ from transformers import PreTrainedModel, StoppingCriteria
 BATCH_SIZES = (1, 8)
 MATMUL_SIDE = {"cpu": 2048, "cuda": 8192}
 BANDWIDTH_BYTES = {"cpu": 2**29, "cuda": 2**32}  # far beyond the caches
-MIB = 2**20
 
 
 class Clock(StoppingCriteria):
@@ -56,14 +69,28 @@ def seconds(call: Callable[[], object], device: str) -> float:
     return now(device) - start
 
 
-def time_generation(model: PreTrainedModel, inputs: dict, decode_tokens: int, device: str) -> tuple[float, float]:
-    """Seconds from pixels and ids to the first token, and seconds per further step of the batch."""
+def time_generation(
+    model: PreTrainedModel, inputs: dict, decode_tokens: int, device: str
+) -> tuple[float, float, float]:
+    """
+    Times one greedy generation from pixels and ids.
+
+    Returns:
+        Seconds to the first token, the part of them from the language model's first layer on (the prefill), and seconds
+        per further step of the batch.
+    """
     clock = Clock(device)
+    prefill_start: list[float] = []
+    hook = language_decoder(model).register_forward_pre_hook(
+        lambda *_: prefill_start.append(now(device)) if not prefill_start else None
+    )
     start = now(device)
     generate(model, inputs, 1 + decode_tokens, clock)
+    hook.remove()
     if len(clock.times) != 1 + decode_tokens:
         raise RuntimeError(f"{type(model).__name__} took {len(clock.times)} steps instead of {1 + decode_tokens}.")
-    return clock.times[0] - start, (clock.times[-1] - clock.times[0]) / decode_tokens
+    first, last = clock.times[0], clock.times[-1]
+    return first - start, first - prefill_start[0], (last - first) / decode_tokens
 
 
 def limit_probes(dtype: torch.dtype, device: str, small: bool) -> tuple[dict[str, Callable], float, dict[str, float]]:
@@ -105,13 +132,17 @@ def count_flops(call: Callable[[], object]) -> int:
 def decode_bytes(model: PreTrainedModel, batch_size: int, decode_tokens: int) -> int:
     """Bytes that one step of the batch must read: language model and head once, and its keys and values."""
     text = model.config.text_config
-    read = sum(
-        parameter.numel() * parameter.element_size()
-        for name, parameter in model.named_parameters()
-        if ("language_model." in name or "lm_head." in name) and "embed_tokens" not in name
-    )
+    decoder, head = language_decoder(model), model.get_output_embeddings()
+    embeddings = decoder.get_input_embeddings().weight  # one row of it is read
+    read = sum(parameter.nbytes for parameter in (*decoder.parameters(), *head.parameters())) - embeddings.nbytes
     positions = image_seq_length(model) + TEXT_TOKENS + decode_tokens / 2  # the mean over the steps
-    cache = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * model.get_output_embeddings().weight.element_size()
+    cache = (
+        2
+        * text.num_hidden_layers
+        * text.num_key_value_heads
+        * text.head_dim
+        * model.get_output_embeddings().weight.element_size()
+    )
     return int(read + batch_size * positions * cache)
 
 
@@ -124,7 +155,7 @@ def resident_bytes(field: str) -> int:
 
 
 def measure_memory(name: str, size: Size, dtype: torch.dtype, device: str, threads: int) -> dict[int, int]:
-    """Peak bytes by batch size of one model, weights included, while it encodes and generates. Needs a fresh process."""
+    """Peak bytes by batch size of one model in a fresh process, weights included, while it encodes and generates."""
     torch.set_num_threads(threads)
     before = resident_bytes("VmRSS")
     model = build_model(name, size, dtype, device)
@@ -179,12 +210,102 @@ def measure_times(
                 elapsed = seconds(lambda model=models[name], i=call_inputs: encode(model, i), device)
                 measured.setdefault(f"encode {batch}", {})[name] = elapsed
             for name in order:
-                first, step = time_generation(models[name], inputs[name, batch], size.decode_tokens, device)
-                measured.setdefault(f"first {batch}", {})[name] = first
-                measured.setdefault(f"decode {batch}", {})[name] = step
+                elapsed = time_generation(models[name], inputs[name, batch], size.decode_tokens, device)
+                for kind, part in zip(("first", "prefill", "decode"), elapsed, strict=True):
+                    measured.setdefault(f"{kind} {batch}", {})[name] = part
         print(f"repeat {repeat + 1} of {repeats}", flush=True)
         if repeat >= 0:
             for row, by_model in measured.items():
                 for name, elapsed in by_model.items():
                     times.setdefault(row, {}).setdefault(name, []).append(elapsed)
     return times, probe_times
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=SIZES, default="small", help="parts of the models (default: small)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    parser.add_argument(
+        "--threads", type=int, default=torch.get_num_threads(), help="CPU threads (default: all cores)"
+    )
+    parser.add_argument("--repeats", type=int, default=9, help="measured repeats, after one warm-up (default: 9)")
+    parser.add_argument("--json", type=Path, metavar="OUT", help="write every measurement to this file")
+    args = parser.parse_args()
+    if args.repeats < 1 or args.threads < 1:
+        parser.error(f"--repeats {args.repeats} --threads {args.threads}: both must be at least 1.")
+    if args.device == "cpu" and not Path("/proc/self/clear_refs").exists():
+        parser.error("peak memory on the CPU is read from /proc, which this system does not have. Run it on Linux.")
+    return args
+
+
+def main() -> None:
+    args = parse_args()
+    size, dtype = SIZES[args.size], getattr(torch, args.dtype)
+    transformers.logging.set_verbosity_error()
+    # First, while this process is small and has not touched the device.
+    memory = peak_memory(size, dtype, args.device, args.threads)
+    torch.set_num_threads(args.threads)
+
+    # In other dtypes rounding decides between random tokens, and at full size float32 may not fit.
+    agreement = check_equal_work(size if dtype == torch.float32 else SIZES["tiny"], args.device)
+    gc.collect()
+    models = {name: build_model(name, size, dtype, args.device) for name in MODELS}
+    for name in PEERS:
+        share_weights(models[OURS], models[name])
+
+    flops: dict[str, dict[str, int]] = {}
+    step_bytes: dict[int, dict[str, int]] = {batch: {} for batch in BATCH_SIZES}
+    with torch.inference_mode():
+        for name, model in models.items():
+            for batch in BATCH_SIZES:
+                inputs = build_inputs(model, batch)
+                flops.setdefault(f"encode {batch}", {})[name] = count_flops(lambda m=model, i=inputs: encode(m, i))
+                flops.setdefault(f"first {batch}", {})[name] = count_flops(lambda m=model, i=inputs: generate(m, i, 1))
+                step_bytes[batch][name] = decode_bytes(model, batch, size.decode_tokens)
+
+    probes, matmul_flops, probe_bytes = limit_probes(dtype, args.device, args.size == "tiny")
+    times, probe_times = measure_times(models, size, probes, args.repeats, args.device)
+
+    limits = measured_limits(probe_times, matmul_flops, probe_bytes)
+    shares = limit_shares(times, flops, step_bytes, limits)
+    costs = {
+        f"{kind} {batch}": times[f"{kind} {batch}"] for kind in ("encode", "first", "decode") for batch in BATCH_SIZES
+    }
+    costs |= {f"memory {batch}": {name: [float(memory[name][batch])] for name in MODELS} for batch in BATCH_SIZES}
+    rows = {row: compare(by_model) for row, by_model in costs.items()}
+    setting = {
+        "size": args.size,
+        "device": torch.cuda.get_device_name() if args.device == "cuda" else "CPU",
+        "dtype": args.dtype,
+        "threads": args.threads,
+        "repeats": args.repeats,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+    print("\n" + ", ".join(f"{key} {value}" for key, value in setting.items()))
+    print(agreement + "\n")
+    print("\n".join(comparison_table(rows)))
+    print(
+        f"\nMeasured limits: {limits['matmul_flops_per_s'] / 1e9:.0f} GFLOP/s (matmul), "
+        f"{limits['bytes_per_s'] / 1e9:.1f} GB/s ({limits['bandwidth_probe']}).\n"
+    )
+    print("\n".join(share_table(shares)))
+    if args.json is not None:
+        results = {
+            "setting": setting,
+            "agreement": agreement,
+            "rows": rows,
+            "limits": limits,
+            "shares": shares,
+            "flops": flops,
+            "step_bytes": step_bytes,
+            "costs": costs,
+            "probe_times": probe_times,
+        }
+        args.json.write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

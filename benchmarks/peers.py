@@ -10,6 +10,7 @@ from transformers import (
     GenerationConfig,
     InstructBlipConfig,
     LlamaConfig,
+    LlamaModel,
     LlavaConfig,
     PreTrainedConfig,
     PreTrainedModel,
@@ -104,13 +105,18 @@ def build_model(name: str, size: Size, dtype: torch.dtype, device: str) -> PreTr
     for parameter_name, parameter in model.named_parameters():
         if kept & set(parameter_name.split(".")):
             parameter.data = parameter.data.float()
-    return model.eval()
+    return model.eval().requires_grad_(False)
 
 
 def image_seq_length(model: PreTrainedModel) -> int:
     """Positions that one image takes in the language model."""
     config = model.config
     return config.image_seq_length if hasattr(config, "image_seq_length") else config.num_query_tokens
+
+
+def language_decoder(model: PreTrainedModel) -> LlamaModel:
+    """The language model without its head, wherever the model keeps it."""
+    return next(module for module in model.modules() if isinstance(module, LlamaModel))
 
 
 def build_inputs(model: PreTrainedModel, batch_size: int) -> dict[str, torch.Tensor]:
@@ -176,7 +182,9 @@ def share_weights(ours: PreTrainedModel, peer: PreTrainedModel) -> None:
         if peer.config.model_type != "llava":
             key = key.removeprefix("model.").replace("vision_tower.", "vision_model.")
             key = key.replace("multi_modal_projector.linear_1.", "language_projection.")
-            key = key.replace("language_model.", "language_model.model.").replace("lm_head.", "language_model.lm_head.")
+            key = key.replace("language_model.", "language_model.model.").replace(
+                "lm_head.", "language_model.lm_head."
+            )
         renamed[key] = value
     wanted = peer.state_dict()
     language = {key: value for key, value in renamed.items() if "language_model." in key or "lm_head." in key}
@@ -214,6 +222,6 @@ def check_equal_work(size: Size, device: str) -> str:
             f"tokens {tokens[0].tolist()} and {tokens[1].tolist()}), so that timings would compare different work."
         )
     return (
-        f"With the same weights in float32, MiniGPT-4 and BLIP-2 gave the same {CHECK_TOKENS} greedy tokens for each of "
-        f"2 images; their image features differ by at most {gap:.0e} of the largest value."
+        f"With the same weights in float32, MiniGPT-4 and BLIP-2 gave the same {CHECK_TOKENS} greedy tokens for each "
+        f"of 2 images; their image features differ by at most {gap:.0e} of the largest value."
     )

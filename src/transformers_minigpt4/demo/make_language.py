@@ -29,6 +29,7 @@ from .texts import (
     SHORT_PROMPT,
     STAGE_2_TEMPLATE,
     SYSTEM,
+    WEB_WORDS,
     answer,
     detailed_description,
     short_description,
@@ -39,13 +40,15 @@ from .world import Thing, held_out_things, training_things
 
 IMAGE_TOKEN = "<ImageHere>"
 NUM_SLOTS = 8
-VOCABULARY = 680
+VOCABULARY = 760
+# Words of other texts that may stand in a list and mean nothing in it.
+_FILLERS = ("the", "image", "picture", "there", "it", "is", "this", "that", "of", "in", "shows", "which", "can", "and")
 NOISE = 0.5  # largest deviation of the noise on a slot, in units of the embeddings' own
 
 
 @dataclass
 class Example:
-    """Ids of one text; `slots` are the positions where image embeddings will stand, `start` where the answer begins."""
+    """Ids of one text; `slots` is where image embeddings will stand, `start` where the answer begins."""
 
     ids: list[int]
     slots: range
@@ -78,7 +81,7 @@ def train_tokenizer(seed: int = 0) -> PreTrainedTokenizerFast:
     lesson.train_from_iterator(corpus, trainer)
     learned = lesson.get_vocab()
     marks = [("#", "#"), ("▁", "##"), ("▁##", "#")]  # as in LLaMA: `▁###` is one piece, `###` inside a text is two
-    merges = marks + [tuple(pair) for pair in _merges(lesson) if "#" not in "".join(pair)]
+    merges = marks + [pair for pair in _merges(lesson) if "#" not in "".join(pair)]
     pieces = sorted((piece for piece in learned if len(piece) == 1 or "#" not in piece), key=learned.__getitem__)
     pieces += [piece for piece in ("##", "▁##", "▁###") if piece not in pieces]
     vocabulary = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *pieces]
@@ -114,8 +117,8 @@ def train_tokenizer(seed: int = 0) -> PreTrainedTokenizerFast:
 
 
 def _merges(tokenizer: Tokenizer) -> list[tuple[str, str]]:
-    merges = json.loads(tokenizer.to_str())["model"]["merges"]
-    return [tuple(pair) if isinstance(pair, list) else tuple(pair.split(" ")) for pair in merges]
+    """The learned merges, first learned first; `tokenizers` shows them only in its JSON."""
+    return [(left, right) for left, right in json.loads(tokenizer.to_str())["model"]["merges"]]
 
 
 def _corpus_texts(thing: Thing, rng: random.Random) -> list[str]:
@@ -167,11 +170,20 @@ class Writer:
         return Example(ids + self.encode(target), place, len(ids))
 
     def caption(self, thing: Thing) -> Example:
-        """The form of stage 1: no prompt; the list may leave out what the caption does not say."""
+        """
+        The form of stage 1: a list and a text, with no prompt to say which kind of text.
+
+        A list that comes from a web page, told by web words in it, has a web caption, and may leave out what that does
+        not say; any other list has a description.
+        """
+        if self.rng.random() < 0.3:
+            text = self.rng.choice((short_description, detailed_description))(thing, self.rng)
+            return self.example(None, self.slots(list(thing.words)), None, text + "\n")
         text = web_caption(thing, self.rng)
         words = list(thing.words)
         if self.rng.random() < 0.3:
             words = [word for word in words if word in text.split()]
+        words += self.rng.sample(WEB_WORDS, self.rng.randint(1, NUM_SLOTS - len(words)))
         return self.example(None, self.slots(words), None, text + "\n")
 
     def instruction(self, thing: Thing) -> Example:
@@ -220,13 +232,15 @@ def noisy_embeddings(model: LlamaForCausalLM, ids: torch.Tensor, slots: torch.Te
     embeddings = model.get_input_embeddings()(ids)
     size = model.get_input_embeddings().weight[3:].detach().std()
     shape = (*ids.shape, 1)
-    scale = torch.exp(0.4 * torch.randn(shape)) if noise else torch.ones(shape)
+    if not noise:
+        return embeddings
+    scale = torch.exp(0.4 * torch.randn(shape))
     disturbed = scale * embeddings + noise * torch.rand(shape) * size * torch.randn_like(embeddings)
     return torch.where(slots.unsqueeze(-1), disturbed, embeddings)
 
 
 def train_language(
-    tokenizer: PreTrainedTokenizerFast, steps: int = 2500, batch: int = 32, lr: float = 2e-3, seed: int = 0
+    tokenizer: PreTrainedTokenizerFast, steps: int = 1000, batch: int = 32, lr: float = 2e-3, seed: int = 0
 ) -> LlamaForCausalLM:
     """Trains the language model in fp32 on the three forms, caption, instruction and chat, in turn."""
     torch.manual_seed(seed)

@@ -1,4 +1,4 @@
-"""Makes the demo's two frozen parts: `python -m transformers_minigpt4.demo.make_parts OUT`; they ship with the package."""
+"""Makes the demo's frozen parts, which ship: `python -m transformers_minigpt4.demo.make_parts OUT`."""
 
 import argparse
 import time

@@ -20,8 +20,9 @@ from transformers import (
     AutoTokenizer,
     Blip2QFormerModel,
     Blip2VisionModel,
-    BlipImageProcessor,
+    BlipImageProcessorPil,
     LlamaForCausalLM,
+    PrinterCallback,
     TrainerCallback,
     set_seed,
 )
@@ -44,7 +45,7 @@ MAX_NEW_TOKENS = 100  # the longest description of the training texts has fewer
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage of training, in the recipe's shape: AdamW, linear warm-up, cosine; steps and rates fit the small world."""
+    """One stage in the recipe's shape (AdamW, linear warm-up, cosine), with steps and rates that fit the small world."""
 
     name: str
     pictures: int
@@ -81,7 +82,7 @@ def build_model(seed: int = 0) -> tuple[MiniGPT4ForConditionalGeneration, MiniGP
     model.model.language_model.load_state_dict(language_model.model.state_dict())
     model.lm_head.load_state_dict(language_model.lm_head.state_dict())
     processor = MiniGPT4Processor(
-        image_processor=BlipImageProcessor(size={"height": IMAGE_SIZE, "width": IMAGE_SIZE}),
+        image_processor=BlipImageProcessorPil(size={"height": IMAGE_SIZE, "width": IMAGE_SIZE}),
         tokenizer=tokenizer,
         image_seq_length=config.image_seq_length,
     )
@@ -196,21 +197,28 @@ def train_stage(
             seed=seed,
         )
         collator = Collator(processor, stage.max_completion_tokens)
-        trainer = SFTTrainer(model, args=arguments, train_dataset=rows, data_collator=collator, processing_class=processor)
-        trainer.pop_callback(next(type(c) for c in trainer.callback_handler.callbacks if "Printer" in type(c).__name__))
+        trainer = SFTTrainer(
+            model, args=arguments, train_dataset=rows, data_collator=collator, processing_class=processor
+        )
+        trainer.pop_callback(
+            next(type(c) for c in trainer.callback_handler.callbacks if "Printer" in type(c).__name__)
+        )
         trainer.add_callback(_Progress(console, stage.name))
         trainer.train()
     model.eval()
 
 
 def describe(
-    model: MiniGPT4ForConditionalGeneration, processor: MiniGPT4Processor, pictures: list[Picture], prompt: str = TABLE_PROMPT
+    model: MiniGPT4ForConditionalGeneration,
+    processor: MiniGPT4Processor,
+    pictures: list[Picture],
+    prompt: str = TABLE_PROMPT,
 ) -> tuple[list[str], list[bool]]:
     """Greedy descriptions of pictures, and whether each came to its end mark within 100 new tokens."""
-    inputs = processor(
-        images=[[picture] for picture in pictures], text=[prompt] * len(pictures), return_tensors="pt"
+    inputs = processor(images=[[picture] for picture in pictures], text=[prompt] * len(pictures), return_tensors="pt")
+    ids = model.generate(
+        **inputs, do_sample=False, top_p=None, top_k=None, temperature=None, max_new_tokens=MAX_NEW_TOKENS
     )
-    ids = model.generate(**inputs, do_sample=False, top_p=None, top_k=None, temperature=None, max_new_tokens=MAX_NEW_TOKENS)
     new = ids[:, inputs["input_ids"].shape[1] :]
     ended = ["###" in text or "</s>" in text for text in processor.tokenizer.batch_decode(new)]
     return processor.post_process_image_text_to_text(new), ended
@@ -244,8 +252,8 @@ def run_demo(
     no training has shown.
 
     Args:
-        output_dir: Gets `stage1/` and `checkpoint/` (model and processor), `results.json`, `contact_sheet.png` and a few
-            held-out pictures in `pictures/`.
+        output_dir: Gets `stage1/` and `checkpoint/` (model and processor), `results.json`, `contact_sheet.png` and a
+            few held-out pictures in `pictures/`.
         seed: Draws the projection, the pictures and the order of training.
         stage_1_steps: Steps of stage 1.
         stage_2_steps: Steps of stage 2.
@@ -253,7 +261,7 @@ def run_demo(
         console: Where progress and tables go; standard output by default.
 
     Returns:
-        `dict`: what `results.json` holds: `shares` (per state, see `summarise`), `seconds`, the two stages and the seed.
+        `dict`: `shares` (per state, see `summarise`), `seconds`, the prompt, the two stages and the seed.
 
     Raises:
         ValueError: for a number of pictures or steps that cannot be.
@@ -284,7 +292,9 @@ def run_demo(
         transformers_logging.set_verbosity(verbosity)
 
 
-def _run(output: Path, seed: int, stages: tuple[Stage, Stage], things: list[Thing], console: Console) -> dict[str, Any]:
+def _run(
+    output: Path, seed: int, stages: tuple[Stage, Stage], things: list[Thing], console: Console
+) -> dict[str, Any]:
     start = time.perf_counter()
     rng = random.Random(seed + 2)
     pictures = [draw(thing, rng) for thing in things]

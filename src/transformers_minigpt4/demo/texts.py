@@ -29,6 +29,9 @@ SYSTEM = (
 
 _BEFORE = ("", "", "", "", "a", "one", "photo of a", "picture of a", "free clip art", "simple", "the", "cute", "my")
 _AFTER = ("", "", "", "", "icon", "clip art", "stock photo", "on a plain background", "free download", "wallpaper")
+# Words that a list from a web page has beside what it lists.
+WEB_WORDS = ("photo", "clip", "art", "free", "icon", "stock", "download", "wallpaper")
+
 _OPENINGS = (
     "The picture shows a {size} {colour} {shape}.",
     "The image shows a {colour} {shape} that is {size}.",

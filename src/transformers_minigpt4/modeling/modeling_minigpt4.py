@@ -390,7 +390,7 @@ class MiniGPT4ForConditionalGeneration(MiniGPT4PreTrainedModel, GenerationMixin)
         >>> from PIL import Image
         >>> from transformers_minigpt4 import MiniGPT4ForConditionalGeneration, MiniGPT4Processor
 
-        >>> folder = "minigpt4-demo/stage2"  # what `minigpt4 demo` leaves
+        >>> folder = "minigpt4-demo/checkpoint"  # what `minigpt4 demo --output-dir minigpt4-demo` leaves
         >>> model = MiniGPT4ForConditionalGeneration.from_pretrained(folder)
         >>> processor = MiniGPT4Processor.from_pretrained(folder)
         >>> inputs = processor(
