@@ -12,6 +12,7 @@ import json
 import multiprocessing
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -76,7 +77,7 @@ def time_generation(
     Times one greedy generation from pixels and ids.
 
     Returns:
-        Seconds to the first token, the part of them from the language model's first layer on (the prefill), and seconds
+        Seconds to the first token, the part of them from the start of the language model on (the prefill), and seconds
         per further step of the batch.
     """
     clock = Clock(device)
@@ -136,13 +137,7 @@ def decode_bytes(model: PreTrainedModel, batch_size: int, decode_tokens: int) ->
     embeddings = decoder.get_input_embeddings().weight  # one row of it is read
     read = sum(parameter.nbytes for parameter in (*decoder.parameters(), *head.parameters())) - embeddings.nbytes
     positions = image_seq_length(model) + TEXT_TOKENS + decode_tokens / 2  # the mean over the steps
-    cache = (
-        2
-        * text.num_hidden_layers
-        * text.num_key_value_heads
-        * text.head_dim
-        * model.get_output_embeddings().weight.element_size()
-    )
+    cache = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * head.weight.itemsize
     return int(read + batch_size * positions * cache)
 
 
@@ -206,12 +201,11 @@ def measure_times(
                 probe_times[name].append(elapsed)
         for batch in BATCH_SIZES:
             for name in order:
-                call_inputs = inputs[name, batch]
-                elapsed = seconds(lambda model=models[name], i=call_inputs: encode(model, i), device)
+                elapsed = seconds(partial(encode, models[name], inputs[name, batch]), device)
                 measured.setdefault(f"encode {batch}", {})[name] = elapsed
             for name in order:
-                elapsed = time_generation(models[name], inputs[name, batch], size.decode_tokens, device)
-                for kind, part in zip(("first", "prefill", "decode"), elapsed, strict=True):
+                parts = time_generation(models[name], inputs[name, batch], size.decode_tokens, device)
+                for kind, part in zip(("first", "prefill", "decode"), parts, strict=True):
                     measured.setdefault(f"{kind} {batch}", {})[name] = part
         print(f"repeat {repeat + 1} of {repeats}", flush=True)
         if repeat >= 0:
@@ -260,8 +254,8 @@ def main() -> None:
         for name, model in models.items():
             for batch in BATCH_SIZES:
                 inputs = build_inputs(model, batch)
-                flops.setdefault(f"encode {batch}", {})[name] = count_flops(lambda m=model, i=inputs: encode(m, i))
-                flops.setdefault(f"first {batch}", {})[name] = count_flops(lambda m=model, i=inputs: generate(m, i, 1))
+                flops.setdefault(f"encode {batch}", {})[name] = count_flops(partial(encode, model, inputs))
+                flops.setdefault(f"first {batch}", {})[name] = count_flops(partial(generate, model, inputs, 1))
                 step_bytes[batch][name] = decode_bytes(model, batch, size.decode_tokens)
 
     probes, matmul_flops, probe_bytes = limit_probes(dtype, args.device, args.size == "tiny")

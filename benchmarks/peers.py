@@ -49,10 +49,10 @@ SIZES = {
         text={"hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 2, "num_attention_heads": 4},
         decode_tokens=4,
     ),
-    # The proportions of the paper's model at about a hundredth of its size.
+    # About the proportions of the paper's model at a fiftieth of its size.
     "small": Size(
-        vision={"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 8},
-        qformer={"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 6, "num_attention_heads": 4},
+        vision={"hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 12, "num_attention_heads": 6},
+        qformer={"hidden_size": 192, "intermediate_size": 768, "num_hidden_layers": 4, "num_attention_heads": 3},
         text={"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 12},
         decode_tokens=32,
     ),

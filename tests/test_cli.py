@@ -89,11 +89,14 @@ class TestOutput:
         assert long.startswith(short) and len(long) > len(short)
 
     def test_demo_checkpoint_is_the_default_model(self, tiny_checkpoint, folder, empty_home):
-        (empty_home / "minigpt4-demo").mkdir(parents=True)
-        (empty_home / "minigpt4-demo" / "checkpoint").symlink_to(tiny_checkpoint)
+        for _ in range(2):
+            cli._keep_demo_checkpoint(Path(tiny_checkpoint))
+        kept = empty_home / "minigpt4-demo" / "checkpoint"
+        assert list(kept.parent.iterdir()) == [kept]
+        assert {path.name for path in kept.iterdir()} == {path.name for path in Path(tiny_checkpoint).iterdir()}
         result = minigpt4("describe", folder / "0.png", folder / "1.png", "--max-new-tokens", 2)
         assert result.exit_code == 0
-        assert lines(result.stdout)[0]["model"] == str(empty_home / "minigpt4-demo" / "checkpoint")
+        assert lines(result.stdout)[0]["model"] == str(kept)
 
     def test_default_prompt_is_the_pipelines(self, tiny_checkpoint, folder):
         result = minigpt4("describe", folder, "--model", tiny_checkpoint, "--max-new-tokens", 1)
@@ -111,7 +114,7 @@ class TestOutput:
     def test_version(self):
         assert minigpt4("--version").stdout[0].isdigit()
 
-    @pytest.mark.parametrize("command", ["describe", "env"])
+    @pytest.mark.parametrize("command", ["demo", "describe", "env"])
     def test_help(self, command):
         result = minigpt4(command, "--help")
         assert result.exit_code == 0 and "Usage" in result.stdout

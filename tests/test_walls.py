@@ -13,7 +13,7 @@ PACKAGE = Path(transformers_minigpt4.__file__).parent
 SHIPPED = sorted(path for folder in ("modeling", "processing") for path in (PACKAGE / folder).glob("*_minigpt4.py"))
 MODULES = sorted(PACKAGE.rglob("*.py"))
 # What a process that loads the remote code has anyway: transformers, torch, and what these install.
-OUTSIDE = {"torch", "transformers", "tokenizers", "huggingface_hub", "PIL", "numpy"} | set(sys.stdlib_module_names)
+OUTSIDE = {"torch", "safetensors", "transformers", "tokenizers", "huggingface_hub", "PIL", "numpy"} | set(sys.stdlib_module_names)
 
 
 def imports(path: Path) -> list[tuple[int, str, list[str]]]:

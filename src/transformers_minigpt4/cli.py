@@ -4,7 +4,9 @@ import contextlib
 import io
 import os
 import platform
+import shutil
 import sys
+import tempfile
 import warnings
 from collections.abc import Iterator
 from importlib import metadata
@@ -117,7 +119,9 @@ def describe(
     ],
     model: Annotated[
         str | None,
-        typer.Option(help="Folder or Hub id of an image-text-to-text model. By default what `minigpt4 demo` made."),
+        typer.Option(
+            help="Folder or Hub id of an image-text-to-text model. By default what `minigpt4 demo` made last."
+        ),
     ] = None,
     prompt: Annotated[str, typer.Option(help="What to ask about each picture.")] = "Describe this image in detail.",
     output: Annotated[
@@ -178,15 +182,26 @@ def describe(
             raise typer.Exit(1)
 
 
-def _demo_dir() -> Path:
-    """Where `demo` writes and `describe` looks by default: beside the models of the Hub, whatever folder one is in."""
+def _kept_demo_checkpoint() -> Path:
+    """Where `demo` leaves a copy of its model and `describe` finds it, whatever folder either is called in."""
     from huggingface_hub.constants import HF_HOME
 
-    return Path(HF_HOME) / "minigpt4-demo"
+    return Path(HF_HOME) / "minigpt4-demo" / "checkpoint"
+
+
+def _keep_demo_checkpoint(checkpoint: Path) -> None:
+    kept = _kept_demo_checkpoint()
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=kept.parent) as scratch:
+        # Renaming swaps the folder as a whole; a copy stopped halfway must not become the default model.
+        shutil.copytree(checkpoint, Path(scratch) / "new")
+        if kept.exists():
+            kept.rename(Path(scratch) / "old")
+        (Path(scratch) / "new").rename(kept)
 
 
 def _demo_checkpoint() -> str:
-    checkpoint = _demo_dir() / "checkpoint"
+    checkpoint = _kept_demo_checkpoint()
     if not (checkpoint / "config.json").is_file():
         raise ValueError(
             f"there is no model in {str(checkpoint)!r}; run `minigpt4 demo`, which makes one, or name one with --model"
@@ -255,17 +270,22 @@ def _describe_many(
 @app.command()
 def demo(
     context: typer.Context,
-    output_dir: Annotated[
-        Path | None, typer.Option(help="Where model and results go. By default where `minigpt4 describe` looks.")
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Another seed gives other weights and pictures.")] = 42,
+    output_dir: Annotated[Path, typer.Option(help="Where checkpoints, pictures and results go.")] = Path(
+        "minigpt4-demo"
+    ),
+    seed: Annotated[int, typer.Option(help="Draws the projection, the pictures and the order of training.")] = 0,
 ) -> None:
-    """Train a tiny MiniGPT-4 in both stages on drawn pictures, on the CPU and without downloads."""
+    """
+    Train a tiny MiniGPT-4 in both stages on drawn pictures.
+
+    It needs neither GPU nor downloads. `minigpt4 describe` then uses the result wherever no --model is named.
+    """
     with _one_line_errors(context):
         from transformers_minigpt4.demo.run import run_demo
 
         _quieten_libraries(context.obj)
-        run_demo(output_dir or _demo_dir(), seed=seed)
+        run_demo(output_dir, seed=seed)
+        _keep_demo_checkpoint(output_dir / "checkpoint")
 
 
 @app.command()

@@ -45,7 +45,7 @@ MAX_NEW_TOKENS = 100  # the longest description of the training texts has fewer
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage in the recipe's shape (AdamW, linear warm-up, cosine), with steps and rates that fit the small world."""
+    """One stage in the recipe's shape (AdamW, warm-up, cosine), with steps and rates that fit the small world."""
 
     name: str
     pictures: int
@@ -185,7 +185,7 @@ def train_stage(
             warmup_steps=max(1, stage.steps // 8),
             weight_decay=0.05,
             max_length=None,
-            gradient_checkpointing=False,
+            activation_checkpointing=False,
             bf16=False,
             remove_unused_columns=False,
             dataloader_pin_memory=False,
@@ -200,9 +200,7 @@ def train_stage(
         trainer = SFTTrainer(
             model, args=arguments, train_dataset=rows, data_collator=collator, processing_class=processor
         )
-        trainer.pop_callback(
-            next(type(c) for c in trainer.callback_handler.callbacks if "Printer" in type(c).__name__)
-        )
+        trainer.remove_callback(PrinterCallback)
         trainer.add_callback(_Progress(console, stage.name))
         trainer.train()
     model.eval()
@@ -280,6 +278,7 @@ def run_demo(
     console = console or Console()
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
     try:
         return _run(
             output,
@@ -290,6 +289,7 @@ def run_demo(
         )
     finally:
         transformers_logging.set_verbosity(verbosity)
+        transformers_logging.enable_progress_bar()
 
 
 def _run(
@@ -327,8 +327,12 @@ def _run(
         "seconds": round(time.perf_counter() - start, 1),
     }
     _write_outputs(output, results, things, pictures, texts)
-    example = output / "pictures"
-    console.print(f"Checkpoint {output / 'checkpoint'}, pictures {example}, sheet {output / 'contact_sheet.png'}.")
+    for what, path in (
+        ("checkpoint", output / "checkpoint"),
+        ("contact sheet", output / "contact_sheet.png"),
+        ("pictures to try it on", output / "pictures"),
+    ):
+        console.print(f"{what}: {path}", soft_wrap=True)
     console.print(f"{results['seconds']} seconds in all.")
     return results
 

@@ -56,6 +56,11 @@ class MiniGPT4Config(PreTrainedConfig):
             where transformers' BLIP-2 tower uses the 1e-6 of its blocks. Other towers keep their own.
         image_token_id (`int`, *optional*, defaults to 32000):
             Id of the placeholder whose embeddings the image replaces. It has a row in the language model's vocabulary.
+        base_parts (`list[dict]`, *optional*):
+            Set in checkpoints that hold trained parts alone: the checkpoints they stand on, see
+            `trained_parts_minigpt4.py`.
+        trained_parameters (`list[str]`, *optional*):
+            Names of the tensors that such a checkpoint holds itself.
         tie_word_embeddings (`bool`, *optional*, defaults to `False`):
             Whether `lm_head` shares the input embeddings. Taken over from `text_config` when that ties them.
 
@@ -94,6 +99,8 @@ class MiniGPT4Config(PreTrainedConfig):
     projection_hidden_act: str | None = None
     vision_post_layernorm_eps: float = 1e-5
     image_token_id: int = 32000
+    base_parts: list[dict] | None = None
+    trained_parameters: list[str] | None = None
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs):

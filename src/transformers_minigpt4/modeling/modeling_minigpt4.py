@@ -4,6 +4,7 @@ Shapes in the comments: N images, B prompts, T positions, P patches, S tower pos
 K tokens per image, C tower width, D language-model width, V vocabulary.
 """
 
+import os
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +13,8 @@ from transformers import AutoModel, Blip2QFormerModel, Blip2VisionConfig, Blip2V
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
-from transformers.generation import GenerationMixin, StoppingCriteria
+from transformers.dynamic_module_utils import custom_object_save
+from transformers.generation import GenerationConfig, GenerationMixin, StoppingCriteria
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
 from transformers.modeling_utils import PreTrainedModel, slice_logits_to_keep
 from transformers.processing_utils import Unpack
@@ -20,6 +22,10 @@ from transformers.utils import TransformersKwargs, auto_docstring, torch_compila
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_minigpt4 import PATCHES_PER_TOKEN, MiniGPT4Config
+from .trained_parts_minigpt4 import assemble, checkpoint_files, save_trained_parts
+
+
+_HUB_KWARGS = ("revision", "token", "cache_dir", "local_files_only", "subfolder")
 
 
 @dataclass
@@ -153,9 +159,14 @@ class MiniGPT4PreTrainedModel(PreTrainedModel):
                 random ones. `ignore_mismatched_sizes=True` accepts parameters of other shapes, as it does there.
         """
         wants_info = kwargs.pop("output_loading_info", False)
-        model, info = super().from_pretrained(
-            pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
-        )
+        name, config = pretrained_model_name_or_path, kwargs.get("config")
+        hub_kwargs = {key: kwargs[key] for key in _HUB_KWARGS if key in kwargs}
+        if config is None and name is not None:
+            config = MiniGPT4Config.from_pretrained(name, **hub_kwargs)
+        if getattr(config, "base_parts", None):
+            model, info = cls._from_trained_parts(name, config, hub_kwargs, model_args, kwargs)
+        else:
+            model, info = super().from_pretrained(name, *model_args, output_loading_info=True, **kwargs)
         problems = [
             f"{len(info[kind])} {words} ({', '.join(sorted(info[kind])[:5])}{', …' if len(info[kind]) > 5 else ''})"
             for kind, words in (("missing_keys", "missing"), ("unexpected_keys", "that the model does not have"))
@@ -168,6 +179,46 @@ class MiniGPT4PreTrainedModel(PreTrainedModel):
                 "first."
             )
         return (model, info) if wants_info else model
+
+    @classmethod
+    def _from_trained_parts(cls, name, config: MiniGPT4Config, hub_kwargs: dict, model_args: tuple, kwargs: dict):
+        """Loads a checkpoint that holds trained parts alone, together with the checkpoints it stands on."""
+        state_dict = assemble(config.base_parts, checkpoint_files(name, **hub_kwargs), **_without_place(hub_kwargs))
+        rest = {key: value for key, value in kwargs.items() if key not in hub_kwargs}
+        adapter = (rest.pop("adapter_kwargs", None) or {}).get("_adapter_model_path")
+        rest.update(config=config, state_dict=state_dict, output_loading_info=True)
+        model, info = super().from_pretrained(None, *model_args, **rest)
+        model.name_or_path = model.config.name_or_path = str(name)
+        if model.can_generate():
+            model.generation_config = GenerationConfig.from_pretrained(name, **hub_kwargs)
+        if adapter is not None:
+            model.load_adapter(adapter)
+        return model, info
+
+    def save_pretrained(self, save_directory: str | os.PathLike, trained_only: bool = False, **kwargs) -> None:
+        """
+        See [`~PreTrainedModel.save_pretrained`].
+
+        Args:
+            save_directory (`str` or `os.PathLike`): Folder, made where it lacks.
+            trained_only (`bool`, *optional*, defaults to `False`):
+                Write the trained parameters alone, with a record of the checkpoint that the model came from. The
+                folder is loaded like any other; the base must then be where it was.
+
+        Raises:
+            ValueError: with `trained_only`, for a model that has no base, or other changes than the trained ones.
+        """
+        if trained_only:
+            if self._auto_class is not None:
+                os.makedirs(save_directory, exist_ok=True)
+                custom_object_save(self, save_directory)
+            return save_trained_parts(self, save_directory)
+        record = self.config.base_parts, self.config.trained_parameters
+        self.config.base_parts = self.config.trained_parameters = None
+        try:
+            return super().save_pretrained(save_directory, **kwargs)
+        finally:
+            self.config.base_parts, self.config.trained_parameters = record
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -436,6 +487,11 @@ class MiniGPT4ForConditionalGeneration(MiniGPT4PreTrainedModel, GenerationMixin)
         if stop_sequences:
             criteria.append(StopSequenceCriteria(stop_sequences))
         return criteria
+
+
+def _without_place(hub_kwargs: dict) -> dict:
+    """What holds for the bases too: not the revision and subfolder of the checkpoint that stands on them."""
+    return {key: value for key, value in hub_kwargs.items() if key not in ("revision", "subfolder")}
 
 
 def _build_vision_tower(config: MiniGPT4Config) -> PreTrainedModel:

@@ -1,0 +1,1 @@
+"""How weights and data travel: conversion, checks and publishing."""

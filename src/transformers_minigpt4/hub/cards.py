@@ -1,0 +1,359 @@
+"""Writes model and dataset cards from the facts that lie beside a checkpoint or a data set; absent facts stay absent."""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from huggingface_hub import DatasetCard, DatasetCardData, EvalResult, ModelCard, ModelCardData
+from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+from ..modeling.configuration_minigpt4 import MiniGPT4Config
+
+
+if TYPE_CHECKING:
+    from datasets import DatasetDict
+
+
+TEMPLATES = Path(__file__).parent / "templates"
+SOURCES_FILE = "minigpt4_sources.json"  # made by `convert`: where each part of the checkpoint came from
+RUN_FILE = "run.json"  # made by training and curation: what was done
+RESULTS_FILE = "results.json"  # made by the evaluation
+
+PAPER = "2304.10592"
+# transformers 5 reads the name "image-to-text" as this one and logs a warning; Hub and `pipeline()` agree on it.
+PIPELINE_TAG = "image-text-to-text"
+
+# They ask for no more than their own text to be kept, so a stricter licence beside them covers the whole.
+_PERMISSIVE = {"mit", "apache-2.0", "bsd-2-clause", "bsd-3-clause"}
+_SIZE_CATEGORIES = {1_000: "n<1K", 10_000: "1K<n<10K", 100_000: "10K<n<100K", 1_000_000: "100K<n<1M"}
+
+
+@dataclass(frozen=True)
+class Licence:
+    """
+    A licence as the Hub's metadata names it.
+
+    Args:
+        id: One of the Hub's identifiers (`"apache-2.0"`, `"llama2"`), or `"other"`.
+        name: Name of an `"other"` licence.
+        link: URL of its text, or the name of a file in the repository.
+
+    Raises:
+        ValueError: for `"other"` without name and link, and for an identifier that the Hub cannot have.
+    """
+
+    id: str
+    name: str | None = None
+    link: str | None = None
+
+    def __post_init__(self) -> None:
+        if not self.id or self.id != self.id.lower() or not self.id.replace("-", "").replace(".", "").isalnum():
+            raise ValueError(
+                f"the licence {self.id!r} is no identifier of the Hub; give one such as apache-2.0, llama2 or other "
+                "(https://huggingface.co/docs/hub/repositories-licenses)"
+            )
+        if self.id == "other" and not (self.name and self.link):
+            raise ValueError(
+                "the licence 'other' needs a name and a link to its text; add --license-name and --license-link"
+            )
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        fields = {"license": self.id, "license_name": self.name, "license_link": self.link}
+        return {key: value for key, value in fields.items() if value}
+
+
+def read_facts(folder: Path, name: str) -> dict[str, Any]:
+    """
+    The JSON object in `folder/name`, or an empty one where there is no such file.
+
+    Raises:
+        ValueError: where the file is not a JSON object.
+    """
+    path = folder / name
+    if not path.is_file():
+        return {}
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}); repair or remove it") from error
+    if not isinstance(facts, dict):
+        raise ValueError(f"{path} holds a {type(facts).__name__}, not a JSON object; repair or remove it")
+    return facts
+
+
+def derive_licence(sources: Sequence[Mapping[str, Any]]) -> Licence:
+    """
+    The licence that the recorded licences of the bases leave for the whole.
+
+    All bases must have a recorded one. One licence in all is that licence; beside permissive ones (MIT, Apache, BSD) a
+    single stricter one covers the whole. Anything else is for a person to decide.
+
+    Raises:
+        ValueError: where that leaves no licence, with what is known.
+    """
+    known = [source.get("license") for source in sources]
+    ids = {licence for licence in known if licence}
+    strict = ids - _PERMISSIVE
+    decided = ids if len(ids) == 1 else strict
+    if known and all(known) and len(decided) == 1 and decided != {"other"}:
+        return Licence(decided.pop())
+    rows = ", ".join(f"{source_name(source)}: {source.get('license') or 'unknown'}" for source in sources)
+    raise ValueError(
+        f"cannot tell the licence of this checkpoint ({rows or 'no record of its bases'}); give it with --license, such "
+        "as llama2 for LLaMA-2, or other with --license-name and --license-link for the first LLaMA and Vicuna v0, "
+        "which are for non-commercial research"
+    )
+
+
+def read_sources(folder: Path) -> list[dict[str, Any]]:
+    """
+    The bases of a checkpoint, from `minigpt4_sources.json`.
+
+    The record's `"sources"` is a list of objects or an object of objects by part. Each may have `part`, `id` (Hub id or
+    path), `revision` (of a Hub id), `sha256` and `license`.
+
+    Raises:
+        ValueError: where the record has another form.
+    """
+    record = read_facts(folder, SOURCES_FILE).get("sources", [])
+    if isinstance(record, Mapping):
+        record = [{"part": part, **source} for part, source in record.items() if isinstance(source, Mapping)]
+    if not isinstance(record, list) or not all(isinstance(source, dict) and source.get("id") for source in record):
+        raise ValueError(f"{folder / SOURCES_FILE}: \"sources\" is no list of objects that each have an 'id'")
+    return record
+
+
+def hub_ids(entries: Iterable[Any]) -> list[str]:
+    """Ids of those `entries` that are on the Hub, each once. A record without a revision may be of a local folder."""
+    ids = [entry["id"] for entry in entries if isinstance(entry, Mapping) and _is_on_hub(entry)]
+    return list(dict.fromkeys(ids))
+
+
+def source_name(source: Mapping[str, Any]) -> str:
+    """A Hub id as it is; of a path the last part alone, since the rest tells of somebody's computer."""
+    return str(source["id"]) if _is_on_hub(source) else Path(str(source["id"])).name
+
+
+def _is_on_hub(source: Mapping[str, Any]) -> bool:
+    name = source.get("id")
+    if not source.get("revision") or not isinstance(name, str) or "/" not in name:
+        return False
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
+
+
+def model_card(
+    folder: Path,
+    repo_id: str,
+    licence: Licence,
+    *,
+    parameters: int,
+    dtypes: Sequence[str],
+    whole: bool,
+    language: Sequence[str] = ("en",),
+) -> ModelCard:
+    """
+    Card of a MiniGPT-4 checkpoint.
+
+    Args:
+        folder: The checkpoint, with its records (`minigpt4_sources.json`, `run.json`, `results.json`) where there are.
+        repo_id: Where it goes; the examples of the card load it from there.
+        licence: Licence of the whole.
+        parameters: Number of stored parameters.
+        dtypes: Their types, such as `["BF16", "F32"]`.
+        whole: Whether the language model is stored too, or trained parts alone.
+        language: ISO codes.
+
+    Raises:
+        ValueError: where a record cannot be read.
+    """
+    sources, run, results = read_sources(folder), read_facts(folder, RUN_FILE), read_facts(folder, RESULTS_FILE)
+    evaluations = list(_evaluations(results, folder / RESULTS_FILE))
+    data = run.get("datasets") or []
+    bases = hub_ids(sources)
+    name = repo_id.split("/")[-1]
+    card_data = ModelCardData(
+        **licence.metadata,
+        language=list(language),
+        library_name="transformers",
+        pipeline_tag=PIPELINE_TAG,
+        base_model=bases or None,
+        base_model_relation=("finetune" if whole else "adapter") if bases else None,
+        datasets=hub_ids(data) or None,
+        eval_results=[_eval_result(row) for row in evaluations] or None,
+        model_name=name if evaluations else None,
+        tags=["minigpt4", "vision-language", "image-captioning", "custom_code", f"arxiv:{PAPER}"],
+    )
+    return ModelCard.from_template(
+        card_data,
+        template_path=str(TEMPLATES / "model_card.md.jinja"),
+        name=name,
+        repo_id=repo_id,
+        licence=licence,
+        task=PIPELINE_TAG,
+        paper=PAPER,
+        whole=whole,
+        parameters=f"{parameters:,}",
+        dtypes=", ".join(dtypes),
+        parts=_parts(MiniGPT4Config.from_pretrained(folder)),
+        sources=[_row(source_name(source), source, "part", "revision", "sha256", "license") for source in sources],
+        run=_run_facts(run),
+        evaluations=evaluations,
+    )
+
+
+def dataset_card(
+    splits: "DatasetDict", repo_id: str, licence: Licence, *, record: Mapping[str, Any], language: Sequence[str] = ("en",)
+) -> DatasetCard:
+    """
+    Card of an image-caption data set whose parquet shards are named `data/SPLIT-*`.
+
+    Args:
+        splits: The data set.
+        repo_id: Where it goes.
+        licence: Its licence.
+        record: The `run.json` of the curation, or an empty mapping.
+        language: ISO codes.
+    """
+    from datasets.info import DatasetInfo, DatasetInfosDict
+    from datasets.splits import SplitDict, SplitInfo
+    from datasets.utils.metadata import MetadataConfigs
+
+    rows = {split: len(dataset) for split, dataset in splits.items()}
+    features = next(iter(splits.values())).features
+    total = sum(rows.values())
+    size = next((name for limit, name in _SIZE_CATEGORIES.items() if total < limit), "1M<n<10M")
+    card_data = DatasetCardData(
+        **licence.metadata,
+        language=list(language),
+        pretty_name=repo_id.split("/")[-1],
+        task_categories=["image-to-text", PIPELINE_TAG],
+        size_categories=[size],
+        tags=["minigpt4", "image-captioning", f"arxiv:{PAPER}"],
+    )
+    info = DatasetInfo(features=features, splits=SplitDict())
+    for split, count in rows.items():
+        info.splits.add(SplitInfo(name=split, num_examples=count, num_bytes=splits[split].data.nbytes))
+    DatasetInfosDict({"default": info}).to_dataset_card_data(card_data)
+    files = [{"split": split, "path": f"data/{split}-*"} for split in rows]
+    MetadataConfigs({"default": {"data_files": files}}).to_dataset_card_data(card_data)
+    return DatasetCard.from_template(
+        card_data,
+        template_path=str(TEMPLATES / "dataset_card.md.jinja"),
+        name=card_data["pretty_name"],
+        repo_id=repo_id,
+        licence=licence,
+        paper=PAPER,
+        rows=rows,
+        columns={column: _feature_name(feature) for column, feature in features.items()},
+        first_split=next(iter(rows)),
+        align={"image", "image_id", "caption"} <= set(features),
+        run=_run_facts(record),
+    )
+
+
+def _feature_name(feature: Any) -> str:
+    return getattr(feature, "dtype", None) if type(feature).__name__ == "Value" else type(feature).__name__
+
+
+def _parts(config: MiniGPT4Config) -> list[tuple[str, str]]:
+    """What each part of the network is, in words; `getattr` because towers and language models are of any kind."""
+
+    def words(part: Any, *fields: tuple[str, str]) -> str:
+        numbers = [f"{getattr(part, key):,} {unit}" for key, unit in fields if isinstance(getattr(part, key, None), int)]
+        return ", ".join([f"`{part.model_type}`", *numbers])
+
+    size = (("num_hidden_layers", "layers"), ("hidden_size", "wide"))
+    qformer = "none: each 4 neighbouring patches are one position"
+    if config.qformer_config is not None:
+        qformer = f"{words(config.qformer_config, *size)}, {config.num_query_tokens} queries"
+    layers = "one linear layer" if config.projection_layers == 1 else f"{config.projection_layers} linear layers"
+    return [
+        ("vision tower", words(config.vision_config, *size, ("image_size", "pixels"))),
+        ("Q-Former", qformer),
+        ("projection", f"{layers}, {config.image_seq_length} positions per picture"),
+        ("language model", words(config.text_config, *size, ("vocab_size", "tokens"))),
+    ]
+
+
+def _row(name: str, record: Mapping[str, Any], *keys: str) -> dict[str, str]:
+    return {"name": _cell(name), **{key: _cell(record.get(key)) for key in keys}}
+
+
+def _cell(value: Any) -> str:
+    """A value as one cell of a Markdown table."""
+    if isinstance(value, Mapping):
+        value = ", ".join(f"{key}: {_cell(entry)}" for key, entry in value.items())
+    elif isinstance(value, (list, tuple)):
+        value = ", ".join(_cell(entry) for entry in value)
+    return "" if value is None else " ".join(str(value).split()).replace("|", "\\|")
+
+
+def _run_facts(run: Mapping[str, Any]) -> dict[str, Any]:
+    """What the templates show of a `run.json`, as text for tables; keys that it lacks are missing here too."""
+    facts = {key: _cell(run[key]) for key in ("stage", "seed", "git_revision", "source", "hardware") if key in run}
+    for key in ("recipe", "loss", "versions", "counts", "models", "prompts", "rules"):
+        value = run.get(key)
+        if isinstance(value, Mapping) and value:
+            facts[key] = [(_cell(name), _cell(entry)) for name, entry in value.items()]
+        elif isinstance(value, list) and value:
+            facts[key] = [("", _cell(entry)) for entry in value]
+        elif value:
+            facts[key] = [("", _cell(value))]
+    data = run.get("datasets") or []
+    entries = [entry if isinstance(entry, Mapping) else {"id": entry} for entry in data]
+    facts["datasets"] = [
+        _row(source_name(entry), entry, "revision", "rows", "sha256") for entry in entries if entry.get("id")
+    ]
+    return {key: value for key, value in facts.items() if value}
+
+
+def _evaluations(results: Mapping[str, Any], path: Path) -> Iterable[dict[str, Any]]:
+    """
+    One row a metric of a `results.json`.
+
+    It holds `{"tasks": {name: {"metrics": {metric: number}, …}}}`; a task may also have `dataset`, `split`, `revision`,
+    `samples`, `primary` (the name of its first metric) and `intervals` (`{metric: [low, high]}`, 95 %).
+    """
+    if not results:
+        return
+    tasks = results.get("tasks")
+    if not isinstance(tasks, Mapping) or not all(
+        isinstance(task, Mapping) and isinstance(task.get("metrics"), Mapping) for task in tasks.values()
+    ):
+        raise ValueError(f"{path} has no \"tasks\" with \"metrics\"; it is not the evaluation's, rename or remove it")
+    for name, task in tasks.items():
+        metrics = sorted(task["metrics"].items(), key=lambda item: item[0] != task.get("primary"))
+        for metric, value in metrics:
+            if not isinstance(value, (int, float)) or isinstance(value, bool):
+                raise ValueError(f"{path}: {metric} of {name} is {value!r}, not a number")
+            interval = (task.get("intervals") or {}).get(metric)
+            yield {
+                "task": _cell(name),
+                "dataset": _cell(task.get("dataset") or name),
+                "split": task.get("split"),
+                "revision": task.get("revision"),
+                "metric": _cell(metric),
+                "value": value,
+                "interval": f"{interval[0]:.4g} to {interval[1]:.4g}" if interval else "",
+                "samples": _cell(task.get("samples")),
+            }
+
+
+def _eval_result(row: Mapping[str, Any]) -> EvalResult:
+    return EvalResult(
+        task_type=PIPELINE_TAG,
+        task_name=row["task"],
+        dataset_type=row["dataset"],
+        dataset_name=row["task"],
+        dataset_split=row["split"],
+        dataset_revision=row["revision"],
+        metric_type=row["metric"],
+        metric_value=row["value"],
+    )

@@ -1,0 +1,110 @@
+"""The demo from end to end, with few steps."""
+
+import io
+import json
+
+import pytest
+import torch
+from PIL import Image
+from rich.console import Console
+from safetensors.torch import load_file
+
+from transformers_minigpt4 import MiniGPT4ForConditionalGeneration, MiniGPT4Processor
+from transformers_minigpt4.demo.contact_sheet import save_contact_sheet
+from transformers_minigpt4.demo.run import Collator, build_model, describe, run_demo, stage_1_rows, stage_2_rows
+from transformers_minigpt4.demo.scoring import named_values
+from transformers_minigpt4.demo.world import Thing, is_held_out
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("demo")
+    screen = io.StringIO()
+    console = Console(file=screen, width=120)
+    results = run_demo(folder, stage_1_steps=6, stage_2_steps=6, held_out_pictures=6, console=console)
+    return folder, results, screen.getvalue()
+
+
+def test_files(finished):
+    folder, results, _ = finished
+    written = json.loads((folder / "results.json").read_text())
+    assert len(written.pop("descriptions")) == 6
+    assert written == json.loads(json.dumps(results))
+    assert Image.open(folder / "contact_sheet.png").size[0] > 600
+    assert len(list((folder / "pictures").glob("*.png"))) == 6
+    assert not [path for path in folder.iterdir() if path.name.startswith(".")]
+
+
+def test_screen(finished):
+    _, results, screen = finished
+    assert list(results["shares"]) == ["before training", "after stage 1", "after stage 2"]
+    for text in ("stage 1: step 6/6", "stage 2: step 6/6", "colour", "off-topic", "after stage 2"):
+        assert text in screen
+
+
+def test_only_the_projection_has_changed(finished):
+    folder, _, _ = finished
+    start, _ = build_model()
+    for name in ("stage1", "checkpoint"):
+        saved = load_file(folder / name / "model.safetensors")
+        changed = {key for key, value in start.state_dict().items() if not torch.equal(value, saved[key])}
+        assert changed == {"model.multi_modal_projector.linear_1.weight", "model.multi_modal_projector.linear_1.bias"}
+
+
+def test_checkpoint_describes(finished):
+    folder, _, _ = finished
+    model = MiniGPT4ForConditionalGeneration.from_pretrained(folder / "checkpoint")
+    processor = MiniGPT4Processor.from_pretrained(folder / "checkpoint")
+    picture = Image.open(next((folder / "pictures").glob("*.png")))
+    texts, _ = describe(model, processor, [picture])
+    assert isinstance(texts[0], str) and "###" not in texts[0]
+
+
+@pytest.mark.parametrize("make_rows", [stage_1_rows, stage_2_rows])
+def test_rows_hold_no_held_out_combination(make_rows):
+    rows = make_rows(64, 0)
+    for completion in rows["completion"]:
+        named = named_values(completion)
+        if all(named.values()):
+            (colour,), (shape,), (size,), (place,) = named.values()
+            row, column = ("middle", "center") if place == "center" else place.split()
+            assert not is_held_out(Thing(colour, shape, size, row, column))
+    assert make_rows(64, 0)["completion"][:] == rows["completion"][:]
+
+
+def test_loss_falls_on_the_completion_alone():
+    _, processor = build_model()
+    batch = Collator(processor, 160)([stage_2_rows(3, 0)[i] for i in range(3)])
+    assert batch["pixel_values"].shape == (3, 3, 64, 64)
+    for i, row in enumerate(stage_2_rows(3, 0)):
+        learned = batch["input_ids"][i][batch["labels"][i] != -100]
+        assert processor.tokenizer.decode(learned) == row["completion"]
+        assert (batch["input_ids"][i] == processor.image_token_id).sum() == 8
+        assert batch["input_ids"][i][0] == processor.tokenizer.bos_token_id
+    batch = Collator(processor, 5)([stage_2_rows(1, 0)[0]])
+    assert (batch["labels"] != -100).sum() == 5
+
+
+def test_captions_come_without_prompt():
+    _, processor = build_model()
+    row = stage_1_rows(1, 0)[0]
+    batch = Collator(processor, 32)([row])
+    tokens = processor.tokenizer.convert_ids_to_tokens(batch["input_ids"][0])
+    assert tokens[:9] == ["<s>", *["<ImageHere>"] * 8]
+    assert tokens[-1] == "<0x0A>"
+
+
+@pytest.mark.parametrize("count", [0, 174])
+def test_impossible_number_of_pictures(tmp_path, count):
+    with pytest.raises(ValueError, match="173 combinations"):
+        run_demo(tmp_path, held_out_pictures=count)
+
+
+def test_impossible_number_of_steps(tmp_path):
+    with pytest.raises(ValueError, match="at least one"):
+        run_demo(tmp_path, stage_2_steps=0)
+
+
+def test_contact_sheet_needs_one_list_per_picture(tmp_path):
+    with pytest.raises(ValueError, match="1 pictures and 0"):
+        save_contact_sheet(tmp_path / "sheet.png", [Image.new("RGB", (8, 8))], [])
