@@ -96,15 +96,11 @@ def build_model(name: str, size: Size, dtype: torch.dtype, device: str) -> PreTr
     torch.manual_seed(0)
     with torch.device(device):
         model = AutoModelForImageTextToText.from_config(build_config(name, size), dtype=dtype)
-    # `from_pretrained` keeps some parts in float32, `from_config` does not.
-    kept: set[str] = set()
-    if dtype in (torch.float16, torch.bfloat16):
-        kept |= model._keep_in_fp32_modules_strict
-    if dtype == torch.float16:
-        kept |= model._keep_in_fp32_modules
-    for parameter_name, parameter in model.named_parameters():
-        if kept & set(parameter_name.split(".")):
-            parameter.data = parameter.data.float()
+    # `from_pretrained` keeps these parts in float32 when it loads in bfloat16, `from_config` does not.
+    if dtype == torch.bfloat16:
+        for parameter_name, parameter in model.named_parameters():
+            if model._keep_in_fp32_modules_strict & set(parameter_name.split(".")):
+                parameter.data = parameter.data.float()
     return model.eval().requires_grad_(False)
 
 
@@ -221,7 +217,8 @@ def check_equal_work(size: Size, device: str) -> str:
             f"MiniGPT-4 and BLIP-2 with the same weights differ (image features by {gap:.1e} of their largest value, "
             f"tokens {tokens[0].tolist()} and {tokens[1].tolist()}), so that timings would compare different work."
         )
+    difference = "are equal bit for bit" if gap == 0 else f"differ by at most {gap:.0e} of the largest value"
     return (
         f"With the same weights in float32, MiniGPT-4 and BLIP-2 gave the same {CHECK_TOKENS} greedy tokens for each "
-        f"of 2 images; their image features differ by at most {gap:.0e} of the largest value."
+        f"of 2 images; their image features {difference}."
     )

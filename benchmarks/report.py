@@ -23,28 +23,27 @@ def compare(costs: dict[str, list[float]]) -> dict:
 
     Returns:
         The median cost of each model, each peer's cost over ours (above 1: ours is better), the peer with the least
-        cost, and the quartiles of the ratio to it over the repeats, each of which ran the two one after the other.
+        cost, and the quartiles of the ratio to it over the repeats (`None` with one), each of which ran all models one
+        after the other.
     """
     medians = {name: statistics.median(values) for name, values in costs.items()}
     best = min(PEERS, key=medians.__getitem__)
     pairs = [theirs / ours for theirs, ours in zip(costs[best], costs[OURS], strict=True)]
-    quartiles = statistics.quantiles(pairs, n=4, method="inclusive") if len(pairs) > 1 else pairs * 3
+    quartiles = statistics.quantiles(pairs, n=4, method="inclusive") if len(pairs) > 1 else None
     return {
         "median": medians,
         "ratio": {name: medians[name] / medians[OURS] for name in PEERS},
         "best_peer": best,
-        "ratio_quartiles": [quartiles[0], quartiles[2]],
+        "ratio_quartiles": None if quartiles is None else [quartiles[0], quartiles[2]],
     }
 
 
 def measured_limits(probe_times: dict[str, list[float]], matmul_flops: float, probe_bytes: dict[str, float]) -> dict:
-    """FLOP/s of the matmul, and the highest bytes/s of the other probes; medians, like all other times."""
+    """FLOP/s of the matmul, and bytes/s of the other probes, whose highest is the limit; from medians of the times."""
     rates = {name: size / statistics.median(probe_times[name]) for name, size in probe_bytes.items()}
-    best = max(rates, key=rates.__getitem__)
     return {
         "matmul_flops_per_s": matmul_flops / statistics.median(probe_times["matmul"]),
-        "bytes_per_s": rates[best],
-        "bandwidth_probe": best,
+        "bytes_per_s": max(rates.values()),
         "all_bytes_per_s": rates,
     }
 
@@ -88,9 +87,9 @@ def comparison_table(rows: dict[str, dict]) -> list[str]:
             value = {"ms": cost * 1000, "tokens/s": int(batch) / cost, "MiB": cost / MIB}[unit]
             ratio = "" if name == OURS else f" ({result['ratio'][name]:.2f})"
             cells.append(f"{value:.1f}{ratio}")
-        low, high = result["ratio_quartiles"]
-        best = result["best_peer"]
-        cells.append(f"{result['ratio'][best]:.2f} [{low:.2f}, {high:.2f}] {best}")
+        best, spread = result["best_peer"], result["ratio_quartiles"]
+        quartiles = "" if spread is None else f" [{spread[0]:.2f}, {spread[1]:.2f}]"
+        cells.append(f"{result['ratio'][best]:.2f}{quartiles} {best}")
         lines.append(f"| {title}, batch {batch} ({unit}) | {' | '.join(cells)} |")
     return lines
 

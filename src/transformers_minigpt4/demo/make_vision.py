@@ -78,7 +78,7 @@ def normalise(pixels: torch.Tensor) -> torch.Tensor:
 
 
 def train_vision(
-    steps: int = 3000, batch: int = 64, lr: float = 1.5e-3, pool: int = 16384, seed: int = 0
+    steps: int = 4000, batch: int = 64, lr: float = 1.5e-3, pool: int = 16384, seed: int = 0
 ) -> VisionParts:
     """
     Trains tower, queries and Q-Former until each query's output names its attribute through a linear layer.

@@ -276,7 +276,7 @@ def run_demo(
     output = Path(output_dir)
     output.mkdir(parents=True, exist_ok=True)
     console = console or Console()
-    verbosity = transformers_logging.get_verbosity()
+    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
@@ -289,7 +289,8 @@ def run_demo(
         )
     finally:
         transformers_logging.set_verbosity(verbosity)
-        transformers_logging.enable_progress_bar()
+        if bars:
+            transformers_logging.enable_progress_bar()
 
 
 def _run(

@@ -100,4 +100,5 @@ def answer(question: str, thing: Thing, rng: random.Random) -> str:
 
 
 def _fill(text: str, thing: Thing) -> str:
-    return text.format(colour=thing.colour, shape=thing.shape, size=thing.size, place=thing.place)
+    text = text.format(colour=thing.colour, shape=thing.shape, size=thing.size, place=thing.place)
+    return text.replace("a orange", "an orange").replace("A orange", "An orange")

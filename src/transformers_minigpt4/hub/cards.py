@@ -1,4 +1,4 @@
-"""Writes model and dataset cards from the facts that lie beside a checkpoint or a data set; absent facts stay absent."""
+"""Writes model and dataset cards from the facts beside a checkpoint or a data set; absent facts stay absent."""
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -60,7 +60,7 @@ class Licence:
             )
 
     @property
-    def metadata(self) -> dict[str, str]:
+    def metadata(self) -> dict[str, Any]:
         fields = {"license": self.id, "license_name": self.name, "license_link": self.link}
         return {key: value for key, value in fields.items() if value}
 
@@ -102,8 +102,8 @@ def derive_licence(sources: Sequence[Mapping[str, Any]]) -> Licence:
         return Licence(decided.pop())
     rows = ", ".join(f"{source_name(source)}: {source.get('license') or 'unknown'}" for source in sources)
     raise ValueError(
-        f"cannot tell the licence of this checkpoint ({rows or 'no record of its bases'}); give it with --license, such "
-        "as llama2 for LLaMA-2, or other with --license-name and --license-link for the first LLaMA and Vicuna v0, "
+        f"cannot tell the licence of this checkpoint ({rows or 'no record of its bases'}); give it with --license, "
+        "such as llama2 for LLaMA-2, or other with --license-name and --license-link for the first LLaMA and Vicuna v0, "
         "which are for non-commercial research"
     )
 
@@ -112,8 +112,8 @@ def read_sources(folder: Path) -> list[dict[str, Any]]:
     """
     The bases of a checkpoint, from `minigpt4_sources.json`.
 
-    The record's `"sources"` is a list of objects or an object of objects by part. Each may have `part`, `id` (Hub id or
-    path), `revision` (of a Hub id), `sha256` and `license`.
+    The record's `"sources"` is a list of objects or an object of objects by part. Each may have `part`, `id` (Hub id
+    or path), `revision` (of a Hub id), `sha256` and `license`.
 
     Raises:
         ValueError: where the record has another form.
@@ -153,6 +153,7 @@ def model_card(
     repo_id: str,
     licence: Licence,
     *,
+    sources: Sequence[Mapping[str, Any]],
     parameters: int,
     dtypes: Sequence[str],
     whole: bool,
@@ -162,9 +163,10 @@ def model_card(
     Card of a MiniGPT-4 checkpoint.
 
     Args:
-        folder: The checkpoint, with its records (`minigpt4_sources.json`, `run.json`, `results.json`) where there are.
+        folder: The checkpoint, with its records (`run.json`, `results.json`) where there are.
         repo_id: Where it goes; the examples of the card load it from there.
         licence: Licence of the whole.
+        sources: Its bases, see [`read_sources`].
         parameters: Number of stored parameters.
         dtypes: Their types, such as `["BF16", "F32"]`.
         whole: Whether the language model is stored too, or trained parts alone.
@@ -173,7 +175,7 @@ def model_card(
     Raises:
         ValueError: where a record cannot be read.
     """
-    sources, run, results = read_sources(folder), read_facts(folder, RUN_FILE), read_facts(folder, RESULTS_FILE)
+    run, results = read_facts(folder, RUN_FILE), read_facts(folder, RESULTS_FILE)
     evaluations = list(_evaluations(results, folder / RESULTS_FILE))
     data = run.get("datasets") or []
     bases = hub_ids(sources)
@@ -209,7 +211,14 @@ def model_card(
 
 
 def dataset_card(
-    splits: "DatasetDict", repo_id: str, licence: Licence, *, record: Mapping[str, Any], language: Sequence[str] = ("en",)
+    splits: "DatasetDict",
+    repo_id: str,
+    licence: Licence,
+    *,
+    record: Mapping[str, Any],
+    num_bytes: Mapping[str, int],
+    download_size: int,
+    language: Sequence[str] = ("en",),
 ) -> DatasetCard:
     """
     Card of an image-caption data set whose parquet shards are named `data/SPLIT-*`.
@@ -219,6 +228,8 @@ def dataset_card(
         repo_id: Where it goes.
         licence: Its licence.
         record: The `run.json` of the curation, or an empty mapping.
+        num_bytes: Size in memory, by split.
+        download_size: Bytes of all shards.
         language: ISO codes.
     """
     from datasets.info import DatasetInfo, DatasetInfosDict
@@ -237,9 +248,11 @@ def dataset_card(
         size_categories=[size],
         tags=["minigpt4", "image-captioning", f"arxiv:{PAPER}"],
     )
-    info = DatasetInfo(features=features, splits=SplitDict())
+    parts = SplitDict()
     for split, count in rows.items():
-        info.splits.add(SplitInfo(name=split, num_examples=count, num_bytes=splits[split].data.nbytes))
+        parts.add(SplitInfo(name=split, num_examples=count, num_bytes=num_bytes[split]))
+    size_in_memory = sum(num_bytes.values())
+    info = DatasetInfo(features=features, splits=parts, download_size=download_size, dataset_size=size_in_memory)
     DatasetInfosDict({"default": info}).to_dataset_card_data(card_data)
     files = [{"split": split, "path": f"data/{split}-*"} for split in rows]
     MetadataConfigs({"default": {"data_files": files}}).to_dataset_card_data(card_data)
@@ -259,14 +272,16 @@ def dataset_card(
 
 
 def _feature_name(feature: Any) -> str:
-    return getattr(feature, "dtype", None) if type(feature).__name__ == "Value" else type(feature).__name__
+    return str(feature.dtype) if type(feature).__name__ == "Value" else type(feature).__name__
 
 
 def _parts(config: MiniGPT4Config) -> list[tuple[str, str]]:
     """What each part of the network is, in words; `getattr` because towers and language models are of any kind."""
 
     def words(part: Any, *fields: tuple[str, str]) -> str:
-        numbers = [f"{getattr(part, key):,} {unit}" for key, unit in fields if isinstance(getattr(part, key, None), int)]
+        numbers = [
+            f"{getattr(part, key):,} {unit}" for key, unit in fields if isinstance(getattr(part, key, None), int)
+        ]
         return ", ".join([f"`{part.model_type}`", *numbers])
 
     size = (("num_hidden_layers", "layers"), ("hidden_size", "wide"))
@@ -297,7 +312,7 @@ def _cell(value: Any) -> str:
 
 def _run_facts(run: Mapping[str, Any]) -> dict[str, Any]:
     """What the templates show of a `run.json`, as text for tables; keys that it lacks are missing here too."""
-    facts = {key: _cell(run[key]) for key in ("stage", "seed", "git_revision", "source", "hardware") if key in run}
+    facts: dict[str, Any] = {key: _cell(run[key]) for key in ("stage", "seed", "git_revision", "source", "hardware") if key in run}
     for key in ("recipe", "loss", "versions", "counts", "models", "prompts", "rules"):
         value = run.get(key)
         if isinstance(value, Mapping) and value:
@@ -318,8 +333,8 @@ def _evaluations(results: Mapping[str, Any], path: Path) -> Iterable[dict[str, A
     """
     One row a metric of a `results.json`.
 
-    It holds `{"tasks": {name: {"metrics": {metric: number}, …}}}`; a task may also have `dataset`, `split`, `revision`,
-    `samples`, `primary` (the name of its first metric) and `intervals` (`{metric: [low, high]}`, 95 %).
+    It holds `{"tasks": {name: {"metrics": {metric: number}, …}}}`; a task may also have `dataset`, `split`,
+    `revision`, `samples`, `primary` (the name of its first metric) and `intervals` (`{metric: [low, high]}`, 95 %).
     """
     if not results:
         return
@@ -327,7 +342,7 @@ def _evaluations(results: Mapping[str, Any], path: Path) -> Iterable[dict[str, A
     if not isinstance(tasks, Mapping) or not all(
         isinstance(task, Mapping) and isinstance(task.get("metrics"), Mapping) for task in tasks.values()
     ):
-        raise ValueError(f"{path} has no \"tasks\" with \"metrics\"; it is not the evaluation's, rename or remove it")
+        raise ValueError(f'{path} has no "tasks" with "metrics"; it is not the evaluation\'s, rename or remove it')
     for name, task in tasks.items():
         metrics = sorted(task["metrics"].items(), key=lambda item: item[0] != task.get("primary"))
         for metric, value in metrics:

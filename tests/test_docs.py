@@ -1,0 +1,74 @@
+"""README and docs: their links lead somewhere, their commands exist, their Python runs and prints what they say."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import typer
+from typer.main import get_command
+
+from transformers_minigpt4.cli import app
+
+
+ROOT = Path(__file__).parent.parent
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+BLOCK = re.compile(r"(?:<!-- (?P<mark>[^>]*?) -->\n)?```(?P<language>\w+)\n(?P<body>.*?)```", re.DOTALL)
+
+
+def blocks(page: Path, language: str) -> list[re.Match]:
+    return [match for match in BLOCK.finditer(page.read_text(encoding="utf-8")) if match["language"] == language]
+
+
+def test_the_two_commands_of_the_readme():
+    lines = [line for block in blocks(ROOT / "README.md", "bash") for line in block["body"].splitlines()]
+    assert "pip install -c constraints.txt . && minigpt4 demo" in lines
+    assert 'pip install -c constraints.txt ".[test]" && pytest' in lines  # .ci/run runs this very line
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_links_lead_somewhere(page):
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if not re.match(r"[a-z]+:", target):
+            path, _, anchor = target.partition("#")
+            found = (page.parent / path).resolve() if path else page
+            assert found.exists(), f"{page.name}: {target}"
+            if anchor:
+                headings = re.findall(r"^#+ (.+)$", found.read_text(encoding="utf-8"), flags=re.MULTILINE)
+                assert anchor in {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings}, target
+
+
+def commands() -> list[tuple[str, str]]:
+    found = []
+    for page in PAGES:
+        for block in blocks(page, "bash"):
+            for line in re.sub(r"\\\n\s*", "", block["body"]).splitlines():
+                for command in re.split(r"&&|\||;", line.split(" #")[0]):
+                    if command.strip().startswith("minigpt4 "):
+                        found.append((page.name, command.strip()))
+    return found
+
+
+@pytest.mark.parametrize("page,command", commands())
+def test_commands_exist_with_their_options(page, command):
+    """Parses each `minigpt4 …` as the program would, without running it."""
+    words = shlex.split(re.split(r"[<>]", command)[0])[1:]
+    group = get_command(app)
+    context = group.make_context("minigpt4", words, resilient_parsing=False)
+    name, subcommand, rest = group.resolve_command(context, [*context._protected_args, *context.args])
+    assert isinstance(subcommand, typer.core.TyperCommand)
+    subcommand.make_context(name, rest, parent=context)
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/quickstart.md"])
+def test_python_runs_and_prints_what_the_page_says(name, demo_run):
+    """One process per page, in the folder where the demo has left `minigpt4-demo`."""
+    page = ROOT / name
+    code = "\n".join(match["body"] for match in blocks(page, "python"))
+    done = subprocess.run([sys.executable, "-c", code], cwd=demo_run.parent, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    printed = [match["body"] for match in blocks(page, "text") if (match["mark"] or "").startswith("printed")]
+    assert "".join(printed) in done.stdout
