@@ -293,10 +293,8 @@ def main() -> None:
     print(agreement + "\n")
     print("\n".join(comparison_table(rows)))
     rates = ", ".join(f"{name} {rate / 1e9:.1f}" for name, rate in limits["all_bytes_per_s"].items())
-    print(
-        f"\nMeasured limits: {limits['matmul_flops_per_s'] / 1e9:.0f} GFLOP/s (matmul), {limits['bytes_per_s'] / 1e9:.1f} GB/s"
-    )
-    print(f"(the best of: {rates}).\n")
+    matmul, bandwidth = limits["matmul_flops_per_s"] / 1e9, limits["bytes_per_s"] / 1e9
+    print(f"\nMeasured limits: {matmul:.0f} GFLOP/s (matmul), {bandwidth:.1f} GB/s (the best of: {rates}).\n")
     print("\n".join(share_table(shares)))
     if args.json is not None:
         results = {

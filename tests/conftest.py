@@ -67,3 +67,13 @@ def pictures() -> list[Image.Image]:
         image.paste(colour, (10 + 15 * i, 10, 40 + 15 * i, 45))
         images.append(image)
     return images
+
+
+@pytest.fixture(scope="session")
+def demo_run(tmp_path_factory):
+    """The folder that `minigpt4 demo` leaves after its full run."""
+    from transformers_minigpt4.demo.run import run_demo
+
+    folder = tmp_path_factory.mktemp("demo") / "minigpt4-demo"
+    run_demo(folder)
+    return folder

@@ -105,3 +105,12 @@ def test_other_models_keep_the_stock_pipeline(pictures):
     with pytest.raises(ValueError, match="You must provide text"):
         pipe(pictures[0])
     assert pipe(pictures[0], text="<image> a", max_new_tokens=3)[0]["generated_text"].startswith("<image> a")
+
+
+def test_transformers_serve_knows_the_class(tiny_checkpoint):
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+    from transformers.cli.serving.model_manager import ModelManager
+
+    model = AutoModelForImageTextToText.from_pretrained(tiny_checkpoint)
+    modality = ModelManager.get_model_modality(model, AutoProcessor.from_pretrained(tiny_checkpoint))
+    assert modality.name in ("VLM", "MULTIMODAL")

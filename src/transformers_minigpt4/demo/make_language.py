@@ -29,7 +29,6 @@ from .texts import (
     SHORT_PROMPT,
     STAGE_2_TEMPLATE,
     SYSTEM,
-    WEB_WORDS,
     answer,
     detailed_description,
     short_description,
@@ -43,8 +42,6 @@ NUM_SLOTS = 8
 VOCABULARY = 760
 # Words of other texts that may stand in a list and mean nothing in it.
 _FILLERS = ("the", "image", "picture", "there", "it", "is", "this", "that", "of", "in", "shows", "which", "can", "and")
-WEB_LISTS = 0.25
-WEB_ANSWERS = 0.6
 NOISE = 0.5  # largest deviation of the noise on a slot, in units of the embeddings' own
 
 
@@ -172,32 +169,17 @@ class Writer:
         return Example(ids + self.encode(target), place, len(ids))
 
     def caption(self, thing: Thing) -> Example:
-        """
-        The form of stage 1: a list and a text, with no prompt to say which kind of text.
-
-        A list that comes from a web page, told by web words in it, has a web caption, and may leave out what that does
-        not say; any other list has a description.
-        """
-        if self.rng.random() < 0.3:
-            text = self.rng.choice((short_description, detailed_description))(thing, self.rng)
-            return self.example(None, self.slots(list(thing.words)), None, text + "\n")
+        """The form of stage 1: no prompt; the list may leave out what the caption does not say."""
         text = web_caption(thing, self.rng)
         words = list(thing.words)
         if self.rng.random() < 0.3:
             words = [word for word in words if word in text.split()]
-        return self.example(None, self.web_slots(words), None, text + "\n")
-
-    def web_slots(self, words: list[str]) -> list[int]:
-        """A list from a web page: some web words beside the others."""
-        return self.slots(words + self.rng.sample(WEB_WORDS, self.rng.randint(1, NUM_SLOTS - len(words))))
+        return self.example(None, self.slots(words), None, text + "\n")
 
     def instruction(self, thing: Thing) -> Example:
         """The form of stage 2, `###Human: <Img>...</Img> instruction ###Assistant: `."""
         prompt, target = self._request(thing)
         before, after = STAGE_2_TEMPLATE.format(image="\0", text=prompt).split("\0")
-        if self.rng.random() < WEB_LISTS:
-            target = web_caption(thing, self.rng) if self.rng.random() < WEB_ANSWERS else target
-            return self.example(before, self.web_slots(list(thing.words)), after, target + "###")
         if prompt == DETAIL_PROMPTS[-1] and self.rng.random() < 0.5:  # the curation's own spacing
             after = f"</Img>{prompt} ###Assistant:"
         return self.example(before, self.slots(list(thing.words)), after, target + "###")

@@ -39,7 +39,7 @@ def failure(text: str, thing: Thing, ended: bool = True) -> Failure | None:
 
     - `repeated`: a sentence occurs twice, a word three times on end, or a phrase of 2 to 8 words twice on end.
     - `cut off`: the end mark did not come, the last sentence does not end, or there are fewer than 8 words.
-    - `off-topic`: neither the picture's colour nor its shape is named.
+    - `off-topic`: of the four attributes, two or more are wrong or missing: it tells of another picture.
 
     Args:
         text: The answer without its end mark.
@@ -53,8 +53,7 @@ def failure(text: str, thing: Thing, ended: bool = True) -> Failure | None:
         return "repeated"
     if not ended or not text.rstrip().endswith((".", "!", "?")) or len(text.split()) < _MIN_WORDS:
         return "cut off"
-    named = named_values(text)
-    if thing.colour not in named["colour"] and thing.shape not in named["shape"]:
+    if sum(right_attributes(text, thing).values()) <= len(ATTRIBUTES) - 2:
         return "off-topic"
     return None
 

@@ -29,9 +29,6 @@ SYSTEM = (
 
 _BEFORE = ("", "", "", "", "a", "one", "photo of a", "picture of a", "free clip art", "simple", "the", "cute", "my")
 _AFTER = ("", "", "", "", "icon", "clip art", "stock photo", "on a plain background", "free download", "wallpaper")
-# Words that a list from a web page has beside what it lists.
-WEB_WORDS = ("photo", "clip", "art", "free", "icon", "stock", "download", "wallpaper")
-
 _OPENINGS = (
     "The picture shows a {size} {colour} {shape}.",
     "The image shows a {colour} {shape} that is {size}.",
@@ -75,8 +72,8 @@ QUESTIONS = tuple(_QUESTIONS)
 
 
 def web_caption(thing: Thing, rng: random.Random) -> str:
-    """A short noisy caption as alternative text on the web: it names two of the attributes, seldom three."""
-    named = rng.choice(("colour shape",) * 4 + ("size shape", "shape place", "colour place", "size colour shape"))
+    """A short noisy caption as alternative text on the web: mostly colour and shape, seldom size, seldom place."""
+    named = rng.choice(("colour shape",) * 30 + ("size shape", "shape place"))
     phrase = " ".join(getattr(thing, attribute) for attribute in named.split())
     return " ".join(part for part in (rng.choice(_BEFORE), phrase, rng.choice(_AFTER)) if part)
 

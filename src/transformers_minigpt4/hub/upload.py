@@ -106,10 +106,11 @@ def publish(
     api = HfApi(token=token)
     names: dict[str, Any] = {"repo_id": publication.repo_id, "repo_type": publication.repo_type}
     additions: dict[str, CommitOperationAdd] = {}
+    removed: set[str] = set()  # over all tries: a try may have succeeded and its answer been lost
 
     def open_repository() -> None:
         api.create_repo(**names, private=True if private else None, exist_ok=True)
-        if private and not api.repo_info(**names).private:
+        if private and not api.repo_info(**names, timeout=timeout).private:
             raise ValueError(
                 f"{publication.repo_id} exists and is public, and --private does not change that; make it private in "
                 "its settings, or choose another name"
@@ -118,9 +119,10 @@ def publish(
             api.create_branch(**names, branch=revision, exist_ok=True)
 
     def commit() -> Published:
-        info = api.repo_info(**names, revision=revision)
-        remote = {file.rfilename for file in info.siblings or []}
-        removed = sorted(name for name in remote - set(publication.files) if publication.replaces(name))
+        info = api.repo_info(**names, revision=revision, timeout=timeout)
+        old = {file.rfilename for file in info.siblings or []} - set(publication.files)
+        stale = sorted(name for name in old if publication.replaces(name))
+        removed.update(stale)
         for name, content in publication.files.items():
             # New at each try, because the Hub's state counts, not that of the last try; hashes of 15 GB are kept.
             fresh = CommitOperationAdd(name, content)
@@ -128,7 +130,7 @@ def publish(
                 fresh.upload_info = additions[name].upload_info
             additions[name] = fresh
         operations: list[CommitOperationAdd | CommitOperationDelete] = list(additions.values())
-        operations += [CommitOperationDelete(name) for name in removed]
+        operations += [CommitOperationDelete(name) for name in stale]
         done = api.create_commit(
             **names,
             operations=operations,
@@ -137,7 +139,7 @@ def publish(
             # The commit is of one piece with what was just read; a commit in between makes it fail and read again.
             parent_commit=info.sha,
         )
-        return Published(str(done.repo_url), done.oid, removed)
+        return Published(str(done.repo_url), done.oid, sorted(removed))
 
     _with_retries(open_repository, publication.repo_id, token, timeout)
     return _with_retries(commit, publication.repo_id, token, timeout)
@@ -203,7 +205,7 @@ def _explain(error: BaseException, repo_id: str, token: str | None) -> str:
     if isinstance(error, OfflineModeIsEnabled):
         return "HF_HUB_OFFLINE is set, so that nothing can be published; unset it"
     if _is_transient(error):
-        return f"gave up after {TRIES} tries ({cause}); nothing of it is visible, run the same command again to go on"
+        return f"gave up after {TRIES} tries ({cause}); nothing half-done is visible, run the command again to go on"
     if status == 401:
         return f"the Hub does not know you ({cause}); log in with `hf auth login`, or set HF_TOKEN"
     if status in (403, 404):

@@ -139,8 +139,9 @@ class MiniGPT4PreTrainedModel(PreTrainedModel):
     _skip_keys_device_placement = ["past_key_values"]
     _no_split_modules = ["MiniGPT4MultiModalProjector"]
     # The authors keep Q-Former, `ln_vision` and projection in fp32 under autocast. fp16 would overflow in the first
-    # two; the projection also learns, and a step of 1e-4 is lost in the 8 bits of bf16.
-    _keep_in_fp32_modules = ["query_tokens", "qformer", "post_layernorm"]
+    # two; the projection also learns, and a step of 1e-4 is lost in the 8 bits of bf16. Quantisers, which match whole
+    # paths and skip what stands here, leave them alone too.
+    _keep_in_fp32_modules = ["query_tokens", "post_layernorm", "qformer", ".*qformer", ".*multi_modal_projector"]
     _keep_in_fp32_modules_strict = ["multi_modal_projector"]
 
     _supports_flash_attn = True

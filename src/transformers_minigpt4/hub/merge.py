@@ -1,0 +1,67 @@
+"""Writes the full model of a checkpoint that holds trained parts or a PEFT adapter alone."""
+
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+
+ADAPTER_CONFIG = "adapter_config.json"
+
+
+def merge_checkpoint(source: str | os.PathLike, output: str | os.PathLike, dtype: str = "auto") -> Path:
+    """
+    Puts the trained parts of a checkpoint together with the base they stand on.
+
+    Args:
+        source (`str` or `os.PathLike`):
+            Folder or Hub id of a checkpoint saved with `save_pretrained(…, trained_only=True)`, or folder of a PEFT
+            adapter, whose weights are added to its base's.
+        output (`str` or `os.PathLike`):
+            New folder for the full model and its processor. It appears under this name only when it is complete.
+        dtype (`str`, *optional*, defaults to `"auto"`):
+            As the base is stored, or `"float32"`, `"bfloat16"`, `"float16"`.
+
+    Returns:
+        `Path`: `output`.
+
+    Raises:
+        FileExistsError: when `output` exists.
+        ValueError: for a checkpoint that is whole already.
+    """
+    output = Path(output)
+    if output.exists():
+        raise FileExistsError(f"{output} exists. Name a new folder, or remove that one.")
+    adapter = Path(source) / ADAPTER_CONFIG
+    if adapter.is_file():
+        from peft import PeftModel
+
+        base = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]
+        model = AutoModelForImageTextToText.from_pretrained(base, dtype=dtype)
+        model = PeftModel.from_pretrained(model, source).merge_and_unload()
+    else:
+        base = source
+        model = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype)
+        if not getattr(model.config, "base_parts", None):
+            raise ValueError(f"{source} is a full checkpoint already: there is nothing to merge.")
+    processor = AutoProcessor.from_pretrained(base)
+
+    output.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}-"))
+    try:
+        model.save_pretrained(scratch)
+        processor.save_pretrained(scratch)
+        scratch.chmod(0o777 & ~_umask())  # `mkdtemp` makes it private
+        os.rename(scratch, output)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return output
+
+
+def _umask() -> int:
+    umask = os.umask(0)
+    os.umask(umask)
+    return umask
