@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from transformers_minigpt4.hub.publish_commands import push
+
 
 if TYPE_CHECKING:
     from transformers_minigpt4.describe import CaptionFile
@@ -83,6 +85,15 @@ def _one_line_errors(context: typer.Context) -> Iterator[None]:
         raise typer.Exit(1) from error
 
 
+class _Command(typer.core.TyperCommand):
+    """A subcommand whose errors are one line, and during which libraries are quiet."""
+
+    def invoke(self, ctx: Any) -> Any:
+        with _one_line_errors(ctx):
+            _quieten_libraries(ctx.obj)
+            return super().invoke(ctx)
+
+
 def _complain(message: str) -> None:
     typer.echo(f"minigpt4: {message}", err=True)
 
@@ -110,9 +121,8 @@ def _quieten_libraries(debug: bool) -> None:
     enable_progress_bars()
 
 
-@app.command()
+@app.command(cls=_Command)
 def describe(
-    context: typer.Context,
     pictures: Annotated[
         list[str],
         typer.Argument(metavar="PICTURE...", help="Files, folders, URLs, or - for a list on standard input."),
@@ -157,10 +167,9 @@ def describe(
     appended to --output: {"image", "caption", "prompt", "model"}. A picture that fails is reported and skipped, and
     the exit status is then 1; run again with the same --output, it is tried once more.
     """
-    with _one_line_errors(context), contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as stack:
         from transformers_minigpt4.describe import CaptionFile, expand_sources, load_model_and_processor
 
-        _quieten_libraries(context.obj)
         sources = expand_sources(pictures, sys.stdin)
         if not sources:
             raise ValueError("the list of pictures is empty; name at least one file, folder or URL")
@@ -267,9 +276,8 @@ def _describe_many(
     return failed
 
 
-@app.command()
+@app.command(cls=_Command)
 def demo(
-    context: typer.Context,
     output_dir: Annotated[Path, typer.Option(help="Where checkpoints, pictures and results go.")] = Path(
         "minigpt4-demo"
     ),
@@ -280,32 +288,47 @@ def demo(
 
     It needs neither GPU nor downloads. `minigpt4 describe` then uses the result wherever no --model is named.
     """
-    with _one_line_errors(context):
-        from transformers_minigpt4.demo.run import run_demo
+    from transformers_minigpt4.demo.run import run_demo
 
-        _quieten_libraries(context.obj)
-        run_demo(output_dir, seed=seed)
-        _keep_demo_checkpoint(output_dir / "checkpoint")
+    run_demo(output_dir, seed=seed)
+    _keep_demo_checkpoint(output_dir / "checkpoint")
 
 
-@app.command()
-def env(context: typer.Context) -> None:
+@app.command(cls=_Command)
+def env() -> None:
     """Show versions and devices, to be copied into a bug report."""
-    with _one_line_errors(context):
-        import torch
+    import torch
 
-        rows = {name: _version(name) for name in _ENV_PACKAGES}
-        rows["python"] = platform.python_version()
-        rows["platform"] = platform.platform()
-        rows["cpu count"] = str(os.cpu_count())
-        rows["cuda"] = str(torch.version.cuda or "not in this build of torch")
-        accelerator = torch.accelerator.current_accelerator(check_available=True)
-        rows["device"] = str(accelerator) if accelerator is not None else "cpu"
-        for index in range(torch.cuda.device_count()):
-            properties = torch.cuda.get_device_properties(index)
-            rows[f"cuda:{index}"] = f"{properties.name}, {properties.total_memory / 2**30:.1f} GiB"
-        for name, value in rows.items():
-            typer.echo(f"{name}: {value}")
+    rows = {name: _version(name) for name in _ENV_PACKAGES}
+    rows["python"] = platform.python_version()
+    rows["platform"] = platform.platform()
+    rows["cpu count"] = str(os.cpu_count())
+    rows["cuda"] = str(torch.version.cuda or "not in this build of torch")
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    rows["device"] = str(accelerator) if accelerator is not None else "cpu"
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        rows[f"cuda:{index}"] = f"{properties.name}, {properties.total_memory / 2**30:.1f} GiB"
+    for name, value in rows.items():
+        typer.echo(f"{name}: {value}")
+
+
+@app.command(cls=_Command)
+def merge(
+    source: Annotated[str, typer.Argument(help="Checkpoint of trained parts, or folder of a PEFT adapter.")],
+    output: Annotated[Path, typer.Argument(help="New folder for the full model.")],
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"], typer.Option(help="auto: as the base is stored.")
+    ] = "auto",
+) -> None:
+    """Write the full model of a checkpoint that holds trained parts alone."""
+    from transformers_minigpt4.hub.merge import merge_checkpoint
+
+    merge_checkpoint(source, output, dtype)
+    typer.echo(f"full model in {output}", err=True)
+
+
+app.command(cls=_Command)(push)
 
 
 def _version(package: str) -> str:

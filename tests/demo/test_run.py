@@ -21,25 +21,33 @@ def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo")
     screen = io.StringIO()
     console = Console(file=screen, width=120)
-    results = run_demo(folder, stage_1_steps=6, stage_2_steps=6, held_out_pictures=6, console=console)
+    results = run_demo(folder, stage_1_steps=30, stage_2_steps=70, held_out_pictures=40, console=console)
     return folder, results, screen.getvalue()
 
 
 def test_files(finished):
     folder, results, _ = finished
     written = json.loads((folder / "results.json").read_text())
-    assert len(written.pop("descriptions")) == 6
+    assert len(written.pop("descriptions")) == 40
     assert written == json.loads(json.dumps(results))
     assert Image.open(folder / "contact_sheet.png").size[0] > 600
-    assert len(list((folder / "pictures").glob("*.png"))) == 6
+    assert len(list((folder / "pictures").glob("*.png"))) == 12
     assert not [path for path in folder.iterdir() if path.name.startswith(".")]
 
 
 def test_screen(finished):
     _, results, screen = finished
     assert list(results["shares"]) == ["before training", "after stage 1", "after stage 2"]
-    for text in ("stage 1: step 6/6", "stage 2: step 6/6", "colour", "off-topic", "after stage 2"):
+    for text in ("stage 1: step 30/30", "stage 2: step 70/70", "colour", "off-topic", "after stage 2"):
         assert text in screen
+
+
+def test_training_helps(finished):
+    """A quarter of the demo's steps; the whole reaches 98 to 99 % of the attributes and no failed outputs."""
+    before, _, after = finished[1]["shares"].values()
+    assert before["attributes"] < 0.4
+    assert after["attributes"] > 0.8
+    assert after["failed"] < 0.3 < before["failed"]
 
 
 def test_only_the_projection_has_changed(finished):
@@ -108,3 +116,12 @@ def test_impossible_number_of_steps(tmp_path):
 def test_contact_sheet_needs_one_list_per_picture(tmp_path):
     with pytest.raises(ValueError, match="1 pictures and 0"):
         save_contact_sheet(tmp_path / "sheet.png", [Image.new("RGB", (8, 8))], [])
+
+
+def test_foreign_folder_is_left_alone(tmp_path):
+    mine = tmp_path / "checkpoint" / "notes.txt"
+    mine.parent.mkdir()
+    mine.write_text("mine")
+    with pytest.raises(FileExistsError, match="holds no checkpoint"):
+        run_demo(tmp_path)
+    assert mine.read_text() == "mine"

@@ -152,7 +152,8 @@ class _Handler(BaseHTTPRequestHandler):
         elif kind == "html":
             return self._send(502, b"<html>Bad gateway</html>", {"Content-Type": "text/html"})
         elif kind == "echo":
-            return self._send(403, {"error": f"forbidden for {self.headers.get('Authorization')}"})
+            message = f"forbidden for {self.headers.get('Authorization')}"
+            return self._send(403, {"error": message}, {"X-Error-Message": message})
         try:
             with hub.lock:
                 status, content, headers = self._route(path, body)

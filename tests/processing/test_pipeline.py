@@ -42,6 +42,18 @@ def test_many_pictures_in_batches_equal_one_at_a_time(pipe, pictures):
     assert pipe(pictures, batch_size=2, generate_kwargs=GREEDY) == alone
 
 
+def test_data_sets_and_generators(pipe, pictures):
+    from datasets import Dataset
+    from transformers.pipelines.pt_utils import KeyDataset
+
+    alone = [pipe(picture, generate_kwargs=GREEDY) for picture in pictures]
+    assert list(pipe((picture for picture in pictures), generate_kwargs=GREEDY)) == alone
+    rows = Dataset.from_dict({"image": pictures})
+    assert list(pipe(KeyDataset(rows, "image"), batch_size=2, generate_kwargs=GREEDY)) == alone
+    asked = pipe({"images": pictures[0], "text": "<ImageHere> a"}, generate_kwargs=GREEDY)
+    assert asked[0]["input_text"] == "<ImageHere> a"
+
+
 def test_chat(pipe, pictures):
     content = [{"type": "image", "image": pictures[0]}, {"type": "text", "text": "Describe this image in detail."}]
     chat = [{"role": "user", "content": content}]

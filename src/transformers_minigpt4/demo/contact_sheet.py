@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 _SCALE = 3  # pictures are enlarged this much, without smoothing
 _MARGIN = 12
 _LINE = 17
-_CHARACTERS = 62  # of one line of text
+_CHARACTERS = 72  # of one line of text
 _TEXT_WIDTH = 460
 _INK = (25, 25, 25)
 _MUTED = (120, 120, 120)

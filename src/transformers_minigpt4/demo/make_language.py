@@ -1,7 +1,6 @@
 """Trains the demo's tokenizer and language model, ahead of time and on text alone."""
 
 import json
-import math
 import random
 import string
 from dataclasses import dataclass
@@ -21,9 +20,11 @@ from tokenizers import (
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from .make_vision import NUM_QUERY_TOKENS, warmup_cosine
 from .scoring import right_attributes
 from .texts import (
     DETAIL_PROMPTS,
+    IMAGE_TOKEN,
     INSTRUCTIONS,
     QUESTIONS,
     SHORT_PROMPT,
@@ -37,8 +38,6 @@ from .texts import (
 from .world import Thing, held_out_things, training_things
 
 
-IMAGE_TOKEN = "<ImageHere>"
-NUM_SLOTS = 8
 VOCABULARY = 760
 # Words of other texts that may stand in a list and mean nothing in it.
 _FILLERS = ("the", "image", "picture", "there", "it", "is", "this", "that", "of", "in", "shows", "which", "can", "and")
@@ -153,7 +152,7 @@ class Writer:
     def slots(self, words: list[str]) -> list[int]:
         """Words in any order, the places left over filled with repetitions and with pieces that mean nothing here."""
         ids = [self.encode(word)[0] for word in words]
-        while len(ids) < NUM_SLOTS:
+        while len(ids) < NUM_QUERY_TOKENS:
             filler = self.rng.random() < 0.4
             ids.append(
                 self.rng.randrange(259, len(self.tokenizer) - 1) if filler else self.encode(self.rng.choice(words))[0]
@@ -253,7 +252,7 @@ def train_language(
     forms = [writer.caption, writer.instruction, writer.instruction, writer.chat]
     things = training_things()
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01, betas=(0.9, 0.98))
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _warmup_cosine(step, 100, steps))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_cosine(step, 100, steps))
     for step in range(steps):
         form = forms[step % len(forms)]
         rows = collate([form(rng.choice(things)) for _ in range(batch)])
@@ -269,12 +268,6 @@ def train_language(
         if (step + 1) % 500 == 0 or step + 1 == steps:
             print(f"language step {step + 1}: held-out {describe_lists(model, tokenizer, seed)}", flush=True)
     return model.eval()
-
-
-def _warmup_cosine(step: int, warmup: int, steps: int) -> float:
-    if step < warmup:
-        return (step + 1) / warmup
-    return 0.02 + 0.49 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
 @torch.no_grad()

@@ -97,7 +97,7 @@ def train_vision(
         embeddings.position_embedding.normal_(std=embeddings.patch_embedding(normalise(pixels[:64])).std().item())
     parameters = [*parts.parameters(), *heads.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _warmup_cosine(step, 200, steps))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_cosine(step, 200, steps))
     for step in range(steps):
         rows = torch.tensor([rng.randrange(pool) for _ in range(batch)])
         images = normalise(pixels[rows].float() * (1 + 0.06 * torch.randn(batch, 3, 1, 1)))
@@ -121,7 +121,8 @@ def train_vision(
     return parts.eval()
 
 
-def _warmup_cosine(step: int, warmup: int, steps: int) -> float:
+def warmup_cosine(step: int, warmup: int, steps: int) -> float:
+    """Share of the learning rate at a step: linear warm-up, then a cosine down to 2 %."""
     if step < warmup:
         return (step + 1) / warmup
     return 0.02 + 0.49 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))

@@ -3,10 +3,10 @@
 import json
 import os
 import random
-import shutil
 import tempfile
 import time
 from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -33,14 +33,15 @@ from transformers_minigpt4 import MiniGPT4Config, MiniGPT4ForConditionalGenerati
 
 from .contact_sheet import save_contact_sheet
 from .scoring import FAILURES, failure, right_attributes, summarise
-from .texts import DETAIL_PROMPTS, INSTRUCTIONS, STAGE_2_TEMPLATE, detailed_description, web_caption
+from .texts import DETAIL_PROMPTS, IMAGE_TOKEN, INSTRUCTIONS, STAGE_2_TEMPLATE, detailed_description, web_caption
 from .world import ATTRIBUTES, IMAGE_SIZE, Thing, draw, held_out_things, training_things
 
 
+CHECKPOINTS = ("stage1", "checkpoint")  # what stage 1 and stage 2 leave
 PARTS = Path(__file__).parent / "parts"
-IMAGE_TOKEN = "<ImageHere>"
 TABLE_PROMPT = STAGE_2_TEMPLATE.format(image=IMAGE_TOKEN, text=DETAIL_PROMPTS[0])  # the paper's Table 3
-MAX_NEW_TOKENS = 100  # the longest description of the training texts has fewer
+SHOWN = 12  # pictures on the contact sheet and in `pictures/`
+MAX_NEW_TOKENS = 100  # the longest description of the training texts has 43
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class Stage:
     max_completion_tokens: int
 
 
-STAGE_1 = Stage("stage 1", 3000, 300, 32, 3e-3, 0.8, 32)
+STAGE_1 = Stage("stage 1", 3000, 200, 32, 3e-3, 0.8, 32)
 STAGE_2 = Stage("stage 2", 1200, 200, 12, 3e-3, 1 / 3, 160)
 
 
@@ -263,7 +264,7 @@ def run_demo(
 
     Raises:
         ValueError: for a number of pictures or steps that cannot be.
-        FileExistsError: when `output_dir` is a file.
+        FileExistsError: when `output_dir` is a file, or holds a folder of the same name as a checkpoint that is none.
     """
     things = held_out_things()
     if not 1 <= held_out_pictures <= len(things):
@@ -274,11 +275,18 @@ def run_demo(
     if min(stage_1_steps, stage_2_steps) < 1:
         raise ValueError(f"Got {stage_1_steps} and {stage_2_steps} steps. Each stage needs at least one.")
     output = Path(output_dir)
+    for folder in (output / name for name in CHECKPOINTS):
+        if folder.exists() and not (folder / "config.json").is_file():
+            raise FileExistsError(
+                f"{folder} exists and holds no checkpoint, so the demo will not replace it. Choose another output_dir."
+            )
     output.mkdir(parents=True, exist_ok=True)
     console = console or Console()
     verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # matrices this small gain little from a second thread, and lose much on a busy machine
     try:
         return _run(
             output,
@@ -288,6 +296,7 @@ def run_demo(
             console,
         )
     finally:
+        torch.set_num_threads(threads)
         transformers_logging.set_verbosity(verbosity)
         if bars:
             transformers_logging.enable_progress_bar()
@@ -305,15 +314,15 @@ def _run(
     console.print(f"MiniGPT-4 of the small world: {total:,} parameters, of which the projection's {trained:,} learn.")
 
     shares: dict[str, dict[str, float]] = {}
-    texts: dict[str, list[str]] = {}
+    answers: dict[str, tuple[list[str], list[bool]]] = {}
 
     def measure(state: str) -> None:
-        texts[state], ended = describe(model, processor, pictures)
-        shares[state] = summarise(texts[state], things, ended)
+        texts, ended = answers[state] = describe(model, processor, pictures)
+        shares[state] = summarise(texts, things, ended)
 
     measure("before training")
     makers = (stage_1_rows, stage_2_rows)
-    for stage, make_rows, folder in zip(stages, makers, ("stage1", "checkpoint")):
+    for stage, make_rows, folder in zip(stages, makers, CHECKPOINTS):
         rows = make_rows(min(stage.pictures, stage.steps * stage.batch_size), seed + 10)
         train_stage(model, processor, rows, stage, seed, console)
         save_checkpoint(model, processor, output / folder)
@@ -325,9 +334,10 @@ def _run(
         "prompt": TABLE_PROMPT,
         "seed": seed,
         "stages": [asdict(stage) for stage in stages],
+        "versions": {name: version(name) for name in ("torch", "transformers", "trl", "transformers_minigpt4")},
         "seconds": round(time.perf_counter() - start, 1),
     }
-    _write_outputs(output, results, things, pictures, texts)
+    _write_outputs(output, results, things, pictures, answers)
     for what, path in (
         ("checkpoint", output / "checkpoint"),
         ("contact sheet", output / "contact_sheet.png"),
@@ -353,26 +363,31 @@ def _table(shares: dict[str, dict[str, float]], count: int) -> Table:
 
 
 def _write_outputs(
-    output: Path, results: dict[str, Any], things: list[Thing], pictures: list[Picture], texts: dict[str, list[str]]
+    output: Path,
+    results: dict[str, Any],
+    things: list[Thing],
+    pictures: list[Picture],
+    answers: dict[str, tuple[list[str], list[bool]]],
 ) -> None:
     descriptions = [
-        {"shown": asdict(thing), **{state: texts[state][i] for state in texts}} for i, thing in enumerate(things)
+        {"shown": asdict(thing), **{state: texts[i] for state, (texts, _) in answers.items()}}
+        for i, thing in enumerate(things)
     ]
     scratch = output / ".results.json"
     scratch.write_text(json.dumps({**results, "descriptions": descriptions}, indent=1) + "\n", encoding="utf-8")
     os.replace(scratch, output / "results.json")
-    cells = []
-    for i, thing in enumerate(things[:12]):
-        cells.append([(_verdict(state, text[i], thing), text[i]) for state, text in texts.items()])
-    save_contact_sheet(output / "contact_sheet.png", pictures[:12], cells)
+    cells = [
+        [(_verdict(state, texts[i], thing, ended[i]), texts[i]) for state, (texts, ended) in answers.items()]
+        for i, thing in enumerate(things[:SHOWN])
+    ]
+    save_contact_sheet(output / "contact_sheet.png", pictures[:SHOWN], cells)
     folder = output / "pictures"
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
-    for thing, picture in list(zip(things, pictures))[:12]:
+    folder.mkdir(exist_ok=True)
+    for thing, picture in list(zip(things, pictures))[:SHOWN]:
         picture.save(folder / f"{'-'.join((thing.size, thing.colour, thing.shape, *thing.place.split()))}.png")
 
 
-def _verdict(state: str, text: str, thing: Thing) -> str:
+def _verdict(state: str, text: str, thing: Thing, ended: bool) -> str:
     right = sum(right_attributes(text, thing).values())
-    failed = failure(text, thing)
+    failed = failure(text, thing, ended)
     return f"{state}: {right} of 4 right{', ' + failed if failed else ''}"

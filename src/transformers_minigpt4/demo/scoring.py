@@ -11,7 +11,7 @@ Failure = Literal["repeated", "cut off", "off-topic"]
 FAILURES: tuple[Failure, ...] = ("repeated", "cut off", "off-topic")
 
 _PLACE = re.compile(rf"\b(?:({'|'.join(ROWS)}) ({'|'.join(COLUMNS)})|center)\b")
-_MIN_WORDS = 8  # the shortest description of the training texts has 14
+_MIN_WORDS = 8  # the shortest description of the training texts has 13
 
 
 def named_values(text: str) -> dict[str, set[str]]:

@@ -20,7 +20,8 @@ DETAIL_PROMPTS = (
 )
 SHORT_PROMPT = "Please describe the image shortly and precisely, in less than 20 words."
 
-# The authors' prompt formats. The image stands where `{image}` is, `<ImageHere>` for the model.
+# The authors' prompt formats. The image stands where `{image}` is.
+IMAGE_TOKEN = "<ImageHere>"
 STAGE_2_TEMPLATE = "###Human: <Img>{image}</Img> {text} ###Assistant: "
 SYSTEM = (
     "Give the following image: <Img>ImageContent</Img>. You will be able to see the image once I provide it to you. "
@@ -72,7 +73,11 @@ QUESTIONS = tuple(_QUESTIONS)
 
 
 def web_caption(thing: Thing, rng: random.Random) -> str:
-    """A short noisy caption as alternative text on the web: mostly colour and shape, seldom size, seldom place."""
+    """
+    A short noisy caption as alternative text on the web, which seldom says how large a thing is or where.
+
+    This is what stage 1 cannot teach and stage 2 adds: captions that name a place are too few to learn places from.
+    """
     named = rng.choice(("colour shape",) * 30 + ("size shape", "shape place"))
     phrase = " ".join(getattr(thing, attribute) for attribute in named.split())
     return " ".join(part for part in (rng.choice(_BEFORE), phrase, rng.choice(_AFTER)) if part)

@@ -103,8 +103,8 @@ def derive_licence(sources: Sequence[Mapping[str, Any]]) -> Licence:
     rows = ", ".join(f"{source_name(source)}: {source.get('license') or 'unknown'}" for source in sources)
     raise ValueError(
         f"cannot tell the licence of this checkpoint ({rows or 'no record of its bases'}); give it with --license, "
-        "such as llama2 for LLaMA-2, or other with --license-name and --license-link for the first LLaMA and Vicuna v0, "
-        "which are for non-commercial research"
+        "such as llama2 for LLaMA-2, or other with --license-name and --license-link for the first LLaMA and Vicuna "
+        "v0, which are for non-commercial research"
     )
 
 
@@ -312,7 +312,9 @@ def _cell(value: Any) -> str:
 
 def _run_facts(run: Mapping[str, Any]) -> dict[str, Any]:
     """What the templates show of a `run.json`, as text for tables; keys that it lacks are missing here too."""
-    facts: dict[str, Any] = {key: _cell(run[key]) for key in ("stage", "seed", "git_revision", "source", "hardware") if key in run}
+    facts: dict[str, Any] = {
+        key: _cell(run[key]) for key in ("stage", "seed", "git_revision", "source", "hardware") if key in run
+    }
     for key in ("recipe", "loss", "versions", "counts", "models", "prompts", "rules"):
         value = run.get(key)
         if isinstance(value, Mapping) and value:

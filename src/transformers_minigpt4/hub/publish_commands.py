@@ -1,13 +1,16 @@
 """The `push` subcommand of `minigpt4`: publishes a checkpoint or a data set on the Hub."""
 
+from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
+from threading import Thread
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 
 if TYPE_CHECKING:
-    from .upload import Publication
+    from .upload import Publication, Published
 
 
 INTERRUPTED = 130  # what shells report for a program ended by Ctrl-C
@@ -69,7 +72,10 @@ def push(
             _show(publication, private, revision)
             return
         try:
-            published = publish(publication, private=private, revision=revision, commit_message=message)
+            # In a thread, because huggingface_hub waits for uploads under way before it lets Ctrl-C through.
+            published = _in_thread(
+                lambda: publish(publication, private=private, revision=revision, commit_message=message)
+            )
         except KeyboardInterrupt as interrupt:
             typer.echo(
                 "minigpt4: stopped, and nothing of it is visible; run the same command again to go on", err=True
@@ -78,6 +84,20 @@ def push(
     for name in published.removed:
         typer.echo(f"removed {name}, which this {publication.repo_type} does not have", err=True)
     typer.echo(published.url)
+
+
+def _in_thread(action: "Callable[[], Published]") -> "Published":
+    """Runs `action` in a thread that does not keep the process from ending, and returns or raises what it does."""
+    outcome: Future[Published] = Future()
+
+    def run() -> None:
+        try:
+            outcome.set_result(action())
+        except BaseException as error:
+            outcome.set_exception(error)
+
+    Thread(target=run, daemon=True).start()
+    return outcome.result()
 
 
 def _show(publication: "Publication", private: bool, revision: str | None) -> None:

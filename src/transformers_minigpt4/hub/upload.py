@@ -10,10 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-import httpx2
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
-from huggingface_hub.utils import get_session
+from huggingface_hub.utils import get_session, httpx
 
 
 logger = logging.getLogger(__name__)
@@ -120,7 +119,7 @@ def publish(
 
     def commit() -> Published:
         info = api.repo_info(**names, revision=revision, timeout=timeout)
-        old = {file.rfilename for file in info.siblings or []} - set(publication.files)
+        old = {file.rfilename for file in getattr(info, "siblings", None) or []} - set(publication.files)
         stale = sorted(name for name in old if publication.replaces(name))
         removed.update(stale)
         for name, content in publication.files.items():
@@ -167,7 +166,7 @@ def _with_retries(action: Callable[[], T], repo_id: str, token: str | None, time
 @contextmanager
 def _timeouts(seconds: float) -> Iterator[None]:
     session = get_session()
-    before, session.timeout = session.timeout, httpx2.Timeout(seconds)
+    before, session.timeout = session.timeout, httpx.Timeout(seconds)
     try:
         yield
     finally:
@@ -188,7 +187,7 @@ def _is_transient(error: BaseException) -> bool:
         if isinstance(one, HfHubHTTPError):
             return one.response.status_code in _TRANSIENT_STATUS
         # A gateway's error page in place of JSON; and hf_xet raises Python's own errors.
-        if isinstance(one, (httpx2.TransportError, json.JSONDecodeError, ConnectionError, TimeoutError)):
+        if isinstance(one, (httpx.TransportError, json.JSONDecodeError, ConnectionError, TimeoutError)):
             return True
     return False
 

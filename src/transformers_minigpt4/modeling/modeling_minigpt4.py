@@ -4,6 +4,7 @@ Shapes in the comments: N images, B prompts, T positions, P patches, S tower pos
 K tokens per image, C tower width, D language-model width, V vocabulary.
 """
 
+import json
 import os
 from dataclasses import dataclass
 
@@ -117,8 +118,8 @@ class StopSequenceCriteria(StoppingCriteria):
     `eos_token_id`. transformers' `stop_strings` would need the tokenizer at every call of `generate`.
     """
 
-    def __init__(self, stop_sequences: list[list[int]]):
-        self.stop_sequences = [torch.tensor(sequence) for sequence in stop_sequences]
+    def __init__(self, stop_sequences: list[list[int]], device: torch.device | None = None):
+        self.stop_sequences = [torch.tensor(sequence, device=device) for sequence in stop_sequences]
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs) -> torch.BoolTensor:
         done = torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
@@ -161,6 +162,16 @@ class MiniGPT4PreTrainedModel(PreTrainedModel):
         """
         wants_info = kwargs.pop("output_loading_info", False)
         name, config = pretrained_model_name_or_path, kwargs.get("config")
+        if (
+            name is not None
+            and config is None
+            and os.path.isfile(adapter := os.path.join(name, "adapter_config.json"))
+        ):
+            # Auto classes have looked up the base of a PEFT adapter already.
+            with open(adapter, encoding="utf-8") as file:
+                base = json.load(file)["base_model_name_or_path"]
+            kwargs["adapter_kwargs"] = {**(kwargs.get("adapter_kwargs") or {}), "_adapter_model_path": name}
+            name = base
         hub_kwargs = {key: kwargs[key] for key in _HUB_KWARGS if key in kwargs}
         if config is None and name is not None:
             config = MiniGPT4Config.from_pretrained(name, **hub_kwargs)
@@ -486,7 +497,7 @@ class MiniGPT4ForConditionalGeneration(MiniGPT4PreTrainedModel, GenerationMixin)
         criteria = super()._get_stopping_criteria(generation_config, *args, **kwargs)
         stop_sequences = getattr(generation_config, "stop_sequences", None)
         if stop_sequences:
-            criteria.append(StopSequenceCriteria(stop_sequences))
+            criteria.append(StopSequenceCriteria(stop_sequences, self.device))
         return criteria
 
 

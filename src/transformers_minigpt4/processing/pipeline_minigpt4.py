@@ -1,8 +1,9 @@
 """The pipeline of MiniGPT-4: pictures alone, pictures with a question, or chats in; text out."""
 
-from transformers import ImageTextToTextPipeline
+from transformers import ImageTextToTextPipeline, Pipeline
 from transformers.image_utils import valid_images
 from transformers.pipelines.image_text_to_text import ReturnType
+from transformers.utils.chat_template_utils import Chat
 
 
 DEFAULT_PROMPT = "Describe this image in detail."  # first of the paper's stage-2 instructions (§3.3)
@@ -13,7 +14,8 @@ class MiniGPT4ImageToTextPipeline(ImageTextToTextPipeline):
     `image-to-text` and `image-text-to-text` for MiniGPT-4.
 
     `pipe(picture)` describes the picture with [`DEFAULT_PROMPT`] or `prompt`, and returns
-    `[{"generated_text": text}]`; a list of pictures gives a list of such lists. With `text` or a chat it behaves as
+    `[{"generated_text": text}]`; a list of pictures gives a list of such lists, and a data set or generator of
+    pictures an iterator of them. With `text` or a chat it behaves as
     [`ImageTextToTextPipeline`] does, except that a question without `<ImageHere>` is asked as a chat about its images.
 
     Building it with another model gives that model the stock pipeline, so that it can stand in the task table.
@@ -28,12 +30,12 @@ class MiniGPT4ImageToTextPipeline(ImageTextToTextPipeline):
         """The tables know this class only where the package is imported; it always fits its own pipeline."""
 
     def __call__(self, images=None, text=None, prompt: str = DEFAULT_PROMPT, **kwargs):
-        if text is None and _are_pictures(images):
-            many = isinstance(images, (list, tuple))
-            chats = [_ask(picture, prompt) for picture in (images if many else [images])]
-            answers = super().__call__(text=chats, return_full_text=False, **kwargs)
-            answers = [[{"generated_text": record["generated_text"]} for record in records] for records in answers]
-            return answers if many else answers[0]
+        if text is None and images is not None and not _is_chat(images):
+            if isinstance(images, (list, tuple)):
+                return Pipeline.__call__(self, [_about(item, prompt) for item in images], **kwargs)
+            if isinstance(images, (str, dict)) or valid_images(images):
+                return Pipeline.__call__(self, _about(images, prompt), **kwargs)
+            return Pipeline.__call__(self, (_about(item, prompt) for item in images), **kwargs)  # data set, generator
         if isinstance(text, str) and images is not None and self.processor.image_token not in text:
             pictures = images if isinstance(images, (list, tuple)) else [images]
             return super().__call__(text=_ask(*pictures, text), **kwargs)
@@ -48,13 +50,27 @@ class MiniGPT4ImageToTextPipeline(ImageTextToTextPipeline):
                 "generated_sequence": model_outputs["generated_sequence"][..., prompt_ids.shape[1] :],
                 "input_ids": prompt_ids[:, :0],
             }
+            if isinstance(model_outputs["prompt_text"], PictureAlone):
+                records = super().postprocess(model_outputs, return_type=ReturnType.NEW_TEXT, **kwargs)
+                return [{"generated_text": record["generated_text"]} for record in records]
         return super().postprocess(model_outputs, return_type=return_type, **kwargs)
 
 
-def _are_pictures(images) -> bool:
-    if isinstance(images, (list, tuple)):
-        return len(images) > 0 and all(_are_pictures(image) for image in images)
-    return isinstance(images, str) or (images is not None and valid_images(images))
+class PictureAlone(Chat):
+    """A picture that came without text, with the prompt put to it."""
+
+
+def _is_chat(inputs) -> bool:
+    """A list of messages, or of such lists."""
+    while isinstance(inputs, (list, tuple)) and inputs:
+        inputs = inputs[0]
+    return isinstance(inputs, dict) and "role" in inputs
+
+
+def _about(item, prompt: str):
+    """A picture as a chat about it; what is no picture (`{"images": …, "text": …}`) as it is."""
+    is_picture = isinstance(item, str) or valid_images(item)
+    return PictureAlone(_ask(item, prompt)) if is_picture else item
 
 
 def _ask(*parts) -> list[dict]:

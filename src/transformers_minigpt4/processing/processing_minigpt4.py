@@ -78,7 +78,8 @@ class MiniGPT4Processor(ProcessorMixin):
     def validate_inputs(self, images=None, text=None, **kwargs):
         super().validate_inputs(images=images, text=text, **kwargs)
         # The base class compares totals; a row with an image too many would hand it on to the next row.
-        if text is None or not isinstance(images, (list, tuple)) or not isinstance(images[0], (list, tuple)):
+        nested = isinstance(images, (list, tuple)) and images and isinstance(images[0], (list, tuple))
+        if text is None or not nested:
             return
         if len(images) != len(text):
             raise ValueError(

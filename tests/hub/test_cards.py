@@ -1,0 +1,169 @@
+"""Cards: valid metadata, facts of the records and nothing beside them, licences derived or asked for."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from huggingface_hub import ModelCard
+from huggingface_hub.utils import yaml_dump
+
+from transformers_minigpt4.hub.cards import Licence, derive_licence, read_sources
+from transformers_minigpt4.hub.publish import prepare
+
+
+REPO = "somebody/tiny-minigpt4"
+SOURCES = {
+    "sources": [
+        {"part": "vision tower, Q-Former", "id": "Salesforce/blip2-flan-t5-xxl", "revision": "a1b2", "license": "mit"},
+        {"part": "language model", "id": "lmsys/vicuna-7b-v1.5", "revision": "c3d4", "license": "llama2"},
+        {
+            "part": "projection",
+            "id": "/home/somebody/pretrained_minigpt4.pth",
+            "sha256": "e5f6",
+            "license": "bsd-3-clause",
+        },
+    ]
+}
+RUN = {
+    "stage": 2,
+    "seed": 42,
+    "recipe": {"learning_rate": 3e-05, "max_steps": 400, "prompts": "a | b\nc"},
+    "datasets": [{"id": "somebody/cc_sbu_align", "revision": "f00d", "rows": 3439}, "/data/mine"],
+    "loss": {"first": 2.5, "last": 1.25},
+    "versions": {"torch": "2.13.0", "transformers": "5.23.0"},
+}
+RESULTS = {
+    "tasks": {
+        "gqa": {
+            "dataset": "lmms-lab/GQA",
+            "split": "testdev",
+            "metrics": {"other": 0.5, "accuracy": 0.322},
+            "primary": "accuracy",
+            "intervals": {"accuracy": [0.31, 0.334]},
+            "samples": 12578,
+        }
+    }
+}
+
+
+@pytest.fixture
+def checkpoint(tiny_checkpoint, tmp_path) -> Path:
+    return Path(shutil.copytree(tiny_checkpoint, tmp_path / "checkpoint"))
+
+
+def card(checkpoint: Path, scratch: Path, licence: Licence | None = Licence("mit"), **records) -> ModelCard:  # noqa: B008
+    for name, record in records.items():
+        (checkpoint / f"{name}.json").write_text(json.dumps(record))
+    return ModelCard(prepare(checkpoint, REPO, scratch, licence=licence).card)
+
+
+def test_without_records(checkpoint, tmp_path):
+    made = card(checkpoint, tmp_path)
+    data = made.data.to_dict()
+    assert data == {
+        "language": ["en"],
+        "library_name": "transformers",
+        "license": "mit",
+        "pipeline_tag": "image-text-to-text",
+        "tags": ["minigpt4", "vision-language", "image-captioning", "custom_code", "arxiv:2304.10592"],
+    }
+    for heading in ("Where the weights come from", "Training", "Evaluation"):
+        assert f"## {heading}" not in made.text
+    for heading in ("Use", "The network", "Limitations", "Licence", "Citation"):
+        assert f"## {heading}" in made.text
+    assert "None" not in made.text and "{{" not in made.text and "\n\n\n" not in made.text
+    assert "holds the whole model" in made.text and "547,621 parameters, F32" in made.text
+    assert "the longer the text" in made.text and "where things are" in made.text and "2304.10592" in made.text
+
+
+def test_with_all_records(checkpoint, tmp_path):
+    made = card(checkpoint, tmp_path, None, minigpt4_sources=SOURCES, run=RUN, results=RESULTS)
+    data = made.data.to_dict()
+    assert data["license"] == "llama2"
+    assert data["base_model"] == ["Salesforce/blip2-flan-t5-xxl", "lmsys/vicuna-7b-v1.5"]
+    assert data["base_model_relation"] == "finetune"
+    assert data["datasets"] == ["somebody/cc_sbu_align"]
+    (entry,) = data["model-index"]
+    (result,) = entry["results"]
+    assert entry["name"] == "tiny-minigpt4" and result["dataset"]["type"] == "lmms-lab/GQA"
+    assert [(metric["type"], metric["value"]) for metric in result["metrics"]] == [("accuracy", 0.322), ("other", 0.5)]
+    for row in (
+        "| language model | lmsys/vicuna-7b-v1.5 | c3d4 |  | llama2 |",
+        "| projection | pretrained_minigpt4.pth |  | e5f6 | bsd-3-clause |",
+        "| somebody/cc_sbu_align | f00d | 3439 |  |",
+        "| mine |  |  |  |",
+        "| learning_rate | 3e-05 |",
+        "| prompts | a \\| b c |",
+        "| seed | 42 |",
+        "| loss, last | 1.25 |",
+        "Versions: torch 2.13.0, transformers 5.23.0.",
+        "| gqa | lmms-lab/GQA | accuracy | 0.322 | 0.31 to 0.334 | 12578 |",
+    ):
+        assert f"\n{row}\n" in made.text, row
+    assert "/home/somebody" not in made.content and "/data/" not in made.content
+    assert "\n\n\n" not in made.text
+
+
+def test_every_table_row_has_as_many_cells_as_its_head(checkpoint, tmp_path):
+    made = card(checkpoint, tmp_path, minigpt4_sources=SOURCES, run=RUN, results=RESULTS)
+    blocks = [block.splitlines() for block in made.text.split("\n\n") if block.startswith("|")]
+    assert len(blocks) == 5
+    for block in blocks:
+        assert len({line.replace("\\|", "").count("|") for line in block}) == 1, block
+
+
+@pytest.mark.parametrize(
+    ("licences", "derived"),
+    [
+        (["mit"], "mit"),
+        (["apache-2.0", "apache-2.0"], "apache-2.0"),
+        (["mit", "llama2", "bsd-3-clause"], "llama2"),
+        ([], None),
+        (["mit", None], None),
+        (["mit", "apache-2.0"], None),
+        (["llama2", "llama3"], None),
+        (["mit", "other"], None),
+    ],
+)
+def test_derived_licence(licences, derived):
+    sources = [{"id": f"a/{number}", "revision": "r", "license": licence} for number, licence in enumerate(licences)]
+    if derived is not None:
+        assert derive_licence(sources) == Licence(derived)
+        return
+    with pytest.raises(ValueError, match="--license") as refused:
+        derive_licence(sources)
+    assert all(f"a/{number}: {licence or 'unknown'}" in str(refused.value) for number, licence in enumerate(licences))
+
+
+@pytest.mark.parametrize("licence", ["", "MIT", "my licence", "a/b"])
+def test_bad_licence(licence):
+    with pytest.raises(ValueError, match="no identifier of the Hub"):
+        Licence(licence)
+
+
+def test_other_licence_needs_name_and_link():
+    with pytest.raises(ValueError, match="--license-name"):
+        Licence("other", name="mine")
+    assert yaml_dump(Licence("other", "mine", "LICENSE").metadata).count("\n") == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("run", "{", r"run\.json is not JSON"),
+        ("results", "[]", r"results\.json holds a list"),
+        ("results", '{"accuracy": 1}', 'no "tasks"'),
+        ("results", '{"tasks": {"gqa": {"metrics": {"accuracy": "high"}}}}', "accuracy of gqa is 'high'"),
+        ("minigpt4_sources", '{"sources": [{"part": "x"}]}', "each have an 'id'"),
+    ],
+)
+def test_bad_records(checkpoint, tmp_path, name, text, message):
+    (checkpoint / f"{name}.json").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        card(checkpoint, tmp_path)
+
+
+def test_sources_by_part(tmp_path):
+    (tmp_path / "minigpt4_sources.json").write_text('{"sources": {"tower": {"id": "a/b", "revision": "r"}}}')
+    assert read_sources(tmp_path) == [{"part": "tower", "id": "a/b", "revision": "r"}]
