@@ -31,7 +31,10 @@ def _fused(found: Mapping[str, Piece]) -> Piece:
     rows = sample.shape[0]
 
     def read() -> torch.Tensor:
-        parts = [found[third].read() if third in found else torch.zeros(sample.shape, dtype=sample.dtype) for third in THIRDS]
+        parts = [
+            found[third].read() if third in found else torch.zeros(sample.shape, dtype=sample.dtype)
+            for third in THIRDS
+        ]
         return torch.cat(parts)
 
     return Piece(sample.dtype, (len(THIRDS) * rows, *sample.shape[1:]), read)
@@ -60,15 +63,16 @@ def add_delta(base: Mapping[str, Piece], delta: Mapping[str, Piece], labels: tup
     """
     if base.keys() != delta.keys():
         raise ValueError(
-            f"{labels[1]} is no delta for {labels[0]}: only one of them has {shorten(sorted(base.keys() ^ delta.keys()), 6)}."
+            f"{labels[1]} is no delta for {labels[0]}: only one of them has "
+            f"{shorten(sorted(base.keys() ^ delta.keys()), 6)}."
         )
     for name in base:
         old, new = base[name].shape, delta[name].shape
         grows = name in (EMBEDDING, HEAD) and new[0] >= old[0] and new[1:] == old[1:]
         if old != new and not grows:
             raise ValueError(
-                f"{labels[1]} is no delta for {labels[0]}: {name} has shape {list(new)} and {list(old)}. Take the base of "
-                "the delta's own size and kind."
+                f"{labels[1]} is no delta for {labels[0]}: {name} has shape {list(new)} and {list(old)}. Take the "
+                "base of the delta's own size and kind."
             )
     return {name: _sum(base[name], delta[name]) for name in base}
 
@@ -132,12 +136,14 @@ def check_projection(pieces: Mapping[str, Piece], label: str, in_features: int, 
     if out_width != width:
         raise ValueError(
             f"The projection in {label} was trained for a language model that is {out_width} wide, but {language} is "
-            f"{width} wide. Vicuna 7B and LLaMA-2 7B are 4096 wide, Vicuna 13B is 5120: take the one it was trained with."
+            f"{width} wide. Vicuna 7B and LLaMA-2 7B are 4096 wide, Vicuna 13B is 5120: take the one it was trained "
+            "with."
         )
     if in_width != in_features:
         raise ValueError(
-            f"The projection in {label} takes features that are {in_width} wide, but gets {in_features}. With Q-Former "
-            "they are 768 wide, without (--qformer none) 5632, four patches of ViT-g: choose what it was trained with."
+            f"The projection in {label} takes features that are {in_width} wide, but gets {in_features}. With "
+            "Q-Former they are 768 wide, without (--qformer none) 5632, four patches of ViT-g: choose what it was "
+            "trained with."
         )
 
 

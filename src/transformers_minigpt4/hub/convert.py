@@ -4,21 +4,21 @@ import copy
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm.auto import tqdm
-from transformers import AutoTokenizer, Blip2VisionConfig, GenerationConfig
+from transformers import Blip2VisionConfig, GenerationConfig
 from transformers.core_model_loading import build_glob_alternation, revert_weight_conversion
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.modeling_utils import PreTrainedModel
 
 from ..modeling.configuration_minigpt4 import PATCHES_PER_TOKEN, MiniGPT4Config
 from ..modeling.modeling_minigpt4 import MiniGPT4ForConditionalGeneration, MiniGPT4MultiModalProjector
-from ..processing.chat_templates_minigpt4 import CHAT_TEMPLATES, VICUNA_V0
+from ..processing.chat_templates_minigpt4 import CHAT_TEMPLATES
 from ..processing.processing_minigpt4 import MiniGPT4Processor
 from . import key_maps
 from .compose import add_image_token, check_complete, check_projection, constant
@@ -106,8 +106,8 @@ def convert_checkpoint(
     source_config = vision_source_config(vision)
     if projection != FRESH and source_config is not None and not is_blip2(source_config):
         raise ValueError(
-            f"The authors' projection was trained on BLIP-2's ViT-g, but {vision} is a {source_config.model_type!r} model. "
-            f"Name a BLIP-2 or eva_vit_g.pth, or take --projection {FRESH}."
+            f"The authors' projection was trained on BLIP-2's ViT-g, but {vision} is a {source_config.model_type!r} "
+            f"model. Name a BLIP-2 or eva_vit_g.pth, or take --projection {FRESH}."
         )
     tower = open_vision_tower(vision, source_config, vision_config or {})
     language, tokenizer = open_language_model(language_model, delta)
@@ -118,7 +118,9 @@ def convert_checkpoint(
         chat_template = chat_template or _authors_template(language.config, tokenizer, language_model)
         in_features = bridge.config.hidden_size if bridge is not None else PATCHES_PER_TOKEN * tower.config.hidden_size
         width = language.config.hidden_size
-        check_projection(trained.pieces, describe_source(projection), in_features, describe_source(language_model), width)
+        check_projection(
+            trained.pieces, describe_source(projection), in_features, describe_source(language_model), width
+        )
 
     processor = MiniGPT4Processor(open_image_processor(vision, tower.config), tokenizer, chat_template=chat_template)
     config = _build_config(tower, bridge, queries, language, processor, projection_layers, projection_hidden_act)
@@ -155,10 +157,13 @@ def _check_choices(dtype: str, projection: str, projection_layers: int, chat_tem
         raise ValueError(f"dtype is {dtype!r}; choose {AUTO}, {', '.join(DTYPES)}.")
     if projection != FRESH and projection_layers != 1:
         raise ValueError(
-            f"projection_layers={projection_layers} goes with a fresh projection: the authors' checkpoints have one layer."
+            f"projection_layers={projection_layers} goes with a fresh projection: the authors' checkpoints have one "
+            "layer."
         )
     if chat_template is not None and chat_template not in CHAT_TEMPLATES and "{" not in chat_template:
-        raise ValueError(f"chat_template {chat_template!r} is neither {' nor '.join(CHAT_TEMPLATES)}, nor a Jinja template.")
+        raise ValueError(
+            f"chat_template {chat_template!r} is neither {' nor '.join(CHAT_TEMPLATES)}, nor a Jinja template."
+        )
 
 
 def _check_output(output: Path, sources: list[str | None], overwrite: bool) -> None:
@@ -168,7 +173,9 @@ def _check_output(output: Path, sources: list[str | None], overwrite: bool) -> N
         raise FileExistsError(f"{output} exists and is not empty. Name a new folder, or overwrite it (--overwrite).")
     for source in filter(None, sources):
         if output.exists() and Path(source).exists() and Path(source).resolve().is_relative_to(output.resolve()):
-            raise ValueError(f"{source} is, or lies in, the output folder {output}, which would be replaced. Name another.")
+            raise ValueError(
+                f"{source} is, or lies in, the output folder {output}, which would be replaced. Name another."
+            )
 
 
 def _open_bridge(
@@ -195,8 +202,8 @@ def _check_language_model(config: Any, tokenizer: Any, name: str) -> None:
     if config.model_type != "llama" or tokenizer.convert_tokens_to_ids("▁") in (None, tokenizer.unk_token_id):
         raise ValueError(
             f"The authors' projection speaks to Vicuna v0 or LLaMA-2-chat, but {name} is a {config.model_type!r} model"
-            f"{' with another tokenizer' if config.model_type == 'llama' else ''}. Take the language model that it was "
-            f"trained with, or --projection {FRESH}, and train it."
+            f"{' with another tokenizer' if config.model_type == 'llama' else ''}. Take the language model that it "
+            f"was trained with, or --projection {FRESH}, and train it."
         )
 
 
@@ -204,8 +211,9 @@ def _authors_template(config: Any, tokenizer: Any, name: str) -> str:
     if tokenizer.chat_template is None and (config.max_position_embeddings or 0) <= _VICUNA_V0_CONTEXT:
         return "vicuna_v0"
     raise ValueError(
-        f"{name} does not look like Vicuna v0 (it has a chat template, or more than {_VICUNA_V0_CONTEXT} positions). Say "
-        "which prompts the projection was trained with: --chat-template llama_2 for LLaMA-2-chat, vicuna_v0 for Vicuna."
+        f"{name} does not look like Vicuna v0 (it has a chat template, or more than {_VICUNA_V0_CONTEXT} positions). "
+        "Say which prompts the projection was trained with: --chat-template llama_2 for LLaMA-2-chat, vicuna_v0 for "
+        "Vicuna."
     )
 
 
@@ -223,8 +231,8 @@ def _build_config(
     rows = language.pieces[key_maps.EMBEDDING].shape[0]
     if len(tokenizer) > rows + 1:
         raise ValueError(
-            f"The tokenizer has {len(tokenizer)} tokens with the image token, but the language model {rows}: they do not "
-            "belong together. Take both from one folder."
+            f"The tokenizer has {len(tokenizer)} tokens with the image token, but the language model {rows}: they do "
+            "not belong together. Take both from one folder."
         )
     if processor.image_token_id >= rows:
         add_image_token(language.pieces)
@@ -283,8 +291,8 @@ def _choose_dtypes(model: PreTrainedModel, pieces: Mapping[str, Piece], dtype: s
     """
     The dtype of each tensor, and that of the model, which is set in its configs.
 
-    With a dtype chosen, each is stored as `from_pretrained` would hold it, so that saving a loaded model gives the same
-    bits again. With `"auto"` the model's dtype is that of the language model.
+    With a dtype chosen, each is stored as `from_pretrained` would hold it, so that saving a loaded model gives the
+    same bits again. With `"auto"` the model's dtype is that of the language model.
     """
     main = DTYPES[dtype] if dtype != AUTO else pieces[key_maps.EMBEDDING].dtype
     for config in (model.config, *(getattr(model.config, name) for name in model.config.sub_configs_defaults)):
@@ -327,8 +335,8 @@ def _check_room(folder: Path, size: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < size:
         raise OSError(
-            f"The checkpoint takes {size / 1e9:.1f} GB, but {folder.parent} has {free / 1e9:.1f} GB free. Make room, or "
-            "name a folder on another disk."
+            f"The checkpoint takes {size / 1e9:.1f} GB, but {folder.parent} has {free / 1e9:.1f} GB free. Make room, "
+            "or name a folder on another disk."
         )
 
 
@@ -371,7 +379,7 @@ def _save_sources(folder: Path, parts: list[Part], settings: Mapping[str, Any]) 
 
 
 @contextmanager
-def _appearing(output: Path, overwrite: bool):
+def _appearing(output: Path, overwrite: bool) -> Iterator[Path]:
     """A folder beside `output` that takes its name at the end, or vanishes."""
     output.parent.mkdir(parents=True, exist_ok=True)
     scratch = output.parent / f".{output.name}.{os.getpid()}.partial"

@@ -1,4 +1,3 @@
-"""Names of tensors in every released format, and what each is called in a MiniGPT-4 checkpoint: data, and a matcher."""
 
 import functools
 import re
@@ -77,7 +76,9 @@ class KeyMap:
         used = {key: target for key, target in targets.items() if target is not None}
         twice = sorted(target for target, count in Counter(used.values()).items() if count > 1)
         if twice:
-            raise ValueError(f"{where} holds several tensors for the same place: {shorten(twice)}. Remove one of them.")
+            raise ValueError(
+                f"{where} holds several tensors for the same place: {shorten(twice)}. Remove one of them."
+            )
         return used
 
 

@@ -106,8 +106,8 @@ def open_vision_tower(name: str, source_config: PreTrainedConfig | None, changes
     config = getattr(source_config, "vision_config", None) or source_config
     if not hasattr(config, "patch_size") or getattr(config, "image_size", None) is None:
         raise ValueError(
-            f"{name} is a {source_config.model_type!r} model without a vision tower that takes images of one size. Name a "
-            "BLIP-2 such as Salesforce/blip2-flan-t5-xxl, eva_vit_g.pth, or a tower such as SigLIP-2."
+            f"{name} is a {source_config.model_type!r} model without a vision tower that takes images of one size. "
+            "Name a BLIP-2 such as Salesforce/blip2-flan-t5-xxl, eva_vit_g.pth, or a tower such as SigLIP-2."
         )
     for key, value in changes.items():
         setattr(config, key, value)
@@ -138,8 +138,8 @@ def _eva_config(weights: Weights, changes: Mapping[str, Any]) -> Blip2VisionConf
     missing = [key for key in needed if key not in weights.entries]
     if missing:
         raise ValueError(
-            f"{weights.label} has no {shorten(missing)}: it is not EVA-CLIP's eva_vit_g.pth. Other towers are taken from "
-            "folders or Hub ids in transformers format."
+            f"{weights.label} has no {shorten(missing)}: it is not EVA-CLIP's eva_vit_g.pth. Other towers are taken "
+            "from folders or Hub ids in transformers format."
         )
     shapes = {key: weights.entries[key].shape for key in needed}
     width, patch = shapes["cls_token"][-1], shapes["patch_embed.proj.weight"][-1]
@@ -149,8 +149,8 @@ def _eva_config(weights: Weights, changes: Mapping[str, Any]) -> Blip2VisionConf
         depth = _VIT_G_BLOCKS  # whether or not the fortieth was cut off
     elif "num_attention_heads" not in changes:
         raise ValueError(
-            f"{weights.label} is {width} wide, not {_VIT_G_WIDTH} like ViT-g, and no tensor tells the number of attention "
-            "heads. Pass vision_config={'num_attention_heads': …}."
+            f"{weights.label} is {width} wide, not {_VIT_G_WIDTH} like ViT-g, and no tensor tells the number of "
+            "attention heads. Pass vision_config={'num_attention_heads': …}."
         )
     values = {
         "hidden_size": width,
@@ -224,12 +224,14 @@ def _lavis_qformer_config(weights: Weights, changes: Mapping[str, Any]) -> Blip2
     needed = ("query_tokens", layer + "0.intermediate_query.dense.weight", layer + "0.crossattention.self.key.weight")
     missing = [key for key in needed if key not in weights.entries]
     if missing:
-        raise ValueError(f"{weights.label} has no {shorten(missing)}: it is not BLIP-2's blip2_pretrained_flant5xxl.pth.")
+        raise ValueError(
+            f"{weights.label} has no {shorten(missing)}: it is not BLIP-2's blip2_pretrained_flant5xxl.pth."
+        )
     width = weights.entries["query_tokens"].shape[-1]
     if width != _BERT_WIDTH and "num_attention_heads" not in changes:
         raise ValueError(
-            f"{weights.label} is {width} wide, not {_BERT_WIDTH} like BLIP-2's Q-Former, and no tensor tells the number of "
-            "attention heads. Pass qformer_config={'num_attention_heads': …}."
+            f"{weights.label} is {width} wide, not {_BERT_WIDTH} like BLIP-2's Q-Former, and no tensor tells the "
+            "number of attention heads. Pass qformer_config={'num_attention_heads': …}."
         )
     layers = _count(weights.keys, re.escape(layer) + r"(\d+)\..*")
     crossed = sorted(n for n in range(layers) if f"{layer}{n}.crossattention.self.key.weight" in weights.entries)
@@ -268,13 +270,14 @@ def open_language_model(name: str, delta: str | None) -> tuple[Part, Any]:
     """
     if delta is None and "-delta-v" in Path(split_revision(name)[0]).name:
         raise ValueError(
-            f"{name} is a delta by its name, which is no language model before its base is added. Name the LLaMA that it "
-            "belongs to as language model and this as delta."
+            f"{name} is a delta by its name, which is no language model before its base is added. Name the LLaMA that "
+            "it belongs to as language model and this as delta."
         )
     config = _config(delta or name)
     if config.is_encoder_decoder or not hasattr(config, "vocab_size"):
         raise ValueError(
-            f"{name} is a {config.model_type!r} model, not a decoder-only language model. Name one such as Vicuna or Qwen3."
+            f"{name} is a {config.model_type!r} model, not a decoder-only language model. Name one such as Vicuna or "
+            "Qwen3."
         )
     if getattr(config, "quantization_config", None):
         raise ValueError(f"{name} is quantised. Take the unquantised weights; quantise when loading instead.")
@@ -294,9 +297,9 @@ def open_tokenizer(name: str) -> Any:
     """
     The tokenizer of a folder or Hub id.
 
-    The first conversions of LLaMA, and the Vicunas made of them, have special tokens that are empty, or `</s>` for all,
-    or name a class that no longer exists. transformers then fails or tokenises in another way. LLaMA's own special
-    tokens take their place.
+    The first conversions of LLaMA, and the Vicunas made of them, have special tokens that are empty, or `</s>` for
+    all, or name a class that no longer exists. transformers then fails or tokenises in another way. LLaMA's own
+    special tokens take their place.
     """
     source, revision = split_revision(name)
     if find_file(source, "tokenizer.model", revision) is None or not _is_broken(source, revision):
@@ -326,6 +329,8 @@ def open_projection(name: str) -> Part:
         OSError, ValueError: for a file that cannot be read or is none of theirs.
     """
     if not Path(name).is_file():
-        raise OSError(f"There is no file {name}. Name an authors' checkpoint, such as pretrained_minigpt4_7b.pth, or {FRESH}.")
+        raise OSError(
+            f"There is no file {name}. Name an authors' checkpoint, such as pretrained_minigpt4_7b.pth, or {FRESH}."
+        )
     weights = _open(name, key_maps.AUTHORS_PROJECTION)
     return Part(None, mapped(weights, key_maps.AUTHORS_PROJECTION), [("projection", weights, None)])

@@ -21,9 +21,8 @@ from transformers.utils import (
     WEIGHTS_INDEX_NAME,
     WEIGHTS_NAME,
     cached_file,
-    cached_files,
 )
-from transformers.utils.hub import extract_commit_hash
+from transformers.utils.hub import cached_files, extract_commit_hash
 
 from .key_maps import shorten
 
@@ -130,7 +129,9 @@ def _read(entry: Entry) -> torch.Tensor:
         while done < len(buffer):
             count = file.readinto(buffer[done:])
             if not count:
-                raise OSError(f"{entry.path} ends in the middle of a tensor. It is truncated: download or copy it again.")
+                raise OSError(
+                    f"{entry.path} ends in the middle of a tensor. It is truncated: download or copy it again."
+                )
             done += count
     return tensor
 
@@ -235,7 +236,9 @@ def unwrap(loaded: Any, path: Path) -> dict[str, torch.Tensor]:
     return state
 
 
-def open_weights(source: str, revision: str | None = None, wanted: Callable[[str], bool] = lambda key: True) -> Weights:
+def open_weights(
+    source: str, revision: str | None = None, wanted: Callable[[str], bool] = lambda key: True
+) -> Weights:
     """
     Opens the weights of a file, a folder or a repository of the Hub.
 
@@ -259,8 +262,8 @@ def open_weights(source: str, revision: str | None = None, wanted: Callable[[str
         if path is not None:
             return _open_shards(source, path, revision, wanted)
     raise OSError(
-        f"{label} holds no weights in a format of transformers ({SAFE_WEIGHTS_NAME}, {WEIGHTS_NAME}, or either with an "
-        "index). Check the path; weights in Meta's own format have to be converted by transformers first."
+        f"{label} holds no weights in a format of transformers ({SAFE_WEIGHTS_NAME}, {WEIGHTS_NAME}, or either with "
+        "an index). Check the path; weights in Meta's own format have to be converted by transformers first."
     )
 
 
@@ -384,10 +387,10 @@ def _chunks(tensor: torch.Tensor, dtype: torch.dtype, name: str) -> Iterator[mem
     flat = tensor.reshape(-1)
     for part in flat.split(max(1, _CHUNK_BYTES // flat.element_size())):
         converted = part.to(dtype)
-        if dtype == torch.float16 and part.dtype != dtype:
-            if bool((torch.isinf(converted) & torch.isfinite(part)).any()):
-                raise ValueError(
-                    f"{name} holds values up to {part.abs().max().item():.3g}, but float16 ends at 65504. Choose bfloat16 or "
-                    "float32."
-                )
+        narrowed = dtype == torch.float16 and part.dtype != dtype
+        if narrowed and bool((torch.isinf(converted) & torch.isfinite(part)).any()):
+            raise ValueError(
+                f"{name} holds values up to {part.abs().max().item():.3g}, but float16 ends at 65504. Choose "
+                "bfloat16 or float32."
+            )
         yield _bytes(converted)
