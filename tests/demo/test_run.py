@@ -8,10 +8,11 @@ import torch
 from PIL import Image
 from rich.console import Console
 from safetensors.torch import load_file
+from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from transformers_minigpt4 import MiniGPT4ForConditionalGeneration, MiniGPT4Processor
 from transformers_minigpt4.demo.contact_sheet import save_contact_sheet
-from transformers_minigpt4.demo.run import Collator, build_model, describe, run_demo, stage_1_rows, stage_2_rows
+from transformers_minigpt4.demo.run import build_model, describe, run_demo, stage_1_rows, stage_2_rows
 from transformers_minigpt4.demo.scoring import named_values
 from transformers_minigpt4.demo.world import Thing, is_held_out
 
@@ -80,26 +81,27 @@ def test_rows_hold_no_held_out_combination(make_rows):
     assert make_rows(64, 0)["completion"][:] == rows["completion"][:]
 
 
-def test_loss_falls_on_the_completion_alone():
+def test_rows_give_the_models_forms():
+    """What TRL's collator makes of the rows: `<s>` once, loss on the completion alone, no prompt in stage 1."""
     _, processor = build_model()
-    batch = Collator(processor, 160)([stage_2_rows(3, 0)[i] for i in range(3)])
-    assert batch["pixel_values"].shape == (3, 3, 64, 64)
-    for i, row in enumerate(stage_2_rows(3, 0)):
-        learned = batch["input_ids"][i][batch["labels"][i] != -100]
-        assert processor.tokenizer.decode(learned) == row["completion"]
-        assert (batch["input_ids"][i] == processor.image_token_id).sum() == 8
-        assert batch["input_ids"][i][0] == processor.tokenizer.bos_token_id
-    batch = Collator(processor, 5)([stage_2_rows(1, 0)[0]])
-    assert (batch["labels"] != -100).sum() == 5
+    collator = DataCollatorForVisionLanguageModeling(processor, completion_only_loss=True)
+    for rows in (stage_1_rows(3, 0), stage_2_rows(3, 0)):
+        batch = collator([rows[i] for i in range(3)])
+        assert batch["pixel_values"].shape == (3, 3, 64, 64)
+        for i, row in enumerate(rows):
+            learned = batch["input_ids"][i][batch["labels"][i] != -100]
+            assert processor.tokenizer.decode(learned) == row["completion"]
+            assert (batch["input_ids"][i] == processor.image_token_id).sum() == 8
+            assert batch["input_ids"][i].tolist().count(processor.tokenizer.bos_token_id) == 1
+    tokens = processor.tokenizer.convert_ids_to_tokens(collator([stage_1_rows(1, 0)[0]])["input_ids"][0])
+    assert tokens[:9] == ["<s>", *["<ImageHere>"] * 8] and tokens[-1] == "<0x0A>"
 
 
-def test_captions_come_without_prompt():
+@pytest.mark.parametrize("make_rows,limit", [(stage_1_rows, 32), (stage_2_rows, 160)])
+def test_completions_are_within_the_papers_limits(make_rows, limit):
     _, processor = build_model()
-    row = stage_1_rows(1, 0)[0]
-    batch = Collator(processor, 32)([row])
-    tokens = processor.tokenizer.convert_ids_to_tokens(batch["input_ids"][0])
-    assert tokens[:9] == ["<s>", *["<ImageHere>"] * 8]
-    assert tokens[-1] == "<0x0A>"
+    ids = processor.tokenizer(make_rows(200, 0)["completion"][:], add_special_tokens=False)["input_ids"]
+    assert max(map(len, ids)) <= limit
 
 
 @pytest.mark.parametrize("count", [0, 174])

@@ -39,6 +39,7 @@ from .world import ATTRIBUTES, IMAGE_SIZE, Thing, draw, held_out_things, trainin
 
 CHECKPOINTS = ("stage1", "checkpoint")  # what stage 1 and stage 2 leave
 PARTS = Path(__file__).parent / "parts"
+BOS = "<s>"  # in the prompts, because TRL adds no special tokens to them
 TABLE_PROMPT = STAGE_2_TEMPLATE.format(image=IMAGE_TOKEN, text=DETAIL_PROMPTS[0])  # the paper's Table 3
 SHOWN = 12  # pictures on the contact sheet and in `pictures/`
 MAX_NEW_TOKENS = 100  # the longest description of the training texts has 43
@@ -54,11 +55,10 @@ class Stage:
     batch_size: int
     learning_rate: float
     final_rate: float  # the cosine's end, as a share of `learning_rate`: 8e-5 / 1e-4 and 1e-5 / 3e-5 in the recipe
-    max_completion_tokens: int
 
 
-STAGE_1 = Stage("stage 1", 3000, 200, 32, 3e-3, 0.8, 32)
-STAGE_2 = Stage("stage 2", 1200, 200, 12, 3e-3, 1 / 3, 160)
+STAGE_1 = Stage("stage 1", 3000, 200, 32, 3e-3, 0.8)
+STAGE_2 = Stage("stage 2", 1200, 200, 12, 3e-3, 1 / 3)
 
 
 def build_model(seed: int = 0) -> tuple[MiniGPT4ForConditionalGeneration, MiniGPT4Processor]:
@@ -76,6 +76,8 @@ def build_model(seed: int = 0) -> tuple[MiniGPT4ForConditionalGeneration, MiniGP
         num_query_tokens=query_tokens.shape[1],
         image_token_id=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
     )
+    for part in (config.vision_config, config.qformer_config, config.text_config):
+        part.name_or_path = ""  # a path of this machine, which would be saved with the checkpoint
     model = MiniGPT4ForConditionalGeneration(config)
     model.model.vision_tower.load_state_dict(vision_tower.state_dict())
     model.model.qformer.load_state_dict(qformer.state_dict())
@@ -93,14 +95,14 @@ def build_model(seed: int = 0) -> tuple[MiniGPT4ForConditionalGeneration, MiniGP
 
 def stage_1_rows(count: int, seed: int) -> Dataset:
     """Pictures with web captions and no prompt; combinations held out do not occur."""
-    return _rows(count, seed, lambda thing, rng: (IMAGE_TOKEN, web_caption(thing, rng) + "\n"))
+    return _rows(count, seed, lambda thing, rng: (BOS + IMAGE_TOKEN, web_caption(thing, rng) + "\n"))
 
 
 def stage_2_rows(count: int, seed: int) -> Dataset:
     """Pictures with one of the four instructions and a detailed description; combinations held out do not occur."""
 
     def write(thing: Thing, rng: random.Random) -> tuple[str, str]:
-        prompt = STAGE_2_TEMPLATE.format(image=IMAGE_TOKEN, text=rng.choice(INSTRUCTIONS))
+        prompt = BOS + STAGE_2_TEMPLATE.format(image=IMAGE_TOKEN, text=rng.choice(INSTRUCTIONS))
         return prompt, detailed_description(thing, rng) + "###"
 
     return _rows(count, seed, write)
@@ -116,40 +118,6 @@ def _rows(count: int, seed: int, write) -> Dataset:
         rows.append({"image": draw(thing, rng), "prompt": prompt, "completion": completion})
     features = Features({"image": Image(), "prompt": Value("string"), "completion": Value("string")})
     return Dataset.from_list(rows, features=features)
-
-
-class Collator:
-    """
-    Rows to a batch: each text segment is tokenised on its own, and the loss falls on the completion alone.
-
-    Args:
-        processor: Turns pictures and prompts into pixels and ids.
-        max_completion_tokens: Longer completions are cut.
-    """
-
-    def __init__(self, processor: MiniGPT4Processor, max_completion_tokens: int):
-        self.processor = processor
-        self.max_completion_tokens = max_completion_tokens
-
-    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        """`input_ids`, `attention_mask` and `labels` of shape `(B, T)`, right-padded, and `pixel_values`."""
-        tokenizer = self.processor.tokenizer
-        inputs = self.processor(images=[[row["image"]] for row in rows], text=[row["prompt"] for row in rows])
-        completions = tokenizer([row["completion"] for row in rows], add_special_tokens=False)["input_ids"]
-        completions = [ids[: self.max_completion_tokens] for ids in completions]
-        length = max(len(prompt) + len(ids) for prompt, ids in zip(inputs["input_ids"], completions))
-        batch = {
-            "input_ids": torch.full((len(rows), length), tokenizer.pad_token_id),
-            "attention_mask": torch.zeros((len(rows), length), dtype=torch.long),
-            "labels": torch.full((len(rows), length), -100),
-        }
-        for row, (prompt, ids) in enumerate(zip(inputs["input_ids"], completions)):
-            end = len(prompt) + len(ids)
-            batch["input_ids"][row, :end] = torch.tensor([*prompt, *ids])
-            batch["attention_mask"][row, :end] = 1
-            batch["labels"][row, len(prompt) : end] = torch.tensor(ids)
-        batch["pixel_values"] = torch.stack([torch.as_tensor(pixels) for pixels in inputs["pixel_values"]])
-        return batch
 
 
 class _Progress(TrainerCallback):
@@ -197,10 +165,7 @@ def train_stage(
             use_cpu=True,
             seed=seed,
         )
-        collator = Collator(processor, stage.max_completion_tokens)
-        trainer = SFTTrainer(
-            model, args=arguments, train_dataset=rows, data_collator=collator, processing_class=processor
-        )
+        trainer = SFTTrainer(model, args=arguments, train_dataset=rows, processing_class=processor)
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(_Progress(console, stage.name))
         trainer.train()
