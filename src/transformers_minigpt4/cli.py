@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from transformers_minigpt4.hub.commands import convert, verify
 from transformers_minigpt4.hub.publish_commands import push
 
 
@@ -328,7 +329,8 @@ def merge(
     typer.echo(f"full model in {output}", err=True)
 
 
-app.command(cls=_Command)(push)
+for command in (convert, verify, push):
+    app.command(cls=_Command)(command)
 
 
 def _version(package: str) -> str:

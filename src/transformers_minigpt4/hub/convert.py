@@ -35,7 +35,7 @@ from .parts import (
     split_revision,
     vision_source_config,
 )
-from .weights import Piece, describe_source, find_file, save_pieces
+from .weights import Piece, describe_source, find_file, flush, save_pieces
 
 
 SOURCES_FILE = "minigpt4_sources.json"
@@ -388,7 +388,7 @@ def _appearing(output: Path, overwrite: bool) -> Iterator[Path]:
     try:
         yield scratch
         for path in (*scratch.iterdir(), scratch):
-            _sync(path)
+            flush(path)
         if output.exists() and overwrite and any(output.iterdir()):
             output.rename(old)
         try:
@@ -397,7 +397,7 @@ def _appearing(output: Path, overwrite: bool) -> Iterator[Path]:
             if old.exists():
                 old.rename(output)
             raise
-        _sync(output.parent)
+        flush(output.parent)
     except OSError as error:
         if error.filename is None and error.errno is not None:
             raise OSError(error.errno, f"writing {output} failed ({error.strerror}); nothing of it is left") from error
@@ -405,14 +405,6 @@ def _appearing(output: Path, overwrite: bool) -> Iterator[Path]:
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 __all__ = ["convert_checkpoint"]

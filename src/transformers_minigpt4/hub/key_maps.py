@@ -1,4 +1,3 @@
-
 import functools
 import re
 from collections import Counter
