@@ -57,10 +57,10 @@ def test_commands_exist_with_their_options(page, command):
     """Parses each `minigpt4 …` as the program would, without running it."""
     words = shlex.split(re.split(r"[<>]", command)[0])[1:]
     group = get_command(app)
-    context = group.make_context("minigpt4", words, resilient_parsing=False)
-    name, subcommand, rest = group.resolve_command(context, [*context._protected_args, *context.args])
-    assert isinstance(subcommand, typer.core.TyperCommand)
-    subcommand.make_context(name, rest, parent=context)
+    context = group.make_context("minigpt4", words)
+    while isinstance(group, typer.core.TyperGroup):
+        name, group, words = group.resolve_command(context, [*context._protected_args, *context.args])
+        context = group.make_context(name, words, parent=context)
 
 
 @pytest.mark.parametrize("name", ["README.md", "docs/quickstart.md"])

@@ -13,7 +13,9 @@ PACKAGE = Path(transformers_minigpt4.__file__).parent
 SHIPPED = sorted(path for folder in ("modeling", "processing") for path in (PACKAGE / folder).glob("*_minigpt4.py"))
 MODULES = sorted(PACKAGE.rglob("*.py"))
 # What a process that loads the remote code has anyway: transformers, torch, and what these install.
-OUTSIDE = {"torch", "safetensors", "transformers", "tokenizers", "huggingface_hub", "PIL", "numpy"} | set(sys.stdlib_module_names)
+OUTSIDE = {"torch", "safetensors", "transformers", "tokenizers", "huggingface_hub", "PIL", "numpy"} | set(
+    sys.stdlib_module_names
+)
 
 
 def imports(path: Path) -> list[tuple[int, str, list[str]]]:
@@ -69,6 +71,23 @@ def test_nothing_imports_the_command_line():
     for path in MODULES:
         if path.name != "cli.py":
             assert not any(name.endswith(".cli") for name in own(path)), path
+
+
+def test_data_reaches_nothing_but_the_picture_loader():
+    allowed = {"transformers_minigpt4.processing.image_utils_minigpt4"}
+    for path in (PACKAGE / "data").glob("*.py"):
+        foreign = {name for name in own(path) if not name.startswith("transformers_minigpt4.data")}
+        assert foreign <= allowed, (path, foreign)
+
+
+@pytest.mark.parametrize(
+    "folder,allowed", [("hub", ("modeling", "processing")), ("training", ("modeling", "processing", "data"))]
+)
+def test_folders_import_what_stands_below_them(folder, allowed):
+    prefixes = tuple(f"transformers_minigpt4.{name}" for name in (folder, *allowed))
+    for path in (PACKAGE / folder).glob("*.py"):
+        foreign = {name for name in own(path) if name != "transformers_minigpt4" and not name.startswith(prefixes)}
+        assert not foreign, (path, foreign)
 
 
 def test_the_demo_uses_the_public_names():

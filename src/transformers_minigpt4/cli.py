@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from transformers_minigpt4.data.commands import app as data_app
 from transformers_minigpt4.hub.commands import convert, verify
 from transformers_minigpt4.hub.publish_commands import push
 
@@ -331,6 +332,10 @@ def merge(
 
 for command in (convert, verify, push):
     app.command(cls=_Command)(command)
+
+for info in data_app.registered_commands:
+    info.cls = _Command
+app.add_typer(data_app, name="data")
 
 
 def _version(package: str) -> str:

@@ -1,3 +1,5 @@
+"""Names of tensors in every released format, and what a MiniGPT-4 checkpoint calls each: data and a matcher."""
+
 import functools
 import re
 from collections import Counter

@@ -5,11 +5,12 @@ import json
 import os
 import pickle
 import zipfile
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
@@ -41,7 +42,9 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-_CHUNK_BYTES = 2**26  # written, and converted, at once
+# Read, hashed, converted and written at once: small enough to stay in the caches and in memory already mapped.
+_CHUNK_BYTES = 2**23
+_CHUNKS_AHEAD = 4
 
 
 @dataclass(frozen=True)
@@ -57,11 +60,27 @@ class Entry:
 
 @dataclass(frozen=True)
 class Piece:
-    """One tensor of the checkpoint to come; `read` brings it into memory when its turn comes."""
+    """
+    One tensor of the checkpoint to come, brought into memory when its turn comes.
+
+    Args:
+        dtype: Of the source.
+        shape: Of the tensor.
+        read: Gives the tensor.
+        stream: Gives it in flat parts, one after the other, where it need not be whole.
+    """
 
     dtype: torch.dtype
     shape: tuple[int, ...]
     read: Callable[[], torch.Tensor]
+    stream: Callable[[], Iterator[torch.Tensor]] | None = None
+
+    def parts(self) -> Iterator[torch.Tensor]:
+        """The tensor in flat parts."""
+        if self.stream is not None:
+            return self.stream()
+        flat = self.read().reshape(-1)
+        return iter(flat.split(_chunk_size(self.dtype)))
 
 
 class Weights:
@@ -93,16 +112,24 @@ class Weights:
 
     def piece(self, key: str) -> Piece:
         entry = self.entries[key]
-        return Piece(entry.dtype, tuple(entry.shape), lambda: self.read(key))
+        is_block = isinstance(entry, Entry) and entry.stride is None
+        stream = (lambda: self._hashed(key, _read_parts(entry))) if is_block else None
+        return Piece(entry.dtype, tuple(entry.shape), lambda: self.read(key), stream)
 
     def read(self, key: str) -> torch.Tensor:
         """The tensor `key`, in memory of its own."""
         entry = self.entries[key]
         tensor = _read(entry) if isinstance(entry, Entry) else entry
-        digest = hashlib.sha256(json.dumps([key, str(tensor.dtype), list(tensor.shape)]).encode())
-        digest.update(_bytes(tensor.contiguous()))
-        self._digests[key] = digest.hexdigest()
+        deque(self._hashed(key, [tensor.contiguous()]), maxlen=0)
         return tensor
+
+    def _hashed(self, key: str, parts: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
+        entry = self.entries[key]
+        digest = hashlib.sha256(json.dumps([key, str(entry.dtype), list(entry.shape)]).encode())
+        for part in parts:
+            digest.update(_bytes(part))
+            yield part
+        self._digests[key] = digest.hexdigest()
 
     def digest(self) -> str:
         """SHA-256 over name, dtype, shape and bytes of the tensors that were read, in whatever files they were."""
@@ -120,20 +147,34 @@ def _read(entry: Entry) -> torch.Tensor:
         block = _read(Entry(entry.dtype, (span,), entry.path, entry.offset))
         return block.as_strided(entry.shape, entry.stride).contiguous()
     tensor = torch.empty(entry.shape, dtype=entry.dtype)
-    if tensor.numel() == 0:
-        return tensor
-    buffer = _bytes(tensor)
     with open(entry.path, "rb", buffering=0) as file:
         file.seek(entry.offset)
-        done = 0
-        while done < len(buffer):
-            count = file.readinto(buffer[done:])
-            if not count:
-                raise OSError(
-                    f"{entry.path} ends in the middle of a tensor. It is truncated: download or copy it again."
-                )
-            done += count
+        _fill(tensor, file)
     return tensor
+
+
+def _read_parts(entry: Entry) -> Iterator[torch.Tensor]:
+    left = torch.Size(entry.shape).numel()
+    with open(entry.path, "rb", buffering=0) as file:
+        file.seek(entry.offset)
+        while left:
+            part = torch.empty(min(left, _chunk_size(entry.dtype)), dtype=entry.dtype)
+            _fill(part, file)
+            left -= part.numel()
+            yield part
+
+
+def _fill(tensor: torch.Tensor, file: BinaryIO) -> None:
+    buffer, done = _bytes(tensor), 0
+    while done < len(buffer):
+        count = file.readinto(buffer[done:])  # type: ignore[attr-defined]
+        if not count:
+            raise OSError(f"{file.name} ends in the middle of a tensor. It is truncated: download or copy it again.")
+        done += count
+
+
+def _chunk_size(dtype: torch.dtype) -> int:
+    return max(1, _CHUNK_BYTES // dtype.itemsize)
 
 
 def read_file(path: Path) -> Mapping[str, Entry | torch.Tensor]:
@@ -321,7 +362,7 @@ def save_pieces(
     """
     Writes tensors as `model.safetensors`, or as shards with an index.
 
-    Reading and hashing one tensor goes on while the one before is written.
+    Reading and hashing goes on while what was read before is written.
 
     Args:
         folder: An existing folder.
@@ -347,10 +388,11 @@ def save_pieces(
             ordered = sorted(names, key=lambda name: -shapes[name].element_size())
             with open(folder / filename, "wb") as file:
                 file.write(_header({name: shapes[name] for name in ordered}))
-                for name, tensor in _read_ahead(ordered, pieces):
-                    for chunk in _chunks(tensor, dtypes[name], name):
-                        file.write(chunk)
-                        progress(len(chunk))
+                parts = ((name, part) for name in ordered for part in pieces[name].parts())
+                for name, part in _read_ahead(parts):
+                    converted = _bytes(_convert(part, dtypes[name], name))
+                    file.write(converted)
+                    progress(len(converted))
             flushed.append(disk.submit(flush, folder / filename))
         for future in flushed:
             future.result()
@@ -385,25 +427,21 @@ def _header(tensors: Mapping[str, torch.Tensor]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def _read_ahead(names: list[str], pieces: Mapping[str, Piece]) -> Iterator[tuple[str, torch.Tensor]]:
+def _read_ahead(items: Iterator[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+    """The items, of which a thread makes the next few while one is in use."""
     with ThreadPoolExecutor(max_workers=1) as reader:
-        coming = reader.submit(pieces[names[0]].read)
-        for name, after in zip(names, [*names[1:], None]):
-            tensor = coming.result()
-            if after is not None:
-                coming = reader.submit(pieces[after].read)
-            yield name, tensor
+        coming = deque(reader.submit(next, items, None) for _ in range(_CHUNKS_AHEAD))
+        while (item := coming.popleft().result()) is not None:
+            coming.append(reader.submit(next, items, None))
+            yield item
 
 
-def _chunks(tensor: torch.Tensor, dtype: torch.dtype, name: str) -> Iterator[memoryview]:
-    """The bytes of `tensor` as `dtype`, in parts, so that no second copy of a large one comes about."""
-    flat = tensor.reshape(-1)
-    for part in flat.split(max(1, _CHUNK_BYTES // flat.element_size())):
-        converted = part.to(dtype)
-        narrowed = dtype == torch.float16 and part.dtype != dtype
-        if narrowed and bool((torch.isinf(converted) & torch.isfinite(part)).any()):
-            raise ValueError(
-                f"{name} holds values up to {part.abs().max().item():.3g}, but float16 ends at 65504. Choose "
-                "bfloat16 or float32."
-            )
-        yield _bytes(converted)
+def _convert(part: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
+    converted = part.to(dtype)
+    narrowed = dtype == torch.float16 and part.dtype != dtype
+    if narrowed and bool((torch.isinf(converted) & torch.isfinite(part)).any()):
+        raise ValueError(
+            f"{name} holds values up to {part.abs().max().item():.3g}, but float16 ends at 65504. Choose bfloat16 or "
+            "float32."
+        )
+    return converted

@@ -1,0 +1,1 @@
+"""Rows for training, and the sources that they come from."""

@@ -1,0 +1,52 @@
+"""The `data` subcommands of `minigpt4`: looks at sources of training rows before a run does."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+
+app = typer.Typer(help="Look at training data.", no_args_is_help=True, rich_markup_mode=None)
+
+
+@app.callback()
+def _group() -> None:
+    """Look at training data."""  # with a callback, typer keeps `check` a subcommand although it is the only one
+
+
+@app.command()
+def check(
+    sources: Annotated[
+        list[str],
+        typer.Argument(metavar="SOURCE...", help="KIND:PATH, such as wds:/data/{00000..00099}.tar; see docs/data.md."),
+    ],
+    form: Annotated[
+        Literal["stage1", "stage2", "stage2_llama2", "messages"], typer.Option(help="The form the rows must fit.")
+    ] = "stage2",
+    limit: Annotated[int, typer.Option(min=0, help="Rows to read of each source; 0 for all.")] = 1000,
+    shuffle: Annotated[bool, typer.Option("--shuffle", help="Read them in a drawn order.")] = False,
+    sheet: Annotated[
+        Path | None, typer.Option(help="PNG file for a contact sheet; of several sources, numbered ones.")
+    ] = None,
+    pictures: Annotated[int, typer.Option(min=1, help="Pictures on the contact sheet.")] = 24,
+) -> None:
+    """
+    Show what a source holds, what is wrong with it, and how long its captions are.
+
+    Pictures are decoded as in training. The exit status is 1 when a source has no usable row.
+    """
+    from .check import check_source, save_contact_sheet
+    from .sources import parse_source
+
+    empty = []
+    for number, source in enumerate([parse_source(text) for text in sources]):
+        found = check_source(source, form, limit=limit or None, shuffle=shuffle, pictures=pictures)
+        typer.echo(found.report())
+        if not found.words:
+            empty.append(str(source))
+        elif sheet is not None and found.pictures:
+            path = sheet if len(sources) == 1 else sheet.with_stem(f"{sheet.stem}-{number}")
+            save_contact_sheet(path, found.pictures)
+            typer.echo(f"  contact sheet in {path}")
+    if empty:
+        raise ValueError(f"no usable row in {', '.join(empty)}")

@@ -1,0 +1,190 @@
+"""What every reader gives, and the readers of lists of files and of Hugging Face data sets."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+import numpy as np
+import pyarrow as pa
+
+from .schema import DataError
+
+
+if TYPE_CHECKING:
+    from datasets import IterableDataset
+
+
+# As many rows as the authors' `wds.shuffle(1000)` holds. It empties at the end of each shard, so that a shard can be
+# read again from its start and give the same order.
+SHUFFLE_BUFFER = 1000
+_LISTING_SHARDS = 256  # pieces of a list, for as many data workers of all processes
+_CAPTION_COLUMNS = ("caption", "text")
+
+
+class RawRow(NamedTuple):
+    """A row as its source has it. `image` is `{"bytes", "path"}`; `caption` is `None` for several turns."""
+
+    key: str
+    images: list[dict[str, Any]]
+    caption: str | None
+    messages: list[dict[str, Any]] | None = None
+
+
+class BadRow(NamedTuple):
+    """A row that cannot be used: its kind of `problems.KINDS`, and why."""
+
+    kind: str
+    key: str
+    reason: str
+
+
+Entry = RawRow | BadRow
+
+
+class Reader(Protocol):
+    """Reads one source, shard by shard. What is wrong with a row comes as a `BadRow`, never as an exception."""
+
+    @property
+    def num_shards(self) -> int: ...
+
+    def read(self, shard: int, seed: list[int] | None) -> Iterator[Entry]:
+        """The entries of a shard, each time the same ones in the same order; `None` as seed keeps the file's order."""
+        ...
+
+    def fingerprint(self) -> str:
+        """Text that changes when the data do."""
+        ...
+
+
+def caption_row(key: str, images: list[dict[str, Any]], caption: Any) -> Entry:
+    """The row of a caption, or why there is none."""
+    if not isinstance(caption, str) or not caption.strip():
+        return BadRow("caption", key, "there is no caption" if caption is None else f"the caption is {caption!r:.40}")
+    return RawRow(key, images, caption)
+
+
+def shuffled(entries: Iterator[Entry], seed: list[int] | None, size: int = SHUFFLE_BUFFER) -> Iterator[Entry]:
+    """Entries in an order drawn with a buffer of `size`; as they come without a seed."""
+    if seed is None:
+        yield from entries
+        return
+    draw = np.random.default_rng(seed)
+    buffer: list[Entry] = []
+    for entry in entries:
+        if len(buffer) < size:
+            buffer.append(entry)
+            continue
+        place = int(draw.integers(size))
+        yield buffer[place]
+        buffer[place] = entry
+    for place in draw.permutation(len(buffer)):
+        yield buffer[place]
+
+
+class ListingReader:
+    """
+    Reads a list of picture files with texts, kept as an Arrow table that forked data workers share.
+
+    Args:
+        name: What messages call the source.
+        entries: What the list says, good or bad.
+
+    Raises:
+        DataError: for an empty list.
+    """
+
+    def __init__(self, name: str, entries: Iterator[Entry]) -> None:
+        columns: dict[str, list[str | None]] = {
+            column: [] for column in ("key", "image", "caption", "messages", "kind", "reason")
+        }
+        for entry in entries:
+            values: tuple[str | None, ...]
+            if isinstance(entry, BadRow):
+                values = (entry.key, None, None, None, entry.kind, entry.reason)
+            else:
+                image = str(entry.images[0]["path"]) if entry.images else None
+                messages = json.dumps(entry.messages) if entry.messages is not None else None
+                values = (entry.key, image, entry.caption, messages, None, None)
+            for column, value in zip(columns.values(), values):
+                column.append(value)
+        if not columns["key"]:
+            raise DataError(f"{name} lists no picture")
+        self.table = pa.table({column: pa.array(values, pa.large_string()) for column, values in columns.items()})
+        self.num_shards = min(len(self.table), _LISTING_SHARDS)
+
+    def read(self, shard: int, seed: list[int] | None) -> Iterator[Entry]:
+        size = len(self.table)
+        bounds = [size * part // self.num_shards for part in (shard, shard + 1)]
+        rows = np.arange(*bounds)
+        if seed is not None:
+            # One order of the whole list, of which each shard is a piece: only the last number of a seed is the shard.
+            rows = np.random.default_rng(seed[:-1]).permutation(size)[slice(*bounds)]
+        for row in self.table.take(pa.array(rows)).to_pylist():
+            if row["kind"] is not None:
+                yield BadRow(row["kind"], row["key"], row["reason"])
+                continue
+            images = [{"bytes": None, "path": row["image"]}] if row["image"] is not None else []
+            messages = json.loads(row["messages"]) if row["messages"] is not None else None
+            yield RawRow(row["key"], images, row["caption"], messages)
+
+    def fingerprint(self) -> str:
+        import hashlib
+
+        digest = hashlib.sha256()
+        for column in self.table.combine_chunks().columns:
+            for value in column.chunks:
+                for buffer in value.buffers():
+                    digest.update(memoryview(buffer) if buffer is not None else b"-")
+        return digest.hexdigest()
+
+
+class DatasetReader:
+    """Reads a Hugging Face data set of pictures and captions, streamed."""
+
+    def __init__(self, name: str, dataset: "IterableDataset") -> None:
+        from datasets import Image
+
+        features = dataset.features or {}
+        images = [column for column, feature in features.items() if isinstance(feature, Image)]
+        captions = [column for column in _CAPTION_COLUMNS if column in features]
+        if len(images) != 1 or not captions:
+            found = ", ".join(f"{column} ({type(feature).__name__})" for column, feature in features.items())
+            raise DataError(
+                f"{name} needs one column of pictures and a column `caption` or `text`; it has {found or 'none'}"
+            )
+        self.image, self.caption = images[0], captions[0]
+        self.id = next((column for column in ("image_id", "id", "key") if column in features), None)
+        self.name = name
+        # The pictures' own bytes: a broken one is then found row by row, and a resumed run need not decode again.
+        self.dataset = dataset.decode(False)
+        self.num_shards = self.dataset.num_shards
+
+    def read(self, shard: int, seed: list[int] | None) -> Iterator[Entry]:
+        return shuffled(self._read(shard), seed)
+
+    def _read(self, shard: int) -> Iterator[Entry]:
+        part = self.dataset.shard(num_shards=self.num_shards, index=shard)
+        number = 0
+        try:
+            # `iter` with a batch size, because plain iteration would split the shard among data workers once more.
+            for batch in part.iter(batch_size=16):
+                for place, image in enumerate(batch[self.image]):
+                    label = batch[self.id][place] if self.id is not None else number
+                    yield self._row(f"{shard}/{label}", image, batch[self.caption][place])
+                    number += 1
+        except (OSError, ValueError, RuntimeError, pa.ArrowException) as error:
+            yield BadRow("shard", f"shard {shard}", f"{type(error).__name__} after {number} rows: {error}")
+
+    def _row(self, key: str, image: dict[str, Any] | None, caption: Any) -> Entry:
+        if image is None or (image["bytes"] is None and not image["path"]):
+            return BadRow("image", key, "the row has no picture")
+        return caption_row(key, [{"bytes": image["bytes"], "path": image["path"]}], caption)
+
+    def fingerprint(self) -> str:
+        return f"{self.name} {self.num_shards} {self.dataset.features}"
+
+
+def picture(folder: Path, name: str) -> list[dict[str, Any]]:
+    """The images of a row whose picture is a file."""
+    return [{"bytes": None, "path": str(folder / name)}]

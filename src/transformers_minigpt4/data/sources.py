@@ -1,0 +1,270 @@
+"""Opens sources of rows, named in one line each, and mixes them into one stream for training."""
+
+import hashlib
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import fsspec
+from datasets import IterableDataset, interleave_datasets, load_dataset, load_from_disk
+
+from transformers_minigpt4.processing.image_utils_minigpt4 import ImageLoadError, load_image
+
+from . import listings
+from .forms import FORMS, Form, draw_instruction, render
+from .problems import Problems
+from .readers import BadRow, DatasetReader, Entry, ListingReader, Reader
+from .schema import DataError, validate_row
+from .stream import RAW_FEATURES, SourceIterable, raw_row
+from .webdataset import WebdatasetReader
+
+
+# Kinds of sources that are one file or folder listing pictures, and whether `images=` may say where these are.
+_LISTINGS: dict[str, tuple[Callable[[Path, Path | None], Iterator[Entry]], bool]] = {
+    "llava": (listings.llava, True),
+    "cc_sbu_align": (listings.cc_sbu_align, False),
+    "locnarr": (listings.localized_narratives, True),
+    "coco": (listings.coco, True),
+    "table": (listings.table, True),
+    "imagefolder": (listings.imagefolder, False),
+}
+_OPTIONS: dict[str, set[str]] = {
+    "wds": {"weight"},
+    "dataset": {"weight", "split"},
+    **{kind: {"weight", "images"} if images else {"weight"} for kind, (_, images) in _LISTINGS.items()},
+}
+KINDS = tuple(_OPTIONS)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where rows come from: `KIND:PATH`, with `::images=FOLDER`, `::split=NAME` and `::weight=NUMBER` behind it."""
+
+    kind: str
+    path: str
+    images: str | None = None
+    split: str | None = None
+    weight: float | None = None
+
+    def __str__(self) -> str:
+        options = {"images": self.images, "split": self.split, "weight": self.weight}
+        return f"{self.kind}:{self.path}" + "".join(
+            f"::{name}={value:g}" if isinstance(value, float) else f"::{name}={value}"
+            for name, value in options.items()
+            if value is not None
+        )
+
+
+def parse_source(text: str) -> Source:
+    """
+    Reads one line of a configuration, such as `wds:/data/laion/{00000..01255}.tar::weight=115`.
+
+    Raises:
+        DataError: for an unknown kind or option, an option that the kind has not, a missing path, a bad weight.
+    """
+    first, *options = str(text).split("::")
+    kind, colon, path = first.partition(":")
+    if kind not in KINDS or not colon or not path:
+        raise DataError(f"{text!r} names no source; write KIND:PATH, with KIND one of {', '.join(KINDS)}")
+    values: dict[str, Any] = {}
+    for option in options:
+        name, equals, value = option.partition("=")
+        if name not in _OPTIONS[kind] or not equals or not value:
+            raise DataError(
+                f"{option!r} in {text!r} is no option of {kind}; it has {', '.join(sorted(_OPTIONS[kind]))}"
+            )
+        if name in values:
+            raise DataError(f"{name} stands twice in {text!r}")
+        values[name] = value
+    if "weight" in values:
+        if not re.fullmatch(r"\d+(\.\d+)?", values["weight"]) or not float(values["weight"]):
+            raise DataError(f"the weight in {text!r} is a number above zero, such as 115")
+        values["weight"] = float(values["weight"])
+    return Source(kind, path, **values)
+
+
+def open_reader(source: Source) -> Reader:
+    """
+    The reader of a source; lists of pictures are read here, shards and pictures later.
+
+    Raises:
+        DataError: when there is nothing at the path, or nothing in the source's format.
+    """
+    name = str(source)
+    if source.kind == "wds":
+        return WebdatasetReader(name, source.path)
+    if source.kind == "dataset":
+        return DatasetReader(name, _open_dataset(source))
+    path = Path(source.path)
+    if not path.exists():
+        raise DataError(f"{name}: there is no {source.path}")
+    wants_folder = source.kind in ("cc_sbu_align", "imagefolder")
+    if wants_folder != path.is_dir():
+        raise DataError(f"{name}: {source.path} is {'no folder' if wants_folder else 'a folder; name the file in it'}")
+    if source.images is not None and not Path(source.images).is_dir():
+        raise DataError(f"{name}: images={source.images} is no folder")
+    if source.kind == "cc_sbu_align" and not (path / "filter_cap.json").is_file():
+        raise DataError(f"{name}: {source.path} holds no filter_cap.json")
+    read, _ = _LISTINGS[source.kind]
+    return ListingReader(name, read(path, Path(source.images) if source.images is not None else None))
+
+
+def _open_dataset(source: Source) -> IterableDataset:
+    split = source.split or "train"
+    try:
+        if os.path.isfile(os.path.join(source.path, "state.json")):  # written by save_to_disk
+            saved = load_from_disk(source.path)
+            return saved.to_iterable_dataset(num_shards=min(64, max(1, len(saved))))
+        return load_dataset(source.path, split=split, streaming=True)
+    except Exception as error:  # datasets raises a dozen kinds, which all mean that it is not to be had
+        raise DataError(f"{source}: it cannot be opened as a data set ({type(error).__name__}: {error})") from error
+
+
+class Rows(NamedTuple):
+    """A stream of rows (`schema.validate_row`), what was wrong with others, and a digest of where they come from."""
+
+    dataset: IterableDataset
+    problems: Problems
+    fingerprint: str
+
+
+class _Renderer:
+    """Turns a raw row, as a batch of one, into rows of the asked form: one, or none where that cannot be done."""
+
+    def __init__(self, form: str, seed: int, decode: bool, problems: Problems) -> None:
+        self.form, self.seed, self.decode, self.problems = form, seed, decode, problems
+
+    def __call__(self, batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        row = self.row({column: values[0] for column, values in batch.items()})
+        return {} if row is None else {column: [value] for column, value in row.items()}
+
+    def row(self, raw: dict[str, Any]) -> dict[str, Any] | None:
+        source, key = raw["source"], raw["key"]
+        try:
+            images = [_load(image) for image in raw["images"]] if self.decode else raw["images"]
+        except (ImageLoadError, OSError) as error:
+            self.problems.add(source, "picture", key, str(error))
+            return None
+        instruction = draw_instruction(self.seed, source, raw["pass"], key)
+        try:
+            row = render(self.form, images, raw["caption"], raw["messages"], instruction)
+            validate_row(row)
+        except DataError as error:
+            self.problems.add(source, "form", key, str(error))
+            return None
+        return {**row, "key": key, "source": self.problems.sources[source]}
+
+
+def _load(image: dict[str, Any]) -> Any:
+    content, path = image["bytes"], image["path"]
+    if content is None and "://" in path:  # image folders of the Hub
+        with fsspec.open(path, "rb") as file:
+            content = file.read()
+    # A Path, because as a string it might be taken for a URL or base64.
+    return load_image(content if content is not None else Path(path))
+
+
+def open_rows(
+    sources: str | Source | Sequence[str | Source],
+    form: Form,
+    *,
+    seed: int = 42,
+    shuffle: bool = True,
+    passes: int | None = None,
+    decode: bool = True,
+    min_shards: int = 1,
+    max_bad_share: float | None = 0.05,
+    bad_rows_file: str | os.PathLike | None = None,
+) -> Rows:
+    """
+    Opens one or several sources as one stream of rows.
+
+    Args:
+        sources: What [`parse_source`] reads, or its result. Several are drawn from by weight, equally without weights.
+        form: `"stage1"`, `"stage2"`, `"stage2_llama2"` (prompt and completion) or `"messages"`.
+        seed: Draws the orders, the source of each row and the instructions. Same seed and sources, same rows.
+        shuffle: Whether each pass has another order, drawn for whole lists, and for shards with a buffer.
+        passes: How often each source is read. `None` never ends, which training wants: processes then cannot run out
+            of rows at different steps. With a number and several sources, the stream ends when each has been read.
+        decode: Whether rows hold PIL images, decoded where the row is read, or `{"bytes", "path"}`.
+        min_shards: Processes times data workers, so that each has something to read. A source with fewer files is then
+            read several times side by side, each reader keeping its part.
+        max_bad_share: Share of a source's rows, or shards, that may be bad; above it, reading raises.
+        bad_rows_file: JSON Lines file to which every skipped row is appended.
+
+    Returns:
+        `Rows`: dataset, problems and fingerprint. The dataset is split by processes and data workers as any other of
+        `datasets`, and its `state_dict` resumes at the exact row.
+
+    Raises:
+        DataError: for sources that cannot be opened, or one without a single usable row.
+    """
+    chosen = _chosen(sources)
+    if form not in FORMS:
+        raise DataError(f"unknown form {form!r}; choose one of {', '.join(FORMS)}")
+    if (passes is not None and passes < 1) or min_shards < 1:
+        raise DataError(f"passes and min_shards are 1 or more, not {passes} and {min_shards}")
+    names = [str(replace(source, weight=None)) for source in chosen]
+    problems = Problems(names, max_bad_share, bad_rows_file)
+    iterables = []
+    digest = hashlib.sha256(repr(names).encode())
+    for number, source in enumerate(chosen):
+        reader = open_reader(source)
+        digest.update(reader.fingerprint().encode())
+        _check_for_a_row(reader, form, Problems([names[number]], max_bad_share, log=False))
+        iterables.append(SourceIterable(reader, number, problems, seed if shuffle else None, passes, min_shards))
+    mixed = _mix([iterable.dataset() for iterable in iterables], chosen, seed, passes)
+    renderer = _Renderer(form, seed, decode, problems)
+    dataset = mixed.map(renderer, batched=True, batch_size=1, remove_columns=list(RAW_FEATURES))
+    return Rows(dataset, problems, digest.hexdigest())
+
+
+def render_source(
+    reader: Reader, form: Form, problems: Problems, *, seed: int | None = None, limit: int | None = None
+) -> Iterator[dict[str, Any]]:
+    """The usable rows among the first `limit` of one source's only pass, in the files' order without a seed."""
+    renderer = _Renderer(form, seed or 0, True, problems)
+    rows = 0
+    for entry in SourceIterable(reader, 0, problems, seed, passes=1).entries():
+        if problems.accepts(0, entry) and (row := renderer.row(raw_row(entry, 0, 0))) is not None:
+            yield row
+        rows += not (isinstance(entry, BadRow) and entry.kind == "shard")
+        if rows == limit:
+            return
+
+
+def _chosen(sources: str | Source | Sequence[str | Source]) -> list[Source]:
+    listed = [sources] if isinstance(sources, (str, Source)) else list(sources)
+    chosen = [source if isinstance(source, Source) else parse_source(source) for source in listed]
+    if not chosen:
+        raise DataError("name at least one source")
+    if len({(source.kind, source.path, source.split) for source in chosen}) < len(chosen):
+        raise DataError(
+            f"a source is named twice among {', '.join(map(str, chosen))}; give it a larger weight instead"
+        )
+    if len({source.weight is None for source in chosen}) > 1:
+        raise DataError(f"give all sources a weight or none: {', '.join(map(str, chosen))}")
+    return chosen
+
+
+def _check_for_a_row(reader: Reader, form: Form, problems: Problems) -> None:
+    """Reads up to the first usable row, so that a run without data stops before it loads a model."""
+    if next(render_source(reader, form, problems), None) is None:
+        examples = [f"{key}: {reason}" for found in problems.examples.values() for key, reason in found[:1]]
+        raise DataError(f"no usable row in {problems.report()}; {'; '.join(examples) or 'it is empty'}")
+
+
+def _mix(streams: list[IterableDataset], chosen: list[Source], seed: int, passes: int | None) -> IterableDataset:
+    if len(streams) == 1:
+        return streams[0]
+    weights = [source.weight or 1.0 for source in chosen]
+    return interleave_datasets(
+        streams,
+        probabilities=[weight / sum(weights) for weight in weights],
+        seed=seed,
+        # An endless source never runs out; otherwise every row is to come at least once.
+        stopping_strategy="first_exhausted" if passes is None else "all_exhausted",
+    )

@@ -1,0 +1,176 @@
+"""Reads webdataset shards as `img2dataset` writes them, local or remote, and notices where one is cut short."""
+
+import glob
+import itertools
+import json
+import os
+import re
+import tarfile
+import zlib
+from collections.abc import Iterator
+from typing import Any
+
+import fsspec
+
+from .readers import BadRow, Entry, caption_row, shuffled
+from .schema import DataError
+
+
+_PICTURES = {"jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff"}
+_REMOTE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_BRACES = re.compile(r"\{([^{}]*)\}")
+
+
+class _StrictTarInfo(tarfile.TarInfo):
+    """Raises where Python's tarfile takes a damaged or missing block in the middle for the end of the archive."""
+
+    @classmethod
+    def fromtarfile(cls, tarfile_: tarfile.TarFile) -> "_StrictTarInfo":
+        try:
+            return super().fromtarfile(tarfile_)
+        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
+            raise  # the proper end mark
+        except tarfile.HeaderError as error:
+            raise tarfile.ReadError(f"the archive has no end mark where it stops ({error})") from error
+
+
+class WebdatasetReader:
+    """
+    Reads tar files of `<key>.jpg` (or another picture) and `<key>.json` with a field `caption`.
+
+    Where the JSON has no caption, `<key>.txt` gives it.
+
+    Args:
+        name: What messages call the source.
+        pattern: A tar file, a folder of them, a glob with braces such as `/data/{00000..00099}.tar`, a URL that fsspec
+            opens (`hf://datasets/…`, `https://…`, `s3://…`), also with a glob, or a data set's name on the Hub.
+
+    Raises:
+        DataError: when there is no shard.
+    """
+
+    def __init__(self, name: str, pattern: str) -> None:
+        self.shards = find_shards(pattern)
+        if not self.shards:
+            raise DataError(
+                f"{name}: no shard there; give a tar file, a folder of them or a pattern that matches some"
+            )
+
+    @property
+    def num_shards(self) -> int:
+        return len(self.shards)
+
+    def read(self, shard: int, seed: list[int] | None) -> Iterator[Entry]:
+        return shuffled(self._read(self.shards[shard]), seed)
+
+    def _read(self, url: str) -> Iterator[Entry]:
+        name = url.rsplit("/", 1)[-1]
+        read = 0
+        try:
+            for key, files in _samples(url):
+                yield _entry(f"{name}/{key}", files)
+                read += 1
+        except (OSError, tarfile.TarError, EOFError, zlib.error, ValueError) as error:
+            yield BadRow("shard", url, f"{type(error).__name__} after {read} rows: {error}")
+
+    def fingerprint(self) -> str:
+        sizes = (os.path.getsize(path) if os.path.isfile(path) else None for path in self.shards)
+        return repr(list(zip(self.shards, sizes)))
+
+
+def _samples(url: str) -> Iterator[tuple[str, dict[str, bytes | None]]]:
+    """(key, {extension: content}) of the samples of a shard, whose files lie together; `None` for one that recurs."""
+    key, files = "", dict[str, bytes | None]()
+    with (
+        fsspec.open(url, "rb") as stream,
+        tarfile.open(fileobj=stream, mode="r|*", tarinfo=_StrictTarInfo) as archive,
+    ):
+        while (member := archive.next()) is not None:
+            archive.members.clear()  # type: ignore[attr-defined]  # it would keep all of them
+            folder, base = os.path.split(member.name)
+            stem, dot, extension = base.partition(".")
+            if not member.isfile() or not stem or not dot:
+                continue
+            this = os.path.join(folder, stem)
+            if this != key and files:
+                yield key, files
+                files = {}
+            key, extension = this, extension.lower()
+            content = archive.extractfile(member)
+            files[extension] = None if extension in files or content is None else content.read()
+    if files:
+        yield key, files
+
+
+def _entry(key: str, files: dict[str, bytes | None]) -> Entry:
+    pictures = [extension for extension in files if extension in _PICTURES]
+    if None in files.values():
+        return BadRow("entry", key, "a file of this name comes twice in the shard")
+    if len(pictures) != 1:
+        return BadRow("image", key, f"{len(pictures)} pictures among {', '.join(sorted(files))}")
+    caption: Any = None
+    try:
+        if content := files.get("json"):
+            record = json.loads(content)
+            if not isinstance(record, dict):
+                return BadRow("entry", key, "the JSON is no object")
+            caption = record.get("caption")
+        if caption is None and (content := files.get("txt")):
+            caption = content.decode()
+    except ValueError as error:
+        return BadRow("entry", key, f"the text cannot be read: {error}")
+    return caption_row(key, [{"bytes": files[pictures[0]], "path": None}], caption)
+
+
+def find_shards(pattern: str) -> list[str]:
+    """
+    The tar files that a pattern names, sorted.
+
+    A plain name in a range of braces need not exist: a missing shard is a problem of the run, counted there. Of a data
+    set on the Hub named without a pattern, shards with `train` in their names are taken where there are any.
+    """
+    if not _REMOTE.match(pattern) and not os.path.exists(pattern) and _HUB_ID.fullmatch(pattern):
+        try:
+            shards = _expand_remote(f"hf://datasets/{pattern}/**/*.tar")
+        except (OSError, ValueError) as error:
+            raise DataError(
+                f"there is no {pattern!r} on this computer, and as a data set of the Hub it cannot be listed: {error}"
+            ) from error
+        return [shard for shard in shards if "train" in shard.rsplit("/", 1)[-1]] or shards
+    found: list[str] = []
+    for one in expand_braces(pattern):
+        if _REMOTE.match(one):
+            found += _expand_remote(one)
+        elif os.path.isdir(one):
+            found += glob.glob(os.path.join(glob.escape(one), "*.tar"))
+        elif glob.has_magic(one) and not os.path.exists(one):
+            found += glob.glob(one, recursive=True)
+        else:
+            found.append(one)
+    if not any(_REMOTE.match(path) or os.path.isfile(path) for path in found):
+        return []
+    return sorted(set(found))
+
+
+def _expand_remote(url: str) -> list[str]:
+    if not glob.has_magic(url):
+        return [url]
+    filesystem, path = fsspec.core.url_to_fs(url)
+    return sorted(filesystem.unstrip_protocol(found) for found in filesystem.glob(path))
+
+
+def expand_braces(pattern: str) -> list[str]:
+    """`a{1..3}b` and `a{x,y}b` as the names they stand for; a range keeps the width of its first number."""
+    pieces: list[list[str]] = []
+    for number, piece in enumerate(_BRACES.split(pattern)):
+        if number % 2 == 0:
+            pieces.append([piece])
+        elif match := re.fullmatch(r"(\d+)\.\.(\d+)", piece):
+            first, last = int(match[1]), int(match[2])
+            if first > last:
+                raise DataError(f"the range {{{piece}}} runs backwards in {pattern!r}")
+            pieces.append([f"{value:0{len(match[1])}}" for value in range(first, last + 1)])
+        else:
+            pieces.append(piece.split(","))
+    return ["".join(chosen) for chosen in itertools.product(*pieces)]
