@@ -376,3 +376,8 @@ class TestCaptionFile:
 
     def test_json_is_readable(self):
         assert to_json({"image": "a", "caption": "红\n狗"}) == '{"image": "a", "caption": "红\\n狗"}'
+
+
+def test_empty_prompt():
+    with pytest.raises(ValueError, match="prompt is empty"):
+        describe(["a.png"], None, None, prompt=" ")

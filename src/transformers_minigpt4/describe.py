@@ -156,7 +156,7 @@ def describe(
         the path or URL as given, and the number counted from 0 (`"#3"`) where the source is no text.
 
     Raises:
-        ValueError: if `batch_size` is below 1.
+        ValueError: if `batch_size` is below 1 or `prompt` empty.
 
     Example:
 
@@ -168,6 +168,8 @@ def describe(
     ...     print(record["image"], record.get("caption", "failed"))
     ```
     """
+    if not prompt.strip():
+        raise ValueError("the prompt is empty; ask something, such as 'Describe this image in detail.'")
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}, but a batch needs at least one picture; set it to 1 or more")
     return _describe(iter(sources), model, processor, prompt, batch_size, timeout, generate_kwargs)

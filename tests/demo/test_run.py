@@ -127,3 +127,10 @@ def test_foreign_folder_is_left_alone(tmp_path):
     with pytest.raises(FileExistsError, match="holds no checkpoint"):
         run_demo(tmp_path)
     assert mine.read_text() == "mine"
+
+
+def test_the_full_run_reaches_what_the_readme_says(demo_run):
+    shares = json.loads((demo_run / "results.json").read_text())["shares"]
+    before, stage_1, stage_2 = (shares[state] for state in ("before training", "after stage 1", "after stage 2"))
+    assert before["attributes"] < 0.35 and stage_2["attributes"] >= 0.95
+    assert stage_1["failed"] > stage_2["failed"] + 0.15

@@ -292,6 +292,7 @@ def test_values_that_fp16_cannot_hold(tmp_path):
     [
         ({"dtype": "int8"}, "dtype is 'int8'; choose auto, bfloat16"),
         ({"projection_layers": 3}, "goes with a fresh projection"),
+        ({"qformer": "fresh"}, "not with a fresh one"),
         ({"chat_template": "vicuna"}, "'vicuna' is neither vicuna_v0 nor llama_2"),
         ({"projection": "fresh", "projection_layers": 2}, "projection_layers is 2"),
     ],

@@ -6,8 +6,11 @@ from transformers import (
     Blip2QFormerConfig,
     Blip2VisionConfig,
     CLIPVisionConfig,
+    Gemma3Config,
     LlamaConfig,
+    Siglip2VisionConfig,
     SiglipConfig,
+    SwinConfig,
     T5Config,
 )
 
@@ -67,6 +70,11 @@ def test_qformer_takes_the_towers_width_unless_told():
         ({"image_token_id": -1}, "outside the language model's vocabulary"),
         ({"vision_config": SiglipConfig()}, "vision tower alone"),
         ({"vision_config": BertConfig()}, "has no image_size"),
+        ({"vision_config": SwinConfig()}, "no fixed sequence of patches"),
+        ({"vision_config": Siglip2VisionConfig(image_size=224)}, "no fixed sequence of patches"),
+        ({"text_config": Gemma3Config()}, "language model alone"),
+        ({"projection_layers": 3, "projection_hidden_act": "foo"}, "unknown to transformers"),
+        ({"num_query_tokens": 3000}, "3000 positions, but the language model has 2048"),
         ({"vision_config": Blip2VisionConfig(hidden_size=30, num_attention_heads=4)}, "vision_config: hidden_size=30"),
         ({"text_config": LlamaConfig(hidden_size=30, num_attention_heads=5, head_dim=6)}, "outside"),
     ],

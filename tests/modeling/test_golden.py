@@ -100,6 +100,22 @@ def test_greedy_tokens_of_chats(model, golden, golden_tensors, chat, turn):
     assert output.sequences[0, ids.shape[1] :].tolist() == record["new_token_ids"]
 
 
+@pytest.mark.parametrize("chat,turn", chat_turns())
+def test_greedy_tokens_with_repetition_penalty(model, golden, golden_tensors, chat, turn):
+    """The authors generate from embeddings, so the penalty sees the answer alone, after a stray id 0 of theirs."""
+    record = golden["cases"]["chat"][chat]["turns"][turn]
+    output = model.generate(
+        inputs_embeds=golden_tensors[f"chat.{chat}.turn{turn + 1}.inputs_embeds"],
+        do_sample=False,
+        repetition_penalty=record["repetition_penalty"],
+        min_new_tokens=12,
+        max_new_tokens=12,
+    )
+    ids = output[0].tolist()
+    same = ids.index(0) if 0 in ids else len(ids)
+    assert same >= 8 and ids[:same] == record["new_token_ids_repetition_penalty"][:same]
+
+
 def test_greedy_tokens_of_a_left_padded_batch(model, golden, golden_tensors):
     record = golden["cases"]["batch_generate"]
     output = model.generate(

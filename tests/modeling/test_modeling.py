@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from transformers import (
+    AutoConfig,
     AutoModelForImageTextToText,
     CLIPVisionConfig,
     DINOv3ViTConfig,
@@ -186,7 +187,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(model, mixed):
     assert plain.abs().sum() > 0
 
 
-def test_eager_sdpa_and_flex_agree(model, mixed, tiny_checkpoint):
+def test_eager_and_sdpa_agree_and_flex_reaches_the_decoder(model, mixed, tiny_checkpoint):
     expected = model(**mixed).logits[mixed["attention_mask"].bool()]
     for implementation in ("eager", "sdpa"):
         other = AutoModelForImageTextToText.from_pretrained(tiny_checkpoint, attn_implementation=implementation)
@@ -270,9 +271,46 @@ def test_state_dict_keys_stay_under_two_prefixes(model):
     assert {key.split(".")[0] for key in model.state_dict()} == {"model", "lm_head"}
 
 
-def test_device_map(tiny_checkpoint, mixed, model):
-    offloaded = AutoModelForImageTextToText.from_pretrained(tiny_checkpoint, device_map="auto")
+def test_device_map(tiny_checkpoint, mixed, model, tmp_path):
+    parts = ("model.vision_tower", "model.query_tokens", "model.qformer", "model.multi_modal_projector", "lm_head")
+    places = {**dict.fromkeys(parts, "cpu"), "model.language_model": "disk"}
+    offloaded = AutoModelForImageTextToText.from_pretrained(
+        tiny_checkpoint, device_map=places, offload_folder=tmp_path
+    )
+    assert offloaded.model.language_model.layers[0].mlp.up_proj.weight.is_meta
     assert torch.equal(offloaded(**mixed).logits, model(**mixed).logits)
+    assert new_ids(offloaded, mixed) == new_ids(model, mixed)
+
+
+def test_saved_half_precision_comes_back_as_it_was(tiny_checkpoint, tmp_path):
+    for dtype in (torch.float16, torch.bfloat16):
+        half = AutoModelForImageTextToText.from_pretrained(tiny_checkpoint, dtype=dtype)
+        half.save_pretrained(tmp_path / str(dtype))
+        again = AutoModelForImageTextToText.from_pretrained(tmp_path / str(dtype))
+        assert again.dtype == again.lm_head.weight.dtype == dtype
+        assert all(torch.equal(a, b) for a, b in zip(half.state_dict().values(), again.state_dict().values()))
+
+
+def test_placeholders_in_the_labels_are_not_learned(model, mixed):
+    labels = mixed["input_ids"].masked_fill(mixed["attention_mask"] == 0, -100)
+    loss = model(**mixed, labels=labels).loss
+    torch.testing.assert_close(loss, model(**mixed, labels=labels.masked_fill(labels == 1200, -100)).loss)
+    assert loss.isfinite()
+
+
+@pytest.mark.parametrize("name", ["gpt2", "opt", "bloom", "gpt_neox"])
+def test_tied_embeddings_of_any_name(name, tmp_path):
+    sizes = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    more = {"gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4}, "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32}}
+    sizes = {"vocab_size": 50} if name == "gpt2" else sizes
+    text = AutoConfig.for_model(name, tie_word_embeddings=True, **sizes, **more.get(name, {}))
+    model = MiniGPT4ForConditionalGeneration(tiny_config(text_config=text)).eval()
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+    model.save_pretrained(tmp_path)
+    again = MiniGPT4ForConditionalGeneration.from_pretrained(tmp_path)
+    ids, pixels = torch.tensor([[1, *[49] * 5, 3]]), torch.randn(1, 3, 28, 28)
+    assert torch.equal(model(ids, pixel_values=pixels).logits, again(ids, pixel_values=pixels).logits)
+    assert again.lm_head.weight is again.get_input_embeddings().weight
 
 
 def test_serving_contract(model):

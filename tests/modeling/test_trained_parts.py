@@ -250,6 +250,40 @@ def test_nothing_trained(base, tmp_path):
         model.save_pretrained(tmp_path / "parts", trained_only=True)
 
 
+def test_the_bases_own_folder(base):
+    weights = (base / "model.safetensors").read_bytes()
+    model = train(AutoModelForImageTextToText.from_pretrained(base))
+    with pytest.raises(ValueError, match="is the base itself"):
+        model.save_pretrained(base, trained_only=True)
+    assert (base / "model.safetensors").read_bytes() == weights
+
+
+def test_grown_vocabulary_would_be_lost(base, tmp_path):
+    model = train(AutoModelForImageTextToText.from_pretrained(base))
+    model.resize_token_embeddings(1210)
+    model.requires_grad_(False)
+    model.model.multi_modal_projector.requires_grad_(True)
+    with pytest.raises(ValueError, match="would lose them"):
+        model.save_pretrained(tmp_path / "parts", trained_only=True)
+
+
+def test_adapters_are_peft_s_to_save(base, tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    model = AutoModelForImageTextToText.from_pretrained(base)
+    get_peft_model(model, LoraConfig(r=2, target_modules=r".*language_model.*q_proj"))
+    with pytest.raises(ValueError, match="saved by PEFT"):
+        model.save_pretrained(tmp_path / "parts", trained_only=True)
+
+
+def test_base_class_and_foreign_options(base, tmp_path):
+    with pytest.raises(ValueError, match="has no head"):
+        AutoModel.from_pretrained(base).save_pretrained(tmp_path / "parts", trained_only=True)
+    model = train(AutoModelForImageTextToText.from_pretrained(base))
+    with pytest.raises(ValueError, match="does not go with push_to_hub"):
+        model.save_pretrained(tmp_path / "parts", trained_only=True, push_to_hub=True)
+
+
 def test_changes_that_would_be_lost(base, tmp_path):
     model = train(AutoModelForImageTextToText.from_pretrained(base))
     with torch.no_grad():

@@ -32,7 +32,8 @@ def test_a_picture_alone(pipe, pictures, tmp_path):
     pictures[0].save(path)
     answer = pipe(pictures[0], generate_kwargs=GREEDY)
     assert list(answer[0]) == ["generated_text"] and answer[0]["generated_text"]
-    assert pipe(str(path), generate_kwargs=GREEDY) == answer
+    for source in (str(path), path, path.read_bytes()):
+        assert pipe(source, generate_kwargs=GREEDY) == answer
     assert pipe(pictures[0], prompt="What is this?", generate_kwargs=GREEDY) != answer
 
 
@@ -77,7 +78,15 @@ def test_a_question_and_a_ready_prompt(pipe, pictures):
     assert ready[0]["generated_text"].startswith(prompt)
 
 
+def test_prompt_of_the_pipeline(tiny_checkpoint, pipe, pictures):
+    asking = pipeline("image-to-text", model=tiny_checkpoint, prompt="What is this?")
+    expected = pipe(pictures[0], prompt="What is this?", generate_kwargs=GREEDY)
+    assert asking(pictures[0], generate_kwargs=GREEDY) == expected
+
+
 def test_neither_picture_nor_text(pipe):
+    with pytest.raises(ValueError, match="list of pictures is empty"):
+        pipe([])
     with pytest.raises(ValueError, match="at least provide either text or images"):
         pipe()
 

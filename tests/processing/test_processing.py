@@ -2,12 +2,14 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from conftest import build_processor
 from golden_model import GOLDEN
 from PIL import Image
 from safetensors.torch import load_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoProcessor, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
@@ -273,7 +275,11 @@ def test_placeholder_in_a_users_text(processor, content):
 @pytest.mark.parametrize(
     "chat,message",
     [
-        ([], "conversation is empty"),
+        ([], "at least one message"),
+        ({"role": "user", "content": "x"}, "at least one message"),
+        (["hello"], "A message is 'hello'"),
+        ([{"role": "user", "content": ["hello"]}], "part without type"),
+        ([{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": ""}]}], "user message is empty"),
         ([{"role": "user", "content": ""}], "user message is empty"),
         ([{"role": "user", "content": []}], "user message is empty"),
         ([{"role": "assistant", "content": [{"type": "image"}]}], "takes text anywhere and images in user"),
@@ -284,6 +290,59 @@ def test_placeholder_in_a_users_text(processor, content):
 def test_bad_chats(processor, chat, message):
     with pytest.raises(Exception, match=message):
         processor.apply_chat_template(chat)
+
+
+@pytest.mark.parametrize("image", [Image.new("RGB", (0, 5)), np.zeros((0, 0, 3), dtype=np.uint8)])
+def test_image_without_a_pixel(processor, image):
+    with pytest.raises(ValueError, match="without a single pixel"):
+        processor(images=image, text="<ImageHere>")
+
+
+def test_empty_lists(processor):
+    assert set(processor(images=[[], []], text=["a", "b"])) == {"input_ids", "attention_mask"}
+    assert set(processor(images=[], text="a")) == {"input_ids", "attention_mask"}
+    with pytest.raises(ValueError, match="list of prompts is empty"):
+        processor(text=[])
+
+
+@pytest.fixture
+def byte_level_tokenizer():
+    """A byte-level BPE as Qwen and GPT-2 have it, in which `###` after a space or a full stop is one token."""
+    vocabulary = {char: i for i, char in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    merges = [("#", "#"), ("##", "#"), ("Ġ", "###"), (".", "###")]
+    for a, b in merges:
+        vocabulary.setdefault(a + b, len(vocabulary))
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|end|>", pad_token="<|end|>")
+
+
+def test_byte_level_tokenizer(byte_level_tokenizer, pictures):
+    image_processor = BlipImageProcessorPil(size={"height": 56, "width": 56})
+    processor = MiniGPT4Processor(image_processor, byte_level_tokenizer, image_seq_length=8)
+    assert processor.tokenizer.padding_side == "left"
+    config = processor.get_generation_config()
+    stops = processor.tokenizer.convert_ids_to_tokens(config.eos_token_id)
+    assert set(stops) == {"<|end|>", "###", "Ġ###", ".###"}
+    ids = processor(images=pictures[0], text="<Img><ImageHere></Img> a")["input_ids"][0]
+    assert ids.count(processor.image_token_id) == 8
+
+
+def test_several_templates_of_a_tokenizer(byte_level_tokenizer):
+    byte_level_tokenizer.chat_template = {"default": "{{ messages[0].content }}", "loud": "{{ messages[0].content }}!"}
+    processor = MiniGPT4Processor(BlipImageProcessorPil(), byte_level_tokenizer)
+    chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]}]
+    assert processor.apply_chat_template(chat) == "<Img><ImageHere></Img> What?"
+    assert processor.apply_chat_template(chat, chat_template="loud").endswith("What?!")
+
+
+def test_a_tokenizer_with_its_own_template_keeps_its_own_ids():
+    tokenizer = AutoTokenizer.from_pretrained(GOLDEN / "tokenizer")
+    expected = tokenizer.encode("<s>[INST] a [/INST]", add_special_tokens=False)
+    tokenizer.chat_template = "{{ messages[0].content }}"
+    processor = MiniGPT4Processor(BlipImageProcessorPil(), tokenizer)
+    assert processor.tokenizer.encode("<s>[INST] a [/INST]", add_special_tokens=False) == expected
 
 
 def test_missing_parts():

@@ -21,6 +21,7 @@ from ..modeling.modeling_minigpt4 import MiniGPT4ForConditionalGeneration, MiniG
 from ..processing.chat_templates_minigpt4 import CHAT_TEMPLATES
 from ..processing.processing_minigpt4 import MiniGPT4Processor
 from . import key_maps
+from .cards import SOURCES_FILE
 from .compose import add_image_token, check_complete, check_projection, constant
 from .parts import (
     FRESH,
@@ -38,7 +39,6 @@ from .parts import (
 from .weights import Piece, describe_source, find_file, flush, save_pieces
 
 
-SOURCES_FILE = "minigpt4_sources.json"
 AUTO = "auto"
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _VICUNA_V0_CONTEXT = 2048  # positions; LLaMA-2 has 4096
@@ -100,44 +100,26 @@ def convert_checkpoint(
         ValueError: for sources that are not what they should be or do not fit together, with the names of the tensors.
     """
     output = Path(output)
-    _check_choices(dtype, projection, projection_layers, chat_template)
+    _check_choices(dtype, qformer, projection, projection_layers, chat_template)
     _check_output(output, [vision, language_model, qformer, projection, delta], overwrite)
 
     source_config = vision_source_config(vision)
-    if projection != FRESH and source_config is not None and not is_blip2(source_config):
-        raise ValueError(
-            f"The authors' projection was trained on BLIP-2's ViT-g, but {vision} is a {source_config.model_type!r} "
-            f"model. Name a BLIP-2 or eva_vit_g.pth, or take --projection {FRESH}."
-        )
+    trained = _open_trained(projection, vision, source_config)
     tower = open_vision_tower(vision, source_config, vision_config or {})
     language, tokenizer = open_language_model(language_model, delta)
-    trained = open_projection(projection) if projection != FRESH else None
     bridge, queries = _open_bridge(vision, source_config, tower, qformer, trained, qformer_config or {}, seed)
     if trained is not None:
-        _check_language_model(language.config, tokenizer, language_model)
+        _check_neighbours(trained, tower, bridge, language.config, tokenizer, language_model)
         chat_template = chat_template or _authors_template(language.config, tokenizer, language_model)
-        in_features = bridge.config.hidden_size if bridge is not None else PATCHES_PER_TOKEN * tower.config.hidden_size
-        width = language.config.hidden_size
-        check_projection(
-            trained.pieces, describe_source(projection), in_features, describe_source(language_model), width
-        )
 
     processor = MiniGPT4Processor(open_image_processor(vision, tower.config), tokenizer, chat_template=chat_template)
     config = _build_config(tower, bridge, queries, language, processor, projection_layers, projection_hidden_act)
     processor.image_seq_length = config.image_seq_length
-    pieces = {**tower.pieces, **language.pieces}
-    if bridge is not None:
-        pieces.update(bridge.pieces)
-    if isinstance(tower.config, Blip2VisionConfig) and key_maps.POST_LAYERNORM + "weight" not in pieces:
-        pieces.update(_plain_layernorm(tower.config.hidden_size))
-    pieces.update(trained.pieces if trained is not None else _fresh_projection(config, seed))
-
     with torch.device("meta"):
         model = MiniGPT4ForConditionalGeneration(config)
-    pieces = _in_order(pieces, _saved_shapes(model))
-    dtypes = _choose_dtypes(model, pieces, dtype)
     model.generation_config = _generation_config(processor, language_model, delta)
-    parts = [part for part in (tower, bridge, language, trained) if part is not None]
+    pieces = _collect(model, tower, bridge, language, trained, seed)
+    dtypes = _choose_dtypes(model, pieces, dtype)
     settings = {
         "dtype": dtype,
         "projection": describe_source(projection),
@@ -148,17 +130,24 @@ def convert_checkpoint(
         _check_room(folder, sum(dtypes[name].itemsize * _numel(piece) for name, piece in pieces.items()))
         _save_weights(folder, pieces, dtypes, max_shard_size, show_progress)
         _save_rest(folder, model, processor)
-        _save_sources(folder, parts, settings)
+        _save_sources(folder, [part for part in (tower, bridge, language, trained) if part is not None], settings)
     return output
 
 
-def _check_choices(dtype: str, projection: str, projection_layers: int, chat_template: str | None) -> None:
+def _check_choices(
+    dtype: str, qformer: str | None, projection: str, projection_layers: int, chat_template: str | None
+) -> None:
     if dtype != AUTO and dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype!r}; choose {AUTO}, {', '.join(DTYPES)}.")
     if projection != FRESH and projection_layers != 1:
         raise ValueError(
             f"projection_layers={projection_layers} goes with a fresh projection: the authors' checkpoints have one "
             "layer."
+        )
+    if projection != FRESH and qformer == FRESH:
+        raise ValueError(
+            "The authors' projection goes with BLIP-2's Q-Former or with none, not with a fresh one. Take "
+            f"--projection {FRESH} too, or name a Q-Former."
         )
     if chat_template is not None and chat_template not in CHAT_TEMPLATES and "{" not in chat_template:
         raise ValueError(
@@ -197,14 +186,34 @@ def _open_bridge(
     return open_qformer(qformer, tower.config.hidden_size, changes, seed)
 
 
-def _check_language_model(config: Any, tokenizer: Any, name: str) -> None:
-    """Widths alone do not tell a LLaMA: Qwen3-8B and LLaMA-3-8B are as wide as Vicuna-7B."""
-    if config.model_type != "llama" or tokenizer.convert_tokens_to_ids("▁") in (None, tokenizer.unk_token_id):
+def _open_trained(projection: str, vision: str, source_config: Any) -> Part | None:
+    """The authors' checkpoint, or `None` for a fresh projection."""
+    if projection == FRESH:
+        return None
+    if source_config is not None and not is_blip2(source_config):
         raise ValueError(
-            f"The authors' projection speaks to Vicuna v0 or LLaMA-2-chat, but {name} is a {config.model_type!r} model"
-            f"{' with another tokenizer' if config.model_type == 'llama' else ''}. Take the language model that it "
-            f"was trained with, or --projection {FRESH}, and train it."
+            f"The authors' projection was trained on BLIP-2's ViT-g, but {vision} is a {source_config.model_type!r} "
+            f"model. Name a BLIP-2 or eva_vit_g.pth, or take --projection {FRESH}."
         )
+    return open_projection(projection)
+
+
+def _check_neighbours(
+    trained: Part, tower: Part, bridge: Part | None, language_config: Any, tokenizer: Any, language_model: str
+) -> None:
+    """Widths alone do not tell a LLaMA: Qwen3-8B and LLaMA-3-8B are as wide as Vicuna-7B."""
+    kind = language_config.model_type
+    if kind != "llama" or tokenizer.convert_tokens_to_ids("▁") in (None, tokenizer.unk_token_id):
+        raise ValueError(
+            f"The authors' projection speaks to Vicuna v0 or LLaMA-2-chat, but {language_model} is a {kind!r} model"
+            f"{' with another tokenizer' if kind == 'llama' else ''}. Take the language model that it was trained "
+            f"with, or --projection {FRESH}, and train it."
+        )
+    in_features = bridge.config.hidden_size if bridge is not None else PATCHES_PER_TOKEN * tower.config.hidden_size
+    ((_, weights, _),) = trained.sources
+    check_projection(
+        trained.pieces, weights.label, in_features, describe_source(language_model), language_config.hidden_size
+    )
 
 
 def _authors_template(config: Any, tokenizer: Any, name: str) -> str:
@@ -282,7 +291,17 @@ def _saved_shapes(model: PreTrainedModel) -> dict[str, torch.Size]:
     return {name: tensor.shape for name, tensor in revert_weight_conversion(model, state).items()}
 
 
-def _in_order(pieces: Mapping[str, Piece], shapes: Mapping[str, torch.Size]) -> dict[str, Piece]:
+def _collect(
+    model: PreTrainedModel, tower: Part, bridge: Part | None, language: Part, trained: Part | None, seed: int
+) -> dict[str, Piece]:
+    """All tensors of the model, in its order; those of the authors' checkpoint stand before others."""
+    pieces = {**tower.pieces, **language.pieces}
+    if bridge is not None:
+        pieces.update(bridge.pieces)
+    if isinstance(tower.config, Blip2VisionConfig) and key_maps.POST_LAYERNORM + "weight" not in pieces:
+        pieces.update(_plain_layernorm(tower.config.hidden_size))
+    pieces.update(trained.pieces if trained is not None else _fresh_projection(model.config, seed))
+    shapes = _saved_shapes(model)
     check_complete(pieces, shapes)
     return {name: pieces[name] for name in shapes}
 

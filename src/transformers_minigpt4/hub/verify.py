@@ -279,7 +279,7 @@ def _check_first_loss(model: Any, processor: MiniGPT4Processor) -> Check:
     ids = torch.tensor([processor.tokenizer.encode(_CAPTION + "\n", add_special_tokens=False)], device=model.device)
     row = torch.cat([inputs["input_ids"], ids], dim=1)
     labels = torch.cat([torch.full_like(inputs["input_ids"], -100), ids], dim=1)
-    loss = model(input_ids=row, pixel_values=inputs["pixel_values"], labels=labels).loss.item()
+    loss = model(input_ids=row, pixel_values=_for_tower(model, inputs["pixel_values"]), labels=labels).loss.item()
     uniform = math.log(model.config.text_config.vocab_size)
     detail = f"{loss:.2f}; knowing nothing is ln({model.config.text_config.vocab_size}) = {uniform:.2f}"
     if not math.isfinite(loss):
@@ -288,6 +288,11 @@ def _check_first_loss(model: Any, processor: MiniGPT4Processor) -> Check:
         advice = "a loss near ln(vocabulary) means that the language model's weights or dtype are broken"
         return Check("first loss", "warn", detail, advice)
     return Check("first loss", "ok", detail)
+
+
+def _for_tower(model: Any, pixels: torch.Tensor) -> torch.Tensor:
+    first = next(model.model.vision_tower.parameters())
+    return pixels.to(first.device, first.dtype)
 
 
 def _pictures() -> Iterator[Image.Image]:
@@ -307,8 +312,7 @@ def _pictures() -> Iterator[Image.Image]:
 def _check_images(model: Any, processor: MiniGPT4Processor) -> Check:
     """Compares the projected features of three pictures, pair by pair."""
     pixels = processor.image_processor(list(_pictures()), return_tensors="pt")["pixel_values"]
-    tower = next(model.model.vision_tower.parameters())
-    features = model.get_image_features(pixels.to(tower.device, tower.dtype)).pooler_output.float()  # (3, K, D)
+    features = model.get_image_features(_for_tower(model, pixels)).pooler_output.float()  # (3, K, D)
     if not bool(torch.isfinite(features).all()):
         advice = "values overflow; load with bfloat16 or float32"
         return Check("image features", "fail", "features with inf or nan", advice)

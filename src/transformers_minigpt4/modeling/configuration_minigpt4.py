@@ -5,6 +5,7 @@ from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, Blip2QFormerConfig, PreTrainedConfig
+from transformers.activations import ACT2FN
 from transformers.configuration_utils import SubConfigSpec
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -139,6 +140,20 @@ class MiniGPT4Config(PreTrainedConfig):
                     f"vision_config ({vision.model_type!r}) has no {name}. Pass the config of a vision tower alone, "
                     "such as `SiglipVisionConfig` or `model.config.vision_config` of a two-tower model."
                 )
+        if hasattr(vision, "depths") or vision.model_type == "siglip2_vision_model":
+            raise ValueError(
+                f"{vision.model_type!r} gives no fixed sequence of patches per image. Use a plain vision transformer, "
+                "such as `siglip_vision_model` (SigLIP 2 of fixed resolution is one) or `dinov3_vit`."
+            )
+        if getattr(text, "vocab_size", None) is None:
+            raise ValueError(
+                f"text_config ({text.model_type!r}) has no vocab_size. Pass the config of a language model alone, "
+                "such as `model.config.get_text_config()` of a multimodal one."
+            )
+        if self.projection_hidden_act is not None and self.projection_hidden_act not in ACT2FN:
+            raise ValueError(
+                f"projection_hidden_act={self.projection_hidden_act!r} is unknown to transformers. Use gelu or relu …"
+            )
         if self.projection_layers not in (1, 3):
             raise ValueError(
                 f"projection_layers is {self.projection_layers}; MiniGPT-4 has 1 linear layer, or 3 in variant (b)."
@@ -160,14 +175,22 @@ class MiniGPT4Config(PreTrainedConfig):
                 raise ValueError(
                     f"{part}: hidden_size={sub.hidden_size} is not a multiple of num_attention_heads={heads}."
                 )
+        context = getattr(text, "max_position_embeddings", None)
         if qformer is None:
             self._check_patches()
-        elif qformer.encoder_hidden_size != vision.hidden_size:
+        if context is not None and self.image_seq_length >= context:
+            raise ValueError(
+                f"One image takes {self.image_seq_length} positions, but the language model has {context}. Use fewer "
+                "queries, a smaller image, or a language model with a longer context."
+            )
+        if qformer is None:
+            return
+        if qformer.encoder_hidden_size != vision.hidden_size:
             raise ValueError(
                 f"qformer_config.encoder_hidden_size={qformer.encoder_hidden_size} must equal "
                 f"vision_config.hidden_size={vision.hidden_size}: the Q-Former attends to the tower's output."
             )
-        elif self.num_query_tokens < 1:
+        if self.num_query_tokens < 1:
             raise ValueError(
                 f"num_query_tokens={self.num_query_tokens}; a Q-Former needs at least one query. "
                 "Set qformer_config=None for a model without Q-Former."

@@ -26,6 +26,7 @@ from .configuration_minigpt4 import PATCHES_PER_TOKEN, MiniGPT4Config
 from .trained_parts_minigpt4 import assemble, checkpoint_files, save_trained_parts
 
 
+_NEVER = -1e4  # a logit whose share is 0 in every dtype, and finite where all are summed (label smoothing)
 _HUB_KWARGS = ("revision", "token", "cache_dir", "local_files_only", "subfolder")
 
 
@@ -68,7 +69,7 @@ class MiniGPT4CausalLMOutputWithPast(ModelOutput):
         loss (`torch.Tensor` of shape `()`, *optional*, returned with `labels`):
             Mean cross-entropy of the next token over all positions whose label is not -100.
         logits (`torch.Tensor` of shape `(B, T, V)`):
-            Scores of the vocabulary. The image placeholder, which is no word, has the lowest value of the dtype.
+            Scores of the vocabulary. The image placeholder, which is no word, has -10,000.
         past_key_values (`Cache`, *optional*):
             Keys and values of the language model.
         hidden_states (`tuple[torch.Tensor]`, *optional*):
@@ -151,6 +152,11 @@ class MiniGPT4PreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the language model; in fp16 the first parameters of the model stay fp32."""
+        return self.get_input_embeddings().weight.dtype
+
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
         """
@@ -195,7 +201,9 @@ class MiniGPT4PreTrainedModel(PreTrainedModel):
     @classmethod
     def _from_trained_parts(cls, name, config: MiniGPT4Config, hub_kwargs: dict, model_args: tuple, kwargs: dict):
         """Loads a checkpoint that holds trained parts alone, together with the checkpoints it stands on."""
-        state_dict = assemble(config.base_parts, checkpoint_files(name, **hub_kwargs), **_without_place(hub_kwargs))
+        state_dict = assemble(
+            config.base_parts or [], checkpoint_files(name, **hub_kwargs), **_without_place(hub_kwargs)
+        )
         rest = {key: value for key, value in kwargs.items() if key not in hub_kwargs}
         adapter = (rest.pop("adapter_kwargs", None) or {}).get("_adapter_model_path")
         rest.update(config=config, state_dict=state_dict, output_loading_info=True)
@@ -221,6 +229,8 @@ class MiniGPT4PreTrainedModel(PreTrainedModel):
             ValueError: with `trained_only`, for a model that has no base, or other changes than the trained ones.
         """
         if trained_only:
+            if unknown := set(kwargs) - {"is_main_process", "safe_serialization"}:
+                raise ValueError(f"trained_only=True does not go with {', '.join(sorted(unknown))}. Leave them out.")
             if self._auto_class is not None:
                 os.makedirs(save_directory, exist_ok=True)
                 custom_object_save(self, save_directory)
@@ -332,7 +342,8 @@ class MiniGPT4Model(MiniGPT4PreTrainedModel):
         torch_compilable_check(
             count * image_features.shape[-1] == image_features.numel(),
             f"The prompts hold {count} image placeholders, but the images give {image_features.shape[0]} x "
-            f"{image_features.shape[1]} tokens. Give one image per <ImageHere> and do not truncate the prompt.",
+            f"{image_features.shape[1]} tokens. Give one image per <ImageHere>, do not truncate the prompt, and use a "
+            f"processor with image_seq_length={image_features.shape[1]}.",
         )
         return mask.unsqueeze(-1).to(inputs_embeds.device)
 
@@ -408,13 +419,15 @@ class MiniGPT4Model(MiniGPT4PreTrainedModel):
 
 @auto_docstring(custom_intro="MiniGPT-4 with a language-modeling head: answers in text about images and text.")
 class MiniGPT4ForConditionalGeneration(MiniGPT4PreTrainedModel, GenerationMixin):
-    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
 
     def __init__(self, config: MiniGPT4Config):
         super().__init__(config)
         self.model = MiniGPT4Model(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        embeddings = self.model.get_input_embeddings()  # `embed_tokens` in most language models, `wte` in some
+        name = next(name for name, module in self.model.named_modules() if module is embeddings)
+        self._tied_weights_keys = {"lm_head.weight": f"model.{name}.weight"}
         self.post_init()
 
     def get_output_embeddings(self) -> nn.Module:
@@ -477,10 +490,11 @@ class MiniGPT4ForConditionalGeneration(MiniGPT4PreTrainedModel, GenerationMixin)
         hidden_states = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
         logits = self.lm_head(hidden_states)  # (B, T or kept, V)
         # The authors' vocabulary has no image token: it must take no share of the softmax and never be said.
-        logits[..., self.config.image_token_id] = torch.finfo(logits.dtype).min
+        logits[..., self.config.image_token_id] = _NEVER
 
         loss = None
         if labels is not None:
+            labels = labels.masked_fill(labels == self.config.image_token_id, -100)
             loss = self.loss_function(
                 logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs
             )

@@ -196,13 +196,20 @@ def save_trained_parts(model, save_directory: str | os.PathLike) -> None:
         save_directory (`str` or `os.PathLike`): Made where it lacks.
 
     Raises:
-        ValueError: for a model without base, without trained parameters, or with changes in parameters that do not
-            count as trained and would be lost.
+        ValueError: for a model without base or trained parameters, for a PEFT adapter, for the base's own folder, and
+            for changes in parameters that do not count as trained and would be lost, as far as samples show them.
     """
     state = model.state_dict()
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     bases = model.config.base_parts
     own = trained | set(model.config.trained_parameters or []) if bases else trained
+    if not model.can_generate():
+        raise ValueError(f"{type(model).__name__} has no head. Save the trained parts of the model that generates.")
+    if adapters := [name for name in own if "lora_" in name or "modules_to_save" in name]:
+        raise ValueError(
+            f"{adapters[0]} belongs to a PEFT adapter, which is saved by PEFT: "
+            "`get_peft_model(model, config).save_pretrained(folder)`."
+        )
     if not own:
         raise ValueError(
             "No parameter requires gradients, so there are no trained parts. Save the whole model instead."
@@ -215,6 +222,11 @@ def save_trained_parts(model, save_directory: str | os.PathLike) -> None:
                 "Save it whole once with `save_pretrained(folder)`, load that, and train it."
             )
         bases = [base_record(path, {"": ""})]
+    folder = Path(save_directory)
+    if any(os.path.realpath(folder) == os.path.realpath(base["name_or_path"]) for base in bases):
+        raise ValueError(
+            f"{folder} is the base itself, whose frozen weights would be overwritten. Name another folder."
+        )
     _check_unchanged(state, bases, own)
 
     config = copy.deepcopy(model.config)
@@ -223,7 +235,6 @@ def save_trained_parts(model, save_directory: str | os.PathLike) -> None:
     config.dtype = str(model.dtype).split(".")[1]
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # how the base was loaded this time
-    folder = Path(save_directory)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: state[name].detach().cpu().contiguous() for name in sorted(own)}
     scratch = folder / f".{SAFE_WEIGHTS_NAME}.part"
@@ -238,21 +249,21 @@ def save_trained_parts(model, save_directory: str | os.PathLike) -> None:
 
 
 def _check_unchanged(state: dict[str, torch.Tensor], bases: list[dict[str, Any]], own: set[str]) -> None:
-    """Compares the first and last rows of every untrained parameter with its base."""
+    """Compares shape and eight rows of every untrained parameter with its base."""
     changed = []
     for base in bases:
-        tensors = LazyTensors(checkpoint_files(base["name_or_path"], revision=base["revision"]))
-        for name, saved in tensors.items():
+        files = checkpoint_files(base["name_or_path"], revision=base["revision"])
+        for name, saved in LazyTensors(files).items():
             target = target_name(name, base["prefixes"])
             if target is None or target in own or target not in state:
                 continue
-            now = state[target]
-            if list(now.shape[1:]) != saved.get_shape()[1:] or not now.is_floating_point() or now.is_meta:
+            now, shape = state[target], saved.get_shape()
+            if not now.is_floating_point() or now.is_meta or list(now.shape[1:]) != shape[1:]:
                 continue  # quantised in memory, or kept on disk
-            for rows in (slice(0, 1), slice(saved.get_shape()[0] - 1, saved.get_shape()[0])):
-                if not torch.equal(now[rows].cpu(), saved[rows].to(now.dtype)):
-                    changed.append(target)
-                    break
+            rows = sorted({round(i * (shape[0] - 1) / 7) for i in range(8)}) if shape else []
+            grown = now.shape[0] != shape[0] and f"{target}{ROWS}" not in own if shape else False
+            if grown or not all(torch.equal(now[i].cpu(), saved[i : i + 1][0].to(now.dtype)) for i in rows):
+                changed.append(target)
     if changed:
         raise ValueError(
             f"{len(changed)} parameters differ from the base although they do not require gradients now "

@@ -1,5 +1,7 @@
 """The pipeline of MiniGPT-4: pictures alone, pictures with a question, or chats in; text out."""
 
+import os
+
 from transformers import ImageTextToTextPipeline, Pipeline
 from transformers.image_utils import valid_images
 from transformers.pipelines.image_text_to_text import ReturnType
@@ -29,11 +31,18 @@ class MiniGPT4ImageToTextPipeline(ImageTextToTextPipeline):
     def check_model_type(self, supported_models) -> None:
         """The tables know this class only where the package is imported; it always fits its own pipeline."""
 
-    def __call__(self, images=None, text=None, prompt: str = DEFAULT_PROMPT, **kwargs):
+    def __init__(self, *args, prompt: str = DEFAULT_PROMPT, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.prompt = prompt
+
+    def __call__(self, images=None, text=None, prompt: str | None = None, **kwargs):
+        prompt = self.prompt if prompt is None else prompt
+        if isinstance(images, (list, tuple)) and not images:
+            raise ValueError("The list of pictures is empty. Give at least one.")
         if text is None and images is not None and not _is_chat(images):
             if isinstance(images, (list, tuple)):
                 return Pipeline.__call__(self, [_about(item, prompt) for item in images], **kwargs)
-            if isinstance(images, (str, dict)) or valid_images(images):
+            if isinstance(images, dict) or _is_picture(images):
                 return Pipeline.__call__(self, _about(images, prompt), **kwargs)
             return Pipeline.__call__(self, (_about(item, prompt) for item in images), **kwargs)  # data set, generator
         if isinstance(text, str) and images is not None and self.processor.image_token not in text:
@@ -69,8 +78,11 @@ def _is_chat(inputs) -> bool:
 
 def _about(item, prompt: str):
     """A picture as a chat about it; what is no picture (`{"images": …, "text": …}`) as it is."""
-    is_picture = isinstance(item, str) or valid_images(item)
-    return PictureAlone(_ask(item, prompt)) if is_picture else item
+    return PictureAlone(_ask(item, prompt)) if _is_picture(item) else item
+
+
+def _is_picture(item) -> bool:
+    return isinstance(item, (str, bytes, os.PathLike)) or bool(valid_images(item))
 
 
 def _ask(*parts) -> list[dict]:

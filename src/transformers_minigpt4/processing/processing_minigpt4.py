@@ -18,31 +18,30 @@ from .pipeline_minigpt4 import MiniGPT4ImageToTextPipeline
 @auto_docstring
 class MiniGPT4Processor(ProcessorMixin):
     text_kwargs = {"return_token_type_ids": False}
+    image_token = "<ImageHere>"  # the authors' own placeholder; the chat templates write it
 
     def __init__(
         self,
         image_processor=None,
         tokenizer=None,
         image_seq_length: int = 32,
-        chat_template: str | None = None,
-        image_token: str = "<ImageHere>",
+        chat_template: str | dict[str, str] | None = None,
         stop_strings: list[str] | None = None,
         **kwargs,
     ):
         r"""
         image_processor (`BaseImageProcessor`):
-            Resizes to the square that the vision tower takes (224 pixels, bicubic, no crop) and normalises with CLIP's
-            mean and deviation: `BlipImageProcessor(size={"height": 224, "width": 224})`.
+            Resizes to the square that the vision tower takes (224 pixels, bicubic, no crop) and normalises with
+            CLIP's mean and deviation: `BlipImageProcessor(size={"height": 224, "width": 224})`.
         tokenizer (`PreTrainedTokenizerBase`):
-            The language model's tokenizer. A LLaMA-style one is set to put its `▁` on every text segment, as in the
-            authors' code; the image token is added where it lacks (then `model.resize_token_embeddings`).
+            The language model's tokenizer. With the authors' templates, a LLaMA-style one is set to put its `▁` on
+            every text segment, as in their code; the image token is added where it lacks (then
+            `model.resize_token_embeddings`).
         image_seq_length (`int`, *optional*, defaults to 32):
             Positions per image, `config.image_seq_length` of the model.
         chat_template (`str`, *optional*):
             A Jinja template, or `"vicuna_v0"` or `"llama_2"` for the authors' formats. By default the tokenizer's own
             template, with images placed as `<Img><ImageHere></Img>`, and Vicuna v0 where the tokenizer has none.
-        image_token (`str`, *optional*, defaults to `"<ImageHere>"`):
-            Placeholder of an image in a prompt, the authors' own.
         stop_strings (`list[str]`, *optional*):
             Marks that end an answer beside the end-of-sequence token. By default `["###"]` with Vicuna v0's template,
             none with others.
@@ -50,27 +49,33 @@ class MiniGPT4Processor(ProcessorMixin):
         if image_processor is None or tokenizer is None:
             missing = "image_processor" if image_processor is None else "tokenizer"
             raise ValueError(f"MiniGPT4Processor needs an image_processor and a tokenizer; {missing} is missing.")
-        tokenizer = _prefix_every_segment(tokenizer)
-        if image_token not in tokenizer.get_vocab():
+        if chat_template is None:
+            chat_template = _with_images(tokenizer.chat_template) if tokenizer.chat_template else VICUNA_V0
+        elif isinstance(chat_template, str):
+            chat_template = CHAT_TEMPLATES.get(chat_template, chat_template)
+        if chat_template in CHAT_TEMPLATES.values():
+            tokenizer = _prefix_every_segment(tokenizer)
+        if self.image_token not in tokenizer.get_vocab():
             tokenizer.add_special_tokens(
-                {"additional_special_tokens": [image_token]}, replace_extra_special_tokens=False
+                {"additional_special_tokens": [self.image_token]}, replace_extra_special_tokens=False
             )
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+        tokenizer.padding_side = "left"  # for `generate`; trainers set their own
         self.image_seq_length = image_seq_length
-        self.image_token = image_token
-        self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
-        if chat_template is None:
-            chat_template = with_images(tokenizer.chat_template) if tokenizer.chat_template else VICUNA_V0
-        chat_template = (
-            CHAT_TEMPLATES.get(chat_template, chat_template) if isinstance(chat_template, str) else chat_template
-        )
+        self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
         if stop_strings is None:
             stop_strings = ["###"] if chat_template == VICUNA_V0 else []
         self.stop_strings = stop_strings
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
 
     def prepare_inputs_layout(self, images=None, text=None, **kwargs):
+        if isinstance(text, (list, tuple)) and not text:
+            raise ValueError("The list of prompts is empty. Give at least one prompt.")
+        if isinstance(images, (list, tuple)) and not any(
+            len(image) if isinstance(image, (list, tuple)) else True for image in images
+        ):
+            images = None  # a batch of prompts without any image
         if images is not None:
             images = _upright_rgb(images)
         return super().prepare_inputs_layout(images=images, text=text, **kwargs)
@@ -112,10 +117,14 @@ class MiniGPT4Processor(ProcessorMixin):
             ValueError: for a text that holds the image placeholder (pass images as parts of type `"image"`, or
                 `sanitize_control_tokens=True` to read it as plain text), and for a message without content.
         """
-        chats = conversation if conversation and isinstance(conversation[0], (list, tuple)) else [conversation]
-        for chat in chats:
-            if not chat:
-                raise ValueError("The conversation is empty. Give at least one message with role and content.")
+        batched = (
+            isinstance(conversation, (list, tuple)) and conversation and isinstance(conversation[0], (list, tuple))
+        )
+        for chat in conversation if batched else [conversation]:
+            if not chat or isinstance(chat, dict):
+                raise ValueError(
+                    f"The conversation is {chat!r}. Give a list of at least one message with role and content."
+                )
             for message in chat:
                 self._check_message(message, sanitize_control_tokens)
         return super().apply_chat_template(
@@ -123,17 +132,20 @@ class MiniGPT4Processor(ProcessorMixin):
         )
 
     def _check_message(self, message: dict[str, Any], sanitize_control_tokens: bool) -> None:
-        content = message.get("content")
-        if message.get("role") != "system" and not content:
-            raise ValueError(
-                f"A {message.get('role')} message is empty: {message}. Give it a text, or a list of parts such as "
-                '[{"type": "image", "image": picture}, {"type": "text", "text": "Describe this image."}].'
-            )
-        texts = [content] if isinstance(content, str) else [part.get("text") or "" for part in content or []]
+        example = '[{"type": "image", "image": picture}, {"type": "text", "text": "Describe this image."}]'
+        if not isinstance(message, dict) or "role" not in message:
+            raise ValueError(f'A message is {message!r}. Give {{"role": "user", "content": {example}}}.')
+        role, content = message["role"], message.get("content")
+        parts = [{"type": "text", "text": content or ""}] if isinstance(content, (str, type(None))) else content
+        if not all(isinstance(part, dict) and "type" in part for part in parts):
+            raise ValueError(f"A {role} message holds a part without type: {parts}. Give parts such as {example}.")
+        texts = [part.get("text") or "" for part in parts if part["type"] == "text"]
+        if role != "system" and (not parts or not all(texts)):
+            raise ValueError(f"A {role} message is empty: {message}. Give it a text, or parts such as {example}.")
         if not sanitize_control_tokens and any(self.image_token in text for text in texts):
             raise ValueError(
-                f"A {message.get('role')} message holds the image placeholder {self.image_token} in its text. Pass "
-                'images as parts of type "image", or sanitize_control_tokens=True to read it as plain text.'
+                f"A {role} message holds the image placeholder {self.image_token} in its text. Pass images as "
+                'parts of type "image", or sanitize_control_tokens=True to read it as plain text.'
             )
 
     def post_process_image_text_to_text(
@@ -178,10 +190,18 @@ class MiniGPT4Processor(ProcessorMixin):
             "min_new_tokens": 1,
             "bos_token_id": self.tokenizer.bos_token_id,
             "pad_token_id": self.tokenizer.pad_token_id,
-            "eos_token_id": [self.tokenizer.eos_token_id] + [ids[0] for ids in stops if len(ids) == 1],
+            "eos_token_id": [
+                id_ for id_ in (self.tokenizer.eos_token_id, *self._tokens_with_stop_strings()) if id_ is not None
+            ],
             "stop_sequences": [ids for ids in stops if len(ids) > 1],
         }
         return GenerationConfig(**{**settings, **kwargs})
+
+    def _tokens_with_stop_strings(self) -> list[int]:
+        """Every token of the vocabulary that holds a stop mark: the answer is cut there anyway."""
+        as_text = self.tokenizer.convert_tokens_to_string
+        vocabulary = self.tokenizer.get_vocab().items()
+        return sorted(id_ for token, id_ in vocabulary if any(mark in as_text([token]) for mark in self.stop_strings))
 
     def _tokenisations(self, mark: str) -> list[list[int]]:
         """Ids of `mark` at the start of a text, after a word, and after a space, each once."""
@@ -202,10 +222,19 @@ class MiniGPT4Processor(ProcessorMixin):
 
 
 def _upright_rgb(images):
-    """Applies `load_image` to all paths, URLs and PIL images of a nested list; arrays and tensors stay as they are."""
+    """Applies `load_image` to all paths, URLs, bytes and PIL images of a nested list; arrays and tensors stay."""
     if isinstance(images, (list, tuple)):
         return [_upright_rgb(image) for image in images]
-    return load_image(images) if isinstance(images, (str, os.PathLike, Image)) else images
+    size = images.size if isinstance(images, Image) else getattr(images, "shape", (1,))
+    if 0 in tuple(size):
+        raise ValueError(f"An image has the size {tuple(size)}, without a single pixel. Leave it out.")
+    return load_image(images) if isinstance(images, (str, bytes, os.PathLike, Image)) else images
+
+
+def _with_images(chat_template: str | dict[str, str]) -> str | dict[str, str]:
+    if isinstance(chat_template, dict):
+        return {name: with_images(template) for name, template in chat_template.items()}
+    return with_images(chat_template)
 
 
 def _prefix_every_segment(tokenizer):
