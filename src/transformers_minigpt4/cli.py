@@ -18,6 +18,7 @@ import typer
 from transformers_minigpt4.data.commands import app as data_app
 from transformers_minigpt4.hub.commands import convert, verify
 from transformers_minigpt4.hub.publish_commands import push
+from transformers_minigpt4.training.commands import CONTEXT_SETTINGS, train
 
 
 if TYPE_CHECKING:
@@ -332,6 +333,8 @@ def merge(
 
 for command in (convert, verify, push):
     app.command(cls=_Command)(command)
+
+app.command(cls=_Command, context_settings=CONTEXT_SETTINGS)(train)
 
 for info in data_app.registered_commands:
     info.cls = _Command

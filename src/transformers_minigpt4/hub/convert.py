@@ -126,7 +126,7 @@ def convert_checkpoint(
         "seed": seed if FRESH in (projection, qformer) else None,
     }
 
-    with _appearing(output, overwrite) as folder:
+    with appearing(output, overwrite) as folder:
         _check_room(folder, sum(dtypes[name].itemsize * _numel(piece) for name, piece in pieces.items()))
         _save_weights(folder, pieces, dtypes, max_shard_size, show_progress)
         _save_rest(folder, model, processor)
@@ -398,7 +398,7 @@ def _save_sources(folder: Path, parts: list[Part], settings: Mapping[str, Any]) 
 
 
 @contextmanager
-def _appearing(output: Path, overwrite: bool) -> Iterator[Path]:
+def appearing(output: Path, overwrite: bool) -> Iterator[Path]:
     """A folder beside `output` that takes its name at the end, or vanishes."""
     output.parent.mkdir(parents=True, exist_ok=True)
     scratch = output.parent / f".{output.name}.{os.getpid()}.partial"
@@ -426,4 +426,4 @@ def _appearing(output: Path, overwrite: bool) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
 
 
-__all__ = ["convert_checkpoint"]
+__all__ = ["appearing", "convert_checkpoint"]

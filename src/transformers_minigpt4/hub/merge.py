@@ -2,11 +2,11 @@
 
 import json
 import os
-import shutil
-import tempfile
 from pathlib import Path
 
 from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from .convert import appearing
 
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -49,19 +49,7 @@ def merge_checkpoint(source: str | os.PathLike, output: str | os.PathLike, dtype
             raise ValueError(f"{source} is a full checkpoint already: there is nothing to merge.")
     processor = AutoProcessor.from_pretrained(base)
 
-    output.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}-"))
-    try:
-        model.save_pretrained(scratch)
-        processor.save_pretrained(scratch)
-        scratch.chmod(0o777 & ~_umask())  # `mkdtemp` makes it private
-        os.rename(scratch, output)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+    with appearing(output, overwrite=False) as folder:
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
     return output
-
-
-def _umask() -> int:
-    umask = os.umask(0)
-    os.umask(umask)
-    return umask

@@ -93,7 +93,7 @@ def freeze_modes(model: nn.Module, learning: list[nn.Module]) -> None:
         model (`nn.Module`): The model, not yet wrapped for distribution.
         learning (`list[nn.Module]`): Modules of it whose subtrees train.
     """
-    model._learning_modules = [module for module in learning]  # type: ignore[assignment]
+    model._learning_modules = list(learning)  # type: ignore[assignment]
     model.train = _train.__get__(model)  # type: ignore[method-assign]
     model.train(model.training)
 
@@ -135,29 +135,42 @@ def touch_trainable(model: PreTrainedModel, whole_tower: bool = False) -> torch.
     if not isinstance(base, nn.Module) or not hasattr(base, "multi_modal_projector"):
         return None
 
-    def add_zero(module: nn.Module, args, kwargs, output):
+    def embed_with_zero(module: nn.Module, args, kwargs):
+        input_ids = kwargs.get("input_ids")
+        if input_ids is None or not torch.is_grad_enabled():
+            return None
         if kwargs.get("pixel_values") is not None or kwargs.get("mm_encoder_outputs") is not None:
-            return output
-        hidden_states = output.last_hidden_state
-        if not torch.is_grad_enabled():
-            return output
-        if whole_tower:
-            height, width = module.config.image_height_width
-            blank = hidden_states.new_zeros((1, 3, height, width))
-            zero = module.get_image_features(blank, return_dict=True).pooler_output.sum() * 0
-        else:
-            parts = (getattr(module, name, None) for name in ("multi_modal_projector", "qformer"))
-            parameters = [p for part in parts if part is not None for p in part.parameters() if p.requires_grad]
-            queries = getattr(module, "query_tokens", None)
-            if queries is not None and queries.requires_grad:
-                parameters.append(queries)
-            if not parameters:
-                return output
-            zero = torch.stack([parameter.reshape(-1)[0].float() for parameter in parameters]).sum() * 0
-        output.last_hidden_state = hidden_states + zero.to(hidden_states)
-        return output
+            return None
+        # Before the language model, where other ranks run their towers: sharded layers must be gathered in one order.
+        zero = _tower_zero(module, input_ids.device) if whole_tower else _parameter_zero(module)
+        if zero is None:
+            return None
+        embeddings = module.get_input_embeddings()(input_ids)
+        return args, {**kwargs, "input_ids": None, "inputs_embeds": embeddings + zero.to(embeddings)}
 
-    return base.register_forward_hook(add_zero, with_kwargs=True)
+    return base.register_forward_pre_hook(embed_with_zero, with_kwargs=True)
+
+
+def _tower_zero(module: nn.Module, device: torch.device) -> torch.Tensor:
+    """Zero, out of a blank image's features."""
+    size = getattr(module.config, "image_height_width", None)
+    if size is None:
+        side = module.config.vision_config.image_size
+        size = (side, side) if isinstance(side, int) else side
+    features = module.get_image_features(torch.zeros((1, 3, *size), device=device), return_dict=True).pooler_output
+    return (features if isinstance(features, torch.Tensor) else torch.cat(list(features))).sum() * 0
+
+
+def _parameter_zero(module: nn.Module) -> torch.Tensor | None:
+    """Zero, out of one value of each learning parameter in front of the language model."""
+    parts = (getattr(module, name, None) for name in ("multi_modal_projector", "qformer"))
+    parameters = [p for part in parts if part is not None for p in part.parameters() if p.requires_grad]
+    queries = getattr(module, "query_tokens", None)
+    if queries is not None and queries.requires_grad:
+        parameters.append(queries)
+    if not parameters:
+        return None
+    return torch.stack([parameter.reshape(-1)[0].float() for parameter in parameters]).sum() * 0
 
 
 def _attribute(model: nn.Module, path: str) -> nn.Module | nn.Parameter | None:

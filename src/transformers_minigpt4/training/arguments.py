@@ -1,0 +1,156 @@
+"""The keys of a recipe: TRL's and transformers' own, and the few that the stages add."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from trl import SFTConfig
+
+from ..data.forms import FORMS
+from .stages import LORA, PARTS
+
+
+PYTHON = "python:"  # in front of MODULE:FUNCTION, for rows or a model that code makes
+
+
+@dataclass
+class StageArguments:
+    """
+    What a recipe says beyond TRL's `ModelConfig` and `SFTConfig`.
+
+    Args:
+        train_parts (`list[str]`): Parts that learn, see `stages.prepare_stage`.
+        sources (`list[str]`): Sources of rows as `KIND:PATH[::weight=NUMBER]…`, see `data.open_rows`; or one
+            `python:MODULE:FUNCTION`, which is called with the number of rows and the seed and returns a `Dataset`.
+        form (`str`): Form of the rows: `stage1`, `stage2`, `stage2_llama2`, `messages`.
+        max_completion_length (`int`, *optional*): Tokens of an answer; the tail of longer ones is cut.
+        max_bad_share (`float`): Share of bad rows above which the run stops.
+        requires_stage1 (`bool`): Refuse a model whose projection has not been trained.
+        requires_qformer (`bool`, *optional*): Whether the model must have a Q-Former, or must not.
+        requires_projection_layers (`int`, *optional*): Linear layers that its projection must have.
+        check_first_loss (`bool`): Stop when the first loss is that of guessing.
+    """
+
+    train_parts: list[str] = field(default_factory=lambda: ["projection"], metadata={"help": "Parts that learn."})
+    sources: list[str] = field(default_factory=list, metadata={"help": "Sources of rows, KIND:PATH[::weight=N]."})
+    form: str = field(default="stage2", metadata={"help": "Form of the rows."})
+    max_completion_length: int | None = field(default=160, metadata={"help": "Tokens of an answer."})
+    max_bad_share: float = field(default=0.05, metadata={"help": "Share of bad rows above which the run stops."})
+    requires_stage1: bool = field(default=False, metadata={"help": "Refuse a model with an untrained projection."})
+    requires_qformer: bool | None = field(default=None, metadata={"help": "Whether the model has a Q-Former."})
+    requires_projection_layers: int | None = field(default=None, metadata={"help": "Layers of its projection."})
+    check_first_loss: bool = field(default=True, metadata={"help": "Stop when the first loss is that of guessing."})
+
+
+@dataclass
+class StageConfig(SFTConfig):
+    """
+    TRL's `SFTConfig` with the authors' schedule, and with defaults that this model needs.
+
+    Args:
+        min_lr (`float`, *optional*): Floor of the authors' schedule; set, it takes the place of `lr_scheduler_type`.
+        warmup_start_lr (`float`): Rate of that schedule's first step.
+        iters_per_epoch (`int`, *optional*): Steps of the authors' first epoch; by default `warmup_steps`.
+    """
+
+    min_lr: float | None = field(default=None, metadata={"help": "Floor of the authors' schedule."})
+    warmup_start_lr: float = field(default=1e-6, metadata={"help": "Rate of that schedule's first step."})
+    iters_per_epoch: int | None = field(default=None, metadata={"help": "Steps of that schedule's first epoch."})
+    # TRL's own truncation could cut image tokens; answers are cut by `max_completion_length`.
+    max_length: int | None = field(default=None, metadata={"help": "Must stay unset."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Rows go to the collator whole."})
+    logging_first_step: bool = field(default=True, metadata={"help": "The guards look at the first loss."})
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "NaN must be seen, not averaged away."})
+    max_grad_norm: float = field(default=0.0, metadata={"help": "The authors do not clip gradients."})
+    seed: int = field(default=42, metadata={"help": "As in the paper's code."})
+
+
+def check_arguments(stage: StageArguments, config: Any, model_args: Any) -> None:
+    """
+    Refuses options that cannot work together, before anything is loaded.
+
+    Raises:
+        ValueError: naming the options and what to change.
+    """
+    unknown = sorted(set(stage.train_parts) - set(PARTS) - {LORA})
+    if unknown or not stage.train_parts:
+        raise ValueError(
+            f"train_parts has {', '.join(unknown) or 'nothing'}; name one or more of {', '.join([*PARTS, LORA])}."
+        )
+    if stage.form not in FORMS:
+        raise ValueError(f"form: {stage.form} is unknown; choose one of {', '.join(FORMS)}.")
+    if not stage.sources:
+        raise ValueError(
+            "The recipe names no data. Set sources, for example --sources cc_sbu_align:/data/cc_sbu_align."
+        )
+    called = [source for source in stage.sources if source.startswith(PYTHON)]
+    if called and len(stage.sources) > 1:
+        raise ValueError(f"{called[0]} cannot be mixed with other sources. Name it alone.")
+    if not model_args.model_name_or_path:
+        raise ValueError("The recipe names no model. Set model_name_or_path to a folder or Hub id.")
+    if config.max_length is not None:
+        raise ValueError(
+            f"max_length={config.max_length} would cut image tokens. Leave it unset; answers have "
+            "max_completion_length."
+        )
+    if config.packing or config.padding_free:
+        raise ValueError("TRL refuses packing and padding_free for pictures. Switch both off.")
+    if model_args.use_peft != (LORA in stage.train_parts):
+        raise ValueError(
+            f"use_peft={model_args.use_peft} and train_parts={stage.train_parts} contradict each other: adapters "
+            f"train with `{LORA}` among the parts and use_peft: true, or not at all."
+        )
+    quantized = model_args.load_in_4bit or model_args.load_in_8bit
+    if quantized and "language_model" in stage.train_parts:
+        raise ValueError(
+            "load_in_4bit or load_in_8bit and train_parts: language_model exclude each other, because quantised "
+            "weights cannot learn. Train lora in its place."
+        )
+    if config.load_best_model_at_end:
+        raise ValueError(
+            "load_best_model_at_end needs whole checkpoints, and these hold trained parts. Switch it off."
+        )
+    if config.max_steps <= 0:
+        raise ValueError("A stream of rows has no end, so the run needs one: set max_steps.")
+    if config.min_lr is not None and config.min_lr > config.learning_rate:
+        raise ValueError(f"The floor min_lr={config.min_lr} is above learning_rate={config.learning_rate}. Lower it.")
+
+
+def check_model(stage: StageArguments, config: Any, name: str) -> None:
+    """
+    Refuses a model that the recipe was not written for, from its config alone.
+
+    Raises:
+        ValueError: for a variant that differs, or a projection not yet trained where the stage builds on one.
+    """
+    if stage.requires_qformer is not None:
+        has = getattr(config, "qformer_config", None) is not None
+        if has != stage.requires_qformer:
+            raise ValueError(
+                f"The recipe is for a model {'with' if stage.requires_qformer else 'without'} Q-Former, and {name} is "
+                f"one {'with' if has else 'without'}. Take the base that the recipe's header names."
+            )
+    layers = getattr(config, "projection_layers", None)
+    if stage.requires_projection_layers is not None and layers != stage.requires_projection_layers:
+        raise ValueError(
+            f"The recipe is for a projection of {stage.requires_projection_layers} linear layers, and {name} has "
+            f"{layers}. Take the base that the recipe's header names."
+        )
+    if stage.requires_stage1 and getattr(config, "model_type", None) == "minigpt4":
+        trained = getattr(config, "trained_parameters", None) or []
+        if not any("multi_modal_projector" in parameter for parameter in trained) and not _converted(name):
+            raise ValueError(
+                f"{name} is no checkpoint of stage 1: it has no record of a trained projection. Train stage 1 first "
+                "and set model_name_or_path to its output; where the projection was trained in another way, set "
+                "requires_stage1: false."
+            )
+
+
+def _converted(folder: str) -> bool:
+    """Whether `minigpt4 convert` took a trained projection into this checkpoint, by the note that it leaves."""
+    path = Path(folder) / "minigpt4_sources.json"
+    if not path.is_file():
+        return False
+    projection = json.loads(path.read_text(encoding="utf-8")).get("settings", {}).get("projection")
+    return projection not in (None, "fresh")

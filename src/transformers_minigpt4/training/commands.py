@@ -1,0 +1,27 @@
+"""The `train` subcommand of `minigpt4`: runs a recipe in this process."""
+
+from typing import Annotated
+
+import typer
+
+
+# For `app.command(context_settings=…)`: every key of a recipe is an option, so typer leaves them alone.
+CONTEXT_SETTINGS = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+
+def train(
+    context: typer.Context,
+    recipe: Annotated[
+        str, typer.Argument(metavar="RECIPE", help="A YAML file, or the name of a recipe of the package.")
+    ],
+) -> None:
+    """
+    Train one stage from a recipe.
+
+    Every key of the recipe can be set anew: `minigpt4 train minigpt4_stage2 --model_name_or_path out/stage1`. Stopped
+    or broken off, `--resume_from_checkpoint true` goes on where the run was. For several devices:
+    `accelerate launch -m transformers_minigpt4.training.sft --config RECIPE`.
+    """
+    from .sft import main, parse_recipe
+
+    main(*parse_recipe(["--config", recipe, *context.args]))
