@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from transformers_minigpt4.data.commands import app as data_app
+from transformers_minigpt4.data.commands import check
 from transformers_minigpt4.hub.commands import convert, verify
 from transformers_minigpt4.hub.publish_commands import push
 from transformers_minigpt4.training.commands import CONTEXT_SETTINGS, train
@@ -336,9 +336,11 @@ for command in (convert, verify, push):
 
 app.command(cls=_Command, context_settings=CONTEXT_SETTINGS)(train)
 
-for info in data_app.registered_commands:
-    info.cls = _Command
-app.add_typer(data_app, name="data")
+
+data_group = typer.Typer(help="Look at training data.", no_args_is_help=True, rich_markup_mode=None)
+data_group.callback()(lambda: None)  # keeps `check` a subcommand although it is the only one
+data_group.command(cls=_Command)(check)
+app.add_typer(data_group, name="data")
 
 
 def _version(package: str) -> str:

@@ -6,15 +6,6 @@ from typing import Annotated, Literal
 import typer
 
 
-app = typer.Typer(help="Look at training data.", no_args_is_help=True, rich_markup_mode=None)
-
-
-@app.callback()
-def _group() -> None:
-    """Look at training data."""  # with a callback, typer keeps `check` a subcommand although it is the only one
-
-
-@app.command()
 def check(
     sources: Annotated[
         list[str],
