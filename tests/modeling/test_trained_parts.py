@@ -248,6 +248,7 @@ def test_nothing_trained(base, tmp_path):
     model = AutoModelForImageTextToText.from_pretrained(base).requires_grad_(False)
     with pytest.raises(ValueError, match="No parameter requires gradients"):
         model.save_pretrained(tmp_path / "parts", trained_only=True)
+    assert not (tmp_path / "parts").exists()
 
 
 def test_the_bases_own_folder(base):
@@ -256,6 +257,25 @@ def test_the_bases_own_folder(base):
     with pytest.raises(ValueError, match="is the base itself"):
         model.save_pretrained(base, trained_only=True)
     assert (base / "model.safetensors").read_bytes() == weights
+
+
+def test_one_folder_for_both_forms(folders, tmp_path, inputs):
+    """What lies in the folder is the last thing saved, and nothing of the form before."""
+    full, parts = folders
+    model = AutoModelForImageTextToText.from_pretrained(parts)
+    expected = model(**inputs).logits
+    model.save_pretrained(parts, max_shard_size="100KB")
+    assert not (parts / "model.safetensors").exists()
+    assert torch.equal(AutoModelForImageTextToText.from_pretrained(parts)(**inputs).logits, expected)
+    train(AutoModelForImageTextToText.from_pretrained(full)).save_pretrained(parts, trained_only=True)
+    assert [path.name for path in parts.glob("*.safetensors*")] == ["model.safetensors"]
+    AutoModelForImageTextToText.from_pretrained(parts)
+
+
+def test_other_processes_write_nothing(base, tmp_path):
+    model = train(AutoModelForImageTextToText.from_pretrained(base))
+    model.save_pretrained(tmp_path / "parts", trained_only=True, is_main_process=False)
+    assert not (tmp_path / "parts").exists()
 
 
 def test_grown_vocabulary_would_be_lost(base, tmp_path):

@@ -99,7 +99,7 @@ def convert_checkpoint(
         OSError: for sources that are missing, truncated or damaged, and a disk without room.
         ValueError: for sources that are not what they should be or do not fit together, with the names of the tensors.
     """
-    output = Path(output)
+    output = Path(output).resolve()
     _check_choices(dtype, qformer, projection, projection_layers, chat_template)
     _check_output(output, [vision, language_model, qformer, projection, delta], overwrite)
 

@@ -2,10 +2,12 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from .cards import SOURCES_FILE
 from .convert import appearing
 
 
@@ -32,7 +34,7 @@ def merge_checkpoint(source: str | os.PathLike, output: str | os.PathLike, dtype
         FileExistsError: when `output` exists.
         ValueError: for a checkpoint that is whole already.
     """
-    output = Path(output)
+    output = Path(output).resolve()
     if output.exists():
         raise FileExistsError(f"{output} exists. Name a new folder, or remove that one.")
     adapter = Path(source) / ADAPTER_CONFIG
@@ -52,4 +54,9 @@ def merge_checkpoint(source: str | os.PathLike, output: str | os.PathLike, dtype
     with appearing(output, overwrite=False) as folder:
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
+        for place in (source, base, *(part["name_or_path"] for part in model.config.base_parts or [])):
+            record = Path(place) / SOURCES_FILE
+            if record.is_file():  # where the weights come from, for the card
+                shutil.copyfile(record, folder / SOURCES_FILE)
+                break
     return output

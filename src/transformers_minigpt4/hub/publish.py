@@ -265,7 +265,7 @@ def _base_sources(config: dict[str, Any]) -> list[dict[str, Any]]:
             "part": "base",
             "id": base["name_or_path"],
             "revision": base.get("revision"),
-            "sha256": base.get("fingerprint"),
+            "sha256": f"{base['fingerprint']} (of samples)" if base.get("fingerprint") else None,
         }
         for base in config.get("base_parts") or []
     ]

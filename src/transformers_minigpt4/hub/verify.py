@@ -124,7 +124,11 @@ def verify_checkpoint(
         if vocabulary.status == "ok":  # else the ids mean nothing to this model
             checks.append(_check_language(model, processor, sentences))
             checks.append(_check_first_loss(model, processor))
-        checks.append(_check_images(model, processor))
+        try:
+            checks.append(_check_images(model, processor))
+        except ValueError as error:
+            advice = "the processor does not fit the model: compare its size with vision_config.image_size"
+            checks.append(Check("image features", "fail", str(error), advice))
     del model
     gc.collect()
     return report

@@ -310,7 +310,10 @@ def open_weights(
 
 def _open_shards(source: str, index: Path, revision: str | None, wanted: Callable[[str], bool]) -> Weights:
     label = describe_source(source)
-    weight_map: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    try:
+        weight_map: dict[str, str] = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise OSError(f"{label}: {index.name} is damaged ({error!r}). Download it again.") from error
     needed = [key for key in weight_map if wanted(key)]
     shards = sorted({weight_map[key] for key in needed})
     if Path(source).is_dir():

@@ -19,11 +19,17 @@ from transformers.generation import GenerationConfig, GenerationMixin, StoppingC
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
 from transformers.modeling_utils import PreTrainedModel, slice_logits_to_keep
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, auto_docstring, torch_compilable_check
+from transformers.utils import (
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    TransformersKwargs,
+    auto_docstring,
+    torch_compilable_check,
+)
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_minigpt4 import PATCHES_PER_TOKEN, MiniGPT4Config
-from .trained_parts_minigpt4 import assemble, checkpoint_files, save_trained_parts
+from .trained_parts_minigpt4 import assemble, checkpoint_files, commit_of, save_trained_parts
 
 
 _NEVER = -1e4  # a logit whose share is 0 in every dtype, and finite where all are summed (label smoothing)
@@ -196,6 +202,9 @@ class MiniGPT4PreTrainedModel(PreTrainedModel):
                 f"parameters {' and '.join(problems)}. Take weights and config of one model, or convert the weights "
                 "first."
             )
+        if name is not None and not os.path.isdir(name):
+            revision = kwargs.get("revision")
+            model._base_revision = getattr(revision, "resolved", None) or commit_of(str(name), revision)
         return (model, info) if wants_info else model
 
     @classmethod
@@ -229,16 +238,22 @@ class MiniGPT4PreTrainedModel(PreTrainedModel):
             ValueError: with `trained_only`, for a model that has no base, or other changes than the trained ones.
         """
         if trained_only:
+            if not kwargs.get("is_main_process", True):
+                return None
             if unknown := set(kwargs) - {"is_main_process", "safe_serialization"}:
                 raise ValueError(f"trained_only=True does not go with {', '.join(sorted(unknown))}. Leave them out.")
+            save_trained_parts(self, save_directory)
             if self._auto_class is not None:
-                os.makedirs(save_directory, exist_ok=True)
                 custom_object_save(self, save_directory)
-            return save_trained_parts(self, save_directory)
+            return None
         record = self.config.base_parts, self.config.trained_parameters
         self.config.base_parts = self.config.trained_parameters = None
         try:
-            return super().save_pretrained(save_directory, **kwargs)
+            super().save_pretrained(save_directory, **kwargs)
+            if os.path.isfile(os.path.join(save_directory, SAFE_WEIGHTS_INDEX_NAME)):
+                stale = os.path.join(save_directory, SAFE_WEIGHTS_NAME)  # loading would prefer it to the shards
+                if os.path.isfile(stale):
+                    os.remove(stale)
         finally:
             self.config.base_parts, self.config.trained_parameters = record
 

@@ -14,6 +14,7 @@ import copy
 import hashlib
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +116,15 @@ def target_name(name: str, prefixes: dict[str, str]) -> str | None:
     return None
 
 
+def commit_of(name_or_path: str, revision: str | None = None) -> str | None:
+    """The commit that a revision of a Hub repository stands for now, or the revision where nobody can tell."""
+    for local in (False, True):
+        resolved = resolve_revision(name_or_path, revision, local_files_only=local)
+        if (commit := getattr(resolved, "resolved", None)) is not None:
+            return str(commit)
+    return revision
+
+
 def base_record(name_or_path: str, prefixes: dict[str, str], **hub_kwargs) -> dict[str, Any]:
     """
     Record of a base checkpoint, for `config.base_parts`.
@@ -124,14 +134,11 @@ def base_record(name_or_path: str, prefixes: dict[str, str], **hub_kwargs) -> di
         prefixes (`dict[str, str]`): Prefixes of its tensor names, and what takes their places here.
     """
     is_local = os.path.isdir(name_or_path)
-    revision = None
-    if not is_local:
-        resolved = resolve_revision(name_or_path, hub_kwargs.get("revision"))
-        revision = getattr(resolved, "commit_hash", None) or resolved
+    revision = None if is_local else commit_of(name_or_path, hub_kwargs.get("revision"))
     files = checkpoint_files(name_or_path, **{**hub_kwargs, "revision": revision})
     return {
         "name_or_path": os.path.abspath(name_or_path) if is_local else name_or_path,
-        "revision": str(revision) if revision is not None else None,
+        "revision": revision,
         "prefixes": prefixes,
         "fingerprint": fingerprint(files, _names_taken(files, prefixes)),
     }
@@ -221,7 +228,7 @@ def save_trained_parts(model, save_directory: str | os.PathLike) -> None:
                 "This model was not loaded from a checkpoint, so its trained parts have no base to stand on. "
                 "Save it whole once with `save_pretrained(folder)`, load that, and train it."
             )
-        bases = [base_record(path, {"": ""})]
+        bases = [base_record(path, {"": ""}, revision=getattr(model, "_base_revision", None))]
     folder = Path(save_directory)
     if any(os.path.realpath(folder) == os.path.realpath(base["name_or_path"]) for base in bases):
         raise ValueError(
@@ -235,17 +242,23 @@ def save_trained_parts(model, save_directory: str | os.PathLike) -> None:
     config.dtype = str(model.dtype).split(".")[1]
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # how the base was loaded this time
-    folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: state[name].detach().cpu().contiguous() for name in sorted(own)}
-    scratch = folder / f".{SAFE_WEIGHTS_NAME}.part"
+    is_new = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    scratch = folder / f".{SAFE_WEIGHTS_NAME}.{os.getpid()}.part"
     try:
         save_file(tensors, scratch, metadata={"format": "pt"})
+        config.save_pretrained(folder)
+        model.generation_config.save_pretrained(folder)
         os.replace(scratch, folder / SAFE_WEIGHTS_NAME)
+    except (OSError, SafetensorError) as error:
+        if is_new:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise OSError(f"The trained parts could not be written to {folder}: {error}") from error
     finally:
         scratch.unlink(missing_ok=True)
-    config.save_pretrained(folder)
-    if model.can_generate():
-        model.generation_config.save_pretrained(folder)
+    for stale in (folder / SAFE_WEIGHTS_INDEX_NAME, *folder.glob("model-*-of-*.safetensors")):
+        stale.unlink(missing_ok=True)  # of a whole model that was saved here before
 
 
 def _check_unchanged(state: dict[str, torch.Tensor], bases: list[dict[str, Any]], own: set[str]) -> None:
