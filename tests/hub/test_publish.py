@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import shutil
 import signal
 import socket
@@ -191,6 +192,16 @@ print("RESULT" + json.dumps(result))
         assert {"config.json", "model.safetensors", "modeling_minigpt4.py"} <= set(contents(hub))
         result = self.load(hub, tmp_path, REPO, task="image-to-text")
         assert result["ids"] == self.expected(checkpoint, tmp_path)
+
+
+    def test_trained_parts_record_the_commit_of_their_base(self, hub, checkpoint, tmp_path, monkeypatch):
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+        AutoModelForImageTextToText.from_pretrained(checkpoint).push_to_hub(REPO)
+        model = AutoModelForImageTextToText.from_pretrained(REPO, cache_dir=tmp_path / "cache").requires_grad_(False)
+        model.model.multi_modal_projector.requires_grad_(True)
+        model.save_pretrained(tmp_path / "parts", trained_only=True)
+        (record,) = json.loads((tmp_path / "parts" / "config.json").read_text())["base_parts"]
+        assert record["name_or_path"] == REPO and re.fullmatch("[0-9a-f]{40}", record["revision"])
 
 
 FAULTS = [
