@@ -193,7 +193,6 @@ print("RESULT" + json.dumps(result))
         result = self.load(hub, tmp_path, REPO, task="image-to-text")
         assert result["ids"] == self.expected(checkpoint, tmp_path)
 
-
     def test_trained_parts_record_the_commit_of_their_base(self, hub, checkpoint, tmp_path, monkeypatch):
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
         AutoModelForImageTextToText.from_pretrained(checkpoint).push_to_hub(REPO)
