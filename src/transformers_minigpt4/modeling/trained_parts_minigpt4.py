@@ -117,7 +117,7 @@ def target_name(name: str, prefixes: dict[str, str]) -> str | None:
 
 
 def commit_of(name_or_path: str, revision: str | None = None) -> str | None:
-    """The commit that a revision of a Hub repository stands for now, or the revision where nobody can tell."""
+    """The commit that a revision of a Hub repository stands for, or the revision where nobody can tell."""
     for local in (False, True):
         resolved = resolve_revision(name_or_path, revision, local_files_only=local)
         if (commit := getattr(resolved, "resolved", None)) is not None:
