@@ -285,6 +285,9 @@ def demo(
         "minigpt4-demo"
     ),
     seed: Annotated[int, typer.Option(help="Draws the projection, the pictures and the order of training.")] = 0,
+    ablations: Annotated[
+        bool, typer.Option("--ablations", help="Then train the paper's variants (a), (b), (c) too and compare.")
+    ] = False,
 ) -> None:
     """
     Train a tiny MiniGPT-4 in both stages on drawn pictures.
@@ -295,6 +298,10 @@ def demo(
 
     run_demo(output_dir, seed=seed)
     _keep_demo_checkpoint(output_dir / "checkpoint")
+    if ablations:
+        from transformers_minigpt4.demo.ablations import run_ablations
+
+        run_ablations(output_dir, seed=seed)
 
 
 @app.command(cls=_Command)

@@ -1,11 +1,14 @@
 """Runs the demo: both stages of training on the small world, a table after each, a checkpoint and a contact sheet."""
 
+import contextlib
 import json
 import os
 import random
+import shutil
 import tempfile
 import time
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,13 +26,14 @@ from transformers import (
     BlipImageProcessorPil,
     LlamaForCausalLM,
     PrinterCallback,
+    ProgressCallback,
     TrainerCallback,
     set_seed,
 )
 from transformers.utils import logging as transformers_logging
-from trl import SFTConfig, SFTTrainer
 
 from transformers_minigpt4 import MiniGPT4Config, MiniGPT4ForConditionalGeneration, MiniGPT4Processor
+from transformers_minigpt4.training.sft import load_rows, make_trainer, parse_recipe
 
 from .contact_sheet import save_contact_sheet
 from .scoring import FAILURES, failure, right_attributes, summarise
@@ -45,23 +49,14 @@ SHOWN = 12  # pictures on the contact sheet and in `pictures/`
 MAX_NEW_TOKENS = 100  # the longest description of the training texts has 43
 
 
-@dataclass(frozen=True)
-class Stage:
-    """One stage in the recipe's shape (AdamW, warm-up, cosine), with steps and rates that fit the small world."""
-
-    name: str
-    pictures: int
-    steps: int
-    batch_size: int
-    learning_rate: float
-    final_rate: float  # the cosine's end, as a share of `learning_rate`: 8e-5 / 1e-4 and 1e-5 / 3e-5 in the recipe
+RECIPES = ("tiny", "tiny_stage2")  # one for each checkpoint
+STEPS = 200  # of each stage, as in the recipes
+STAGE_1_PICTURES, STAGE_2_PICTURES = 3000, 1200  # different ones; longer training shows them again
 
 
-STAGE_1 = Stage("stage 1", 3000, 200, 32, 3e-3, 0.8)
-STAGE_2 = Stage("stage 2", 1200, 200, 12, 3e-3, 1 / 3)
-
-
-def build_model(seed: int = 0) -> tuple[MiniGPT4ForConditionalGeneration, MiniGPT4Processor]:
+def build_model(
+    seed: int = 0, with_qformer: bool = True, projection_layers: int = 1
+) -> tuple[MiniGPT4ForConditionalGeneration, MiniGPT4Processor]:
     """The shipped frozen parts with a projection drawn at random between them: the state before stage 1."""
     set_seed(seed)
     vision_tower = Blip2VisionModel.from_pretrained(PARTS / "vision_tower", dtype=torch.float32)
@@ -71,17 +66,19 @@ def build_model(seed: int = 0) -> tuple[MiniGPT4ForConditionalGeneration, MiniGP
     tokenizer = AutoTokenizer.from_pretrained(PARTS / "language_model")
     config = MiniGPT4Config(
         vision_config=vision_tower.config,
-        qformer_config=qformer.config,
+        qformer_config=qformer.config if with_qformer else None,
         text_config=language_model.config,
         num_query_tokens=query_tokens.shape[1],
+        projection_layers=projection_layers,
         image_token_id=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
     )
-    for part in (config.vision_config, config.qformer_config, config.text_config):
+    for part in filter(None, (config.vision_config, config.qformer_config, config.text_config)):
         part.name_or_path = ""  # a path of this machine, which would be saved with the checkpoint
     model = MiniGPT4ForConditionalGeneration(config)
     model.model.vision_tower.load_state_dict(vision_tower.state_dict())
-    model.model.qformer.load_state_dict(qformer.state_dict())
-    model.model.query_tokens.data.copy_(query_tokens)
+    if with_qformer:
+        model.model.qformer.load_state_dict(qformer.state_dict())
+        model.model.query_tokens.data.copy_(query_tokens)
     model.model.language_model.load_state_dict(language_model.model.state_dict())
     model.lm_head.load_state_dict(language_model.lm_head.state_dict())
     processor = MiniGPT4Processor(
@@ -94,18 +91,23 @@ def build_model(seed: int = 0) -> tuple[MiniGPT4ForConditionalGeneration, MiniGP
 
 
 def stage_1_rows(count: int, seed: int) -> Dataset:
-    """Pictures with web captions and no prompt; combinations held out do not occur."""
+    """At most 3,000 pictures with web captions and no prompt; combinations held out do not occur."""
+    count = min(count, STAGE_1_PICTURES)
     return _rows(count, seed, lambda thing, rng: (BOS + IMAGE_TOKEN, web_caption(thing, rng) + "\n"))
 
 
 def stage_2_rows(count: int, seed: int) -> Dataset:
-    """Pictures with one of the four instructions and a detailed description; combinations held out do not occur."""
+    """
+    At most 1,200 pictures with one of the four instructions and a detailed description.
+
+    Combinations held out do not occur.
+    """
 
     def write(thing: Thing, rng: random.Random) -> tuple[str, str]:
         prompt = BOS + STAGE_2_TEMPLATE.format(image=IMAGE_TOKEN, text=rng.choice(INSTRUCTIONS))
         return prompt, detailed_description(thing, rng) + "###"
 
-    return _rows(count, seed, write)
+    return _rows(min(count, STAGE_2_PICTURES), seed, write)
 
 
 def _rows(count: int, seed: int, write) -> Dataset:
@@ -133,42 +135,47 @@ class _Progress(TrainerCallback):
 
 
 def train_stage(
+    recipe: str,
     model: MiniGPT4ForConditionalGeneration,
     processor: MiniGPT4Processor,
-    rows: Dataset,
-    stage: Stage,
+    output_dir: Path,
+    *,
+    steps: int,
     seed: int,
     console: Console,
+    title: str | None = None,
+    train_parts: Sequence[str] = ("projection",),
 ) -> None:
-    """Trains the projection alone, in place, with TRL's `SFTTrainer`."""
-    model.requires_grad_(False)
-    model.model.multi_modal_projector.requires_grad_(True)
-    with tempfile.TemporaryDirectory() as folder:
-        arguments = SFTConfig(
-            output_dir=folder,
-            max_steps=stage.steps,
-            per_device_train_batch_size=stage.batch_size,
-            learning_rate=stage.learning_rate,
-            lr_scheduler_type="cosine_with_min_lr",
-            lr_scheduler_kwargs={"min_lr_rate": stage.final_rate},
-            warmup_steps=max(1, stage.steps // 8),
-            weight_decay=0.05,
-            max_length=None,
-            activation_checkpointing=False,
-            bf16=False,
-            remove_unused_columns=False,
-            dataloader_pin_memory=False,
-            logging_steps=max(1, stage.steps // 5),
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-            use_cpu=True,
-            seed=seed,
-        )
-        trainer = SFTTrainer(model, args=arguments, train_dataset=rows, processing_class=processor)
-        trainer.remove_callback(PrinterCallback)
-        trainer.add_callback(_Progress(console, stage.name))
-        trainer.train()
+    """
+    Trains one of `RECIPES` in place and leaves its run record in `output_dir`, as `minigpt4 train` would.
+
+    Args:
+        recipe: Name of the recipe.
+        model: The model; after training it is in evaluation mode.
+        processor: Its processor.
+        output_dir: Gets the resolved recipe and the loss curve; what an earlier run left there is removed.
+        steps: Steps; an eighth of them warms up, as in the recipe.
+        seed: Draws the pictures and their order.
+        console: Where the loss goes.
+        title: What the lines of progress begin with; the recipe's name by default.
+        train_parts: Parts that learn.
+    """
+    shutil.rmtree(output_dir, ignore_errors=True)
+    settings = {
+        "output_dir": output_dir,
+        "seed": seed,
+        "max_steps": steps,
+        "warmup_steps": max(1, steps // 8),
+        "logging_steps": max(1, steps // 5),
+        "save_strategy": "no",
+    }
+    overrides = [part for key, value in settings.items() for part in (f"--{key}", str(value))]
+    stage, config, model_args = parse_recipe(["--config", recipe, *overrides, "--train_parts", *train_parts])
+    trainer = make_trainer(stage, config, model_args, model, processor, load_rows(stage, config))
+    for callback in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(callback)
+    trainer.add_callback(_Progress(console, title or recipe))
+    trainer.train()
     model.eval()
 
 
@@ -203,8 +210,8 @@ def save_checkpoint(model: MiniGPT4ForConditionalGeneration, processor: MiniGPT4
 def run_demo(
     output_dir: str | os.PathLike = "minigpt4-demo",
     seed: int = 0,
-    stage_1_steps: int = STAGE_1.steps,
-    stage_2_steps: int = STAGE_2.steps,
+    stage_1_steps: int = STEPS,
+    stage_2_steps: int = STEPS,
     held_out_pictures: int = 173,
     console: Console | None = None,
 ) -> dict[str, Any]:
@@ -212,12 +219,12 @@ def run_demo(
     Trains MiniGPT-4's projection on the small world in its two stages and shows what each brings.
 
     The vision tower, the Q-Former and the language model are shipped and frozen; they share nothing but the one linear
-    layer that this trains. Pictures are drawn on the fly. What is measured comes from combinations of attributes that
-    no training has shown.
+    layer that the recipes `tiny` and `tiny_stage2` train. Pictures are drawn on the fly. What is measured comes from
+    combinations of attributes that no training has shown.
 
     Args:
-        output_dir: Gets `stage1/` and `checkpoint/` (model and processor), `results.json`, `contact_sheet.png` and a
-            few held-out pictures in `pictures/`.
+        output_dir: Gets `stage1/` and `checkpoint/` (model and processor), `results.json`, `contact_sheet.png`, a few
+            held-out pictures in `pictures/` and the records of both runs in `training/`.
         seed: Draws the projection, the pictures and the order of training.
         stage_1_steps: Steps of stage 1.
         stage_2_steps: Steps of stage 2.
@@ -225,7 +232,7 @@ def run_demo(
         console: Where progress and tables go; standard output by default.
 
     Returns:
-        `dict`: `shares` (per state, see `summarise`), `seconds`, the prompt, the two stages and the seed.
+        `dict`: `shares` (per state, see `summarise`), `seconds`, the prompt, the steps of each recipe and the seed.
 
     Raises:
         ValueError: for a number of pictures or steps that cannot be.
@@ -247,19 +254,20 @@ def run_demo(
             )
     output.mkdir(parents=True, exist_ok=True)
     console = console or Console()
+    with quiet_and_single_threaded():
+        return _run(output, seed, (stage_1_steps, stage_2_steps), *held_out(seed, held_out_pictures), console)
+
+
+@contextlib.contextmanager
+def quiet_and_single_threaded() -> Iterator[None]:
+    """Silences transformers, and gives torch one thread: matrices this small lose by a second on a busy machine."""
     verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # matrices this small gain little from a second thread, and lose much on a busy machine
+    torch.set_num_threads(1)
     try:
-        return _run(
-            output,
-            seed,
-            (replace(STAGE_1, steps=stage_1_steps), replace(STAGE_2, steps=stage_2_steps)),
-            random.Random(seed + 1).sample(things, held_out_pictures),
-            console,
-        )
+        yield
     finally:
         torch.set_num_threads(threads)
         transformers_logging.set_verbosity(verbosity)
@@ -267,12 +275,17 @@ def run_demo(
             transformers_logging.enable_progress_bar()
 
 
+def held_out(seed: int, count: int) -> tuple[list[Thing], list[Picture]]:
+    """What is measured on: combinations that no training shows, and one picture of each."""
+    things = random.Random(seed + 1).sample(held_out_things(), count)
+    rng = random.Random(seed + 2)
+    return things, [draw(thing, rng) for thing in things]
+
+
 def _run(
-    output: Path, seed: int, stages: tuple[Stage, Stage], things: list[Thing], console: Console
+    output: Path, seed: int, steps: tuple[int, int], things: list[Thing], pictures: list[Picture], console: Console
 ) -> dict[str, Any]:
     start = time.perf_counter()
-    rng = random.Random(seed + 2)
-    pictures = [draw(thing, rng) for thing in things]
     model, processor = build_model(seed)
     trained = sum(parameter.numel() for parameter in model.model.multi_modal_projector.parameters())
     total = sum(parameter.numel() for parameter in model.parameters())
@@ -286,19 +299,18 @@ def _run(
         shares[state] = summarise(texts, things, ended)
 
     measure("before training")
-    makers = (stage_1_rows, stage_2_rows)
-    for stage, make_rows, folder in zip(stages, makers, CHECKPOINTS):
-        rows = make_rows(min(stage.pictures, stage.steps * stage.batch_size), seed + 10)
-        train_stage(model, processor, rows, stage, seed, console)
+    for number, (recipe, folder) in enumerate(zip(RECIPES, CHECKPOINTS)):
+        title, run = f"stage {number + 1}", output / "training" / recipe
+        train_stage(recipe, model, processor, run, steps=steps[number], seed=seed, console=console, title=title)
         save_checkpoint(model, processor, output / folder)
-        measure(f"after {stage.name}")
+        measure(f"after {title}")
         console.print(_table(shares, len(things)))
     results = {
         "shares": shares,
         "held_out_pictures": len(things),
         "prompt": TABLE_PROMPT,
         "seed": seed,
-        "stages": [asdict(stage) for stage in stages],
+        "recipes": dict(zip(RECIPES, steps)),
         "versions": {name: version(name) for name in ("torch", "transformers", "trl", "transformers_minigpt4")},
         "seconds": round(time.perf_counter() - start, 1),
     }

@@ -33,6 +33,25 @@ def right_attributes(text: str, thing: Thing) -> dict[str, bool]:
     return {attribute: named[attribute] == {getattr(thing, attribute)} for attribute in ATTRIBUTES}
 
 
+# What the answers to the questions of texts.py must name.
+ASKED = {
+    "What is in the picture?": ("colour", "shape"),
+    "What color is it?": ("colour",),
+    "What color is the shape?": ("colour",),
+    "What shape is it?": ("shape",),
+    "How large is it?": ("size",),
+    "Is it large or small?": ("size",),
+    "Where is it?": ("place",),
+    "Where is the shape?": ("place",),
+}
+
+
+def is_right_answer(question: str, text: str, thing: Thing) -> bool:
+    """Whether an answer to one of `texts.QUESTIONS` names what was asked with the picture's value and no other."""
+    right = right_attributes(text, thing)
+    return all(right[attribute] for attribute in ASKED[question])
+
+
 def failure(text: str, thing: Thing, ended: bool = True) -> Failure | None:
     """
     How a description failed, after the three kinds of the paper's section 4.3, or `None`.
