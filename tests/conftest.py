@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from filelock import FileLock
 from golden_model import ALPHA, GOLDEN, golden_model
 from PIL import Image
 from safetensors.torch import load_file
@@ -70,10 +71,15 @@ def pictures() -> list[Image.Image]:
 
 
 @pytest.fixture(scope="session")
-def demo_run(tmp_path_factory):
-    """The folder that `minigpt4 demo` leaves after its full run."""
+def demo_run(tmp_path_factory, worker_id):
+    """The folder that `minigpt4 demo` leaves after its full run; read it, and write elsewhere."""
     from transformers_minigpt4.demo.run import run_demo
 
-    folder = tmp_path_factory.mktemp("demo") / "minigpt4-demo"
-    run_demo(folder)
+    shared = tmp_path_factory.getbasetemp()
+    if worker_id != "master":
+        shared = shared.parent  # one run for all of pytest-xdist's workers
+    folder = shared / "minigpt4-demo"
+    with FileLock(shared / "minigpt4-demo.lock"):
+        if not (folder / "results.json").is_file():
+            run_demo(folder)
     return folder

@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+import PIL
 import pytest
 import torch
 from conftest import build_processor
@@ -112,7 +113,11 @@ def test_pixels(record, size):
     out = record["out"][str(size)]
     sample = pixels[:, :: out["step"], :: out["step"]]
     key = next(k for k in (out["key"] + ".sample", out["key"]) if k in tensors)
-    torch.testing.assert_close(sample, tensors[key], atol=1e-5, rtol=0)
+    levels = (sample - tensors[key]).abs() * torch.tensor(processor.image_processor.image_std)[:, None, None] * 255
+    # The golden files come from Pillow 13, whose resizing rounds otherwise than that of 12: by one grey level for a
+    # quarter of the values where a picture shrinks, and by up to three for one in ten thousand.
+    largest, average = (3.01, 0.5) if int(PIL.__version__.split(".")[0]) < 13 else (0.003, 0.003)
+    assert levels.max() <= largest and levels.mean() <= average
 
 
 def test_rotated_and_16_bit_pictures_come_in_upright_and_scaled(processor):
