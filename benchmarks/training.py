@@ -186,6 +186,7 @@ def table(result: dict[str, Any], memory: dict[str, int]) -> list[str]:
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=RUNS, default="small", help="models of the run (default: small)")
+    parser.add_argument("--stage", choices=tuple(STAGES), action="append", help="lengths of rows (default: both)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument(
@@ -214,14 +215,14 @@ def main() -> None:
         # First, while this process is small and has not touched the device.
         for size in RUNS[args.size]:
             encoding[size] = alone(build_cache, size, f"{folder}/{size}", options, device=args.device)
-            for stage in STAGES:
+            for stage in args.stage or STAGES:
                 memory[f"{size}, {stage}"] = {
                     name: alone(measure_memory, name, size, stage, f"{folder}/{size}", options, device=args.device)
                     for name in VARIANTS
                 }
         torch.set_num_threads(args.threads)
         for size in RUNS[args.size]:
-            for stage in STAGES:
+            for stage in args.stage or STAGES:
                 key = f"{size}, {stage}"
                 results[key] = measure(size, stage, f"{folder}/{size}", args.repeats, options)
                 results[key].update(memory=memory[key], encoded_per_s=encoding[size])

@@ -2,7 +2,6 @@
 is judged."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -21,14 +20,18 @@ def training(monkeypatch):
     return training, training_models
 
 
-def test_training_benchmark_measures_every_variant(tmp_path, training):
-    out = tmp_path / "results.json"
-    command = [sys.executable, BENCHMARKS / "training.py", "--size", "tiny", "--threads", "1", "--repeats", "1"]
-    run = subprocess.run([*command, "--json", out], capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
+def test_training_benchmark_measures_every_variant(tmp_path, training, monkeypatch, capsys):
+    import torch
 
+    out, threads = tmp_path / "results.json", torch.get_num_threads()
+    command = ["training.py", "--size", "tiny", "--stage", "stage 1", "--threads", "1", "--repeats", "1"]
+    monkeypatch.setattr(sys, "argv", [*command, "--json", str(out)])
+    try:
+        training[0].main()
+    finally:
+        torch.set_num_threads(threads)
     results = json.loads(out.read_text())["results"]
-    assert results.keys() == {"tiny, stage 1", "tiny, stage 2"}
+    assert results.keys() == {"tiny, stage 1"}
     variants = set(training[1].VARIANTS)
     for result in results.values():
         for column in ("seconds_per_sample", "collating_per_sample"):
@@ -36,7 +39,7 @@ def test_training_benchmark_measures_every_variant(tmp_path, training):
             assert min(min(values) for values in result[column].values()) > 0
         assert result["share"].keys() == result["memory"].keys() == variants
         assert min(result["share"].values()) > 0 and min(result["memory"].values()) > 0
-    assert "| + cached features |" in run.stdout
+    assert "| + cached features |" in capsys.readouterr().out
 
 
 def test_benchmark_counts_the_work_of_a_step(training, tmp_path):
@@ -65,7 +68,8 @@ def test_benchmark_refuses_to_compare_different_work(training, tmp_path, monkeyp
     options = "cpu", torch.float32, 1
     benchmark.build_cache("tiny", str(tmp_path), options)
     monkeypatch.setattr(models, "LabelledCollator", Wrong)
-    variants = {name: models.Variant(name, "tiny", str(tmp_path), "cpu", torch.float32) for name in models.VARIANTS}
+    names = [name for name in models.VARIANTS if name != models.TRL_LLAVA]
+    variants = {name: models.Variant(name, "tiny", str(tmp_path), "cpu", torch.float32) for name in names}
     with pytest.raises(RuntimeError, match="losses differ"):
         benchmark.check_equal_loss(variants, benchmark.batches("tiny", "stage 1", "cpu")[0])
 

@@ -84,14 +84,13 @@ BELOW = {
     "chat": (),
     "hub": ("modeling", "processing"),
     "training": ("modeling", "processing", "data"),
-    "data/curation": ("data", "chat", "describe", "processing.image_utils_minigpt4"),
+    "data/curation": ("data", "chat", "describe", "web_page", "processing.image_utils_minigpt4"),
     "evaluation": ("data", "chat", "describe", "web_page", "processing.image_utils_minigpt4"),
 }
 # Where a folder meets what stands beside it.
 ALSO = {
     "data/curation/build.py": ("hub",),
     "data/curation/commands.py": ("hub",),
-    "data/curation/review_page.py": ("web_page",),
     "evaluation/demo_world.py": ("demo",),
 }
 

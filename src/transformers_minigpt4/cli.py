@@ -1,4 +1,4 @@
-"""The `minigpt4` command: demo, describe and env; each subcommand imports what it needs, so that help is quick."""
+"""The `minigpt4` command; each subcommand imports what it needs, so that help is quick."""
 
 import contextlib
 import io
@@ -16,9 +16,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from transformers_minigpt4.data.commands import check
+from transformers_minigpt4.data.curation.commands import COMMANDS as CURATION_COMMANDS
+from transformers_minigpt4.evaluation import commands as evaluation
+from transformers_minigpt4.evaluation.human_page import COMMANDS as JUDGING_COMMANDS
 from transformers_minigpt4.hub.commands import convert, verify
 from transformers_minigpt4.hub.publish_commands import push
-from transformers_minigpt4.training.commands import CONTEXT_SETTINGS, train
+from transformers_minigpt4.training.commands import CONTEXT_SETTINGS, features, train
 
 
 if TYPE_CHECKING:
@@ -341,13 +344,34 @@ def merge(
 for command in (convert, verify, push):
     app.command(cls=_Command)(command)
 
-app.command(cls=_Command, context_settings=CONTEXT_SETTINGS)(train)
+for recipe_command in (train, features):
+    app.command(cls=_Command, context_settings=CONTEXT_SETTINGS)(recipe_command)
 
 
-data_group = typer.Typer(help="Look at training data.", no_args_is_help=True, rich_markup_mode=None)
-data_group.callback()(lambda: None)  # keeps `check` a subcommand although it is the only one
-data_group.command(cls=_Command)(check)
-app.add_typer(data_group, name="data")
+def _add_group(
+    name: str,
+    help: str,
+    commands: dict[str, Any],
+    cls: type[typer.core.TyperGroup] = typer.core.TyperGroup,
+    parent: typer.Typer = app,
+) -> typer.Typer:
+    group = typer.Typer(cls=cls, help=help, no_args_is_help=True, rich_markup_mode=None)
+    group.callback()(lambda: None)  # keeps a subcommand one although it is the only one
+    for command_name, function in commands.items():
+        group.command(command_name, cls=_Command)(function)
+    parent.add_typer(group, name=name)
+    return group
+
+
+_add_group("data", "Look at training data.", {"check": check})
+_add_group("curate", "Make a stage-2 data set: describe, repair, filter, review, build, push.", CURATION_COMMANDS)
+evaluate_group = _add_group(
+    "evaluate",
+    "Measure a checkpoint: `evaluate CHECKPOINT --tasks ...` is short for `evaluate run CHECKPOINT --tasks ...`.",
+    {"run": evaluation.run, "compare": evaluation.compare},
+    evaluation.EvaluateGroup,
+)
+_add_group("people", "Let people judge answers of the task advanced, blind.", JUDGING_COMMANDS, parent=evaluate_group)
 
 
 def _version(package: str) -> str:

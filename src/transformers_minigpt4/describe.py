@@ -4,7 +4,7 @@ import json
 import os
 import re
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
@@ -236,28 +236,36 @@ def caption_images(
     Raises:
         ValueError: if `generate_kwargs` ask for several answers an image.
     """
-    if getattr(processor, "chat_template", None):
-        question = {"type": "text", "text": prompt}
-        conversations = [
-            [{"role": "user", "content": [{"type": "image", "image": image}, question]}] for image in images
-        ]
-        inputs = processor.apply_chat_template(
-            conversations,
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-            processor_kwargs={"padding": True},
-        )
-    else:
-        inputs = processor(images=images, text=[prompt] * len(images), padding=True, return_tensors="pt")
+    return answer_prompts([[image] for image in images], [prompt] * len(images), model, processor, **generate_kwargs)
+
+
+def answer_prompts(
+    images: list[list[Image.Image]], prompts: list[str], model: Any, processor: Any, **generate_kwargs: Any
+) -> list[str]:
+    """
+    Answer prompts of one user turn each, all in one batch.
+
+    Args:
+        images (`list[list[PIL.Image.Image]]`): the pictures of each prompt, equally many for all; they stand in front
+            of its text. None at all for prompts of text alone.
+        prompts (`list[str]`): without image placeholder; a processor without chat template gets the bare text.
+        model (`PreTrainedModel`), processor (`ProcessorMixin`): of any image-text-to-text family.
+        generate_kwargs: passed on to `model.generate`.
+
+    Returns:
+        `list[str]`: one answer a prompt, without prompt, special tokens and outer white space.
+
+    Raises:
+        ValueError: if the model cannot take so many pictures a prompt, or `generate_kwargs` ask for several answers.
+    """
+    inputs = _inputs(images, prompts, processor)
     inputs = inputs.to(model.device, dtype=model.dtype)
     if getattr(model.generation_config, "max_new_tokens", None) is None:
         generate_kwargs = {"max_new_tokens": DEFAULT_MAX_NEW_TOKENS, **generate_kwargs}
     sequences = model.generate(**inputs, **generate_kwargs)
-    if len(sequences) != len(images):
+    if len(sequences) != len(prompts):
         raise ValueError(
-            f"the generation settings gave {len(sequences)} answers for {len(images)} pictures, but a record holds "
+            f"the generation settings gave {len(sequences)} answers for {len(prompts)} prompts, but a record holds "
             "one; leave num_return_sequences at 1"
         )
     prompt_ids = inputs["input_ids"]
@@ -265,6 +273,39 @@ def caption_images(
     if torch.equal(sequences[:, : prompt_ids.shape[1]], prompt_ids.to(sequences.device)):
         sequences = sequences[:, prompt_ids.shape[1] :]
     return _decode(processor, sequences)
+
+
+def _inputs(images: list[list[Image.Image]], prompts: list[str], processor: Any) -> Any:
+    tokenizer = getattr(processor, "tokenizer", processor)
+    side = tokenizer.padding_side
+    # Prompts of unequal length: a decoder's answers start at the right end. As an argument of the call it would turn
+    # InstructBLIP's second tokenizer too, whose network counts positions from the left.
+    tokenizer.padding_side = "left"
+    try:
+        if getattr(processor, "chat_template", None):
+            return processor.apply_chat_template(
+                [_conversation(pictures, prompt) for pictures, prompt in zip(images, prompts)],
+                add_generation_prompt=True,
+                tokenize=True,
+                return_dict=True,
+                return_tensors="pt",
+                processor_kwargs={"padding": True},
+            )
+        for row in images:
+            if len(row) != 1:
+                raise ValueError(
+                    f"{type(processor).__name__} has no chat template and takes one picture a prompt, but a prompt "
+                    f"has {len(row)}; use a checkpoint with a chat template"
+                )
+        pictures = [picture for row in images for picture in row]
+        return processor(images=pictures, text=prompts, padding=True, return_tensors="pt")
+    finally:
+        tokenizer.padding_side = side
+
+
+def _conversation(pictures: list[Image.Image], prompt: str) -> list[dict[str, Any]]:
+    content: list[dict[str, Any]] = [{"type": "image", "image": picture} for picture in pictures]
+    return [{"role": "user", "content": [*content, {"type": "text", "text": prompt}]}]
 
 
 def _decode(processor: Any, sequences: Any) -> list[str]:
@@ -405,7 +446,7 @@ def _is_cut_record(line: bytes) -> bool:
     return line.startswith(start) or start.startswith(line)
 
 
-def to_json(record: dict[str, str]) -> str:
+def to_json(record: Mapping[str, Any]) -> str:
     """One line of JSON: readable UTF-8, or ASCII escapes where a file name is no valid Unicode."""
     text = json.dumps(record, ensure_ascii=False)
     return text if text.isascii() or not any("\ud800" <= char <= "\udfff" for char in text) else json.dumps(record)

@@ -1,5 +1,7 @@
 """`minigpt4 data check`: counts, problems with their keys, histogram, contact sheet, exit status."""
 
+import re
+
 import pytest
 from data_files import caption, colour, pictures, shards, write_lines
 from PIL import Image
@@ -35,6 +37,13 @@ def test_the_report(tmp_path):
         # Four of the usable pictures stand side by side; the broken one is not among them.
         found = [image.getpixel((10 + place * 202 + 4, 10 + 192 - 3)) for place in range(4)]
         assert found == [colour(number) for number in (0, 2, 3, 4)]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_the_loader_alone(tmp_path, workers):
+    done = run(listing(tmp_path), "--throughput", 0.1, "--workers", workers)
+    found = re.search(rf"loader   (\d+) rows/s, decoded and resized to 224 x 224, {workers} data workers", done.output)
+    assert done.exit_code == 0 and found and int(found[1]) > 0, done.output
 
 
 def test_nothing_usable(tmp_path):

@@ -123,7 +123,7 @@ def test_pictures_that_take_no_part_in_training_are_told_apart(model, processor,
     cache = train_from_features(model, processor.image_processor, tmp_path)
     assert len(cache) == 2
     assert not torch.equal(cache[picture_key(encoded[0])], cache[picture_key(encoded[1])])
-    with pytest.raises(KeyError, match="holds no features of picture"):
+    with pytest.raises(DataError, match="holds no features of picture"):
         cache[picture_key(encoded[2])]
     with pytest.raises(RuntimeError, match="taken out"):
         model(**ImageTextCollator(processor)(make_rows(encoded)[:1]))

@@ -1,92 +1,120 @@
-"""Two processes that share a batch learn what one does; text-only batches on one of them hang nothing."""
+"""Two processes learn what one does, with DDP and with FSDP2; text-only batches on one of them hang nothing."""
 
 import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-from test_recipes import SMALL
-from test_resume import base, source  # noqa: F401
-
-
-SCRIPT = """
-import json, sys
-sys.path[:0] = {paths!r}
 import torch
-torch.set_num_threads(1)
-from datasets import Dataset
-from test_resume import trainer_on
+import torch.distributed as dist
+from runs import SMALL, curve, launch, model_folder, rows, run_main, sources, trainer_on
 from tiny_models import picture
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
-def rows(mixed):
-    made = []
-    for i in range(32):
-        prompt, images = "<ImageHere>", [picture(i)]
-        if mixed and i % 2:
-            prompt, images = "###Human: Hi. ###Assistant: ", []
-        made.append(dict(images=images, prompt=prompt, completion="a small dog and %d more\\n" % i))
-    return Dataset.from_list(made)
-
-settings = dict(max_steps=6, per_device_train_batch_size={batch}, save_steps={save}, ddp_backend={backend!r})
-trainer = trainer_on({base!r}, {folder!r}, rows({mixed}), **settings)
-trainer.train({resume})
-if trainer.is_world_process_zero():
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    json.dump(losses, open({output!r}, "w"))
-"""
-PATHS = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
+from transformers_minigpt4.training.collator import make_collator
+from transformers_minigpt4.training.loss import LabelledCollator, keep_labelled
+from transformers_minigpt4.training.sft import build_features, parse_recipe
+from transformers_minigpt4.training.stages import prepare_stage, touch_trainable
 
 
-def launch(processes, arguments, timeout=240):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, *arguments]
-    if processes > 1:
-        run = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-        command = [sys.executable, *run, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment)
-    assert done.returncode == 0, done.stderr[-4000:]
+STEPS = 4
 
 
-def losses(base, folder, processes, batch, mixed, save=6, resume=False):  # noqa: F811
-    folder.mkdir(exist_ok=True)
-    script, output = folder / "script.py", folder / "losses.json"
-    script.write_text(
-        SCRIPT.format(
-            paths=PATHS,
-            base=str(base),
-            folder=str(folder / "run"),
-            batch=batch,
-            mixed=mixed,
-            output=str(output),
-            save=save,
-            backend="gloo" if processes > 1 else None,
-            resume=resume,
-        )
-    )
-    launch(processes, [str(script)])
-    return json.loads(output.read_text())
+def ddp_losses(base, folder, mixed, batch):
+    """Of each step; every batch of one row is without picture on one of two processes, where rows are mixed."""
+    backend = "gloo" if "RANK" in os.environ else None
+    settings = {"max_steps": STEPS, "per_device_train_batch_size": batch, "save_steps": STEPS, "ddp_backend": backend}
+    trainer = trainer_on(base, folder, rows(mixed=mixed), **settings)
+    trainer.train()
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
-@pytest.mark.parametrize("mixed", [False, True])
-def test_two_processes_are_one(base, tmp_path, mixed):  # noqa: F811
-    one = losses(base, tmp_path / "one", 1, 2 if mixed else 4, mixed)
-    two = losses(base, tmp_path / "two", 2, 1 if mixed else 2, mixed)
-    assert len(one) == 6 and two == pytest.approx(one, abs=1e-5)
-    assert len(set(one)) == 6
+def fsdp2_losses(base):
+    """Torch's FSDP2 on the model, because accelerate has none on the CPU."""
+    world, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
+    model = AutoModelForImageTextToText.from_pretrained(base, dtype=torch.float32)
+    prepare_stage(model)
+    keep_labelled(model)
+    touch_trainable(model, whole_tower=True)
+    if world > 1:
+        for layer in [*model.model.language_model.layers, *model.model.vision_tower.encoder.layers]:
+            fully_shard(layer)
+        fully_shard(model)
+        assert isinstance(model, FSDPModule)
+        assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    collate = LabelledCollator(make_collator(model, AutoProcessor.from_pretrained(base), 32))
+    losses = []
+    model.train()
+    for step in range(STEPS):
+        batch = []
+        for i in (2 * step, 2 * step + 1):
+            shown = not (i % 2 and step % 2)
+            prompt = "<ImageHere>" if shown else "###Human: Hi. ###Assistant: "
+            images = [picture(i)] if shown else []
+            batch.append({"images": images, "prompt": prompt, "completion": f"a dog and {i}\n"})
+        count = sum((collate([row])["labels"][:, 1:] != -100).sum().item() for row in batch)
+        mine = batch if world == 1 else batch[rank : rank + 1]
+        loss = model(**collate(mine), num_items_in_batch=count).loss
+        (loss * world).backward()  # gradients are averaged over processes, and each has its share of the loss
+        assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
+        optimizer.step()
+        optimizer.zero_grad()
+        total = loss.detach().clone()
+        if world > 1:
+            dist.all_reduce(total)
+        losses.append(total.item())
+    return losses
 
 
-def test_a_stream_on_two_processes_resumes(base, source, tmp_path):  # noqa: F811
+def all_losses(base, folder, processes):
+    """What the test compares, all in the processes of one launch."""
+    found = {
+        "ddp": ddp_losses(base, folder / "plain", False, 4 // processes),
+        "ddp, mixed": ddp_losses(base, folder / "mixed", True, 2 // processes),
+        "fsdp2": fsdp2_losses(base),
+    }
+    if os.environ.get("RANK", "0") == "0":
+        (folder / "losses.json").write_text(json.dumps(found))
+
+
+def test_two_processes_are_one(tmp_path):
+    base, found = model_folder("minigpt4"), []
+    for processes in (1, 2):
+        folder = tmp_path / str(processes)
+        folder.mkdir()
+        if processes == 1:
+            all_losses(base, folder, 1)
+        else:
+            launch(2, folder, all_losses, base, folder, 2)
+        found.append(json.loads((folder / "losses.json").read_text()))
+    for name, one in found[0].items():
+        assert len(set(one)) == STEPS, name
+        assert found[1][name] == pytest.approx(one, abs=1e-5), name
+
+
+def test_a_stream_on_two_processes_resumes(tmp_path):
+    """With cached features and packed rows, whose tower neither process loads."""
     arguments = [
-        *("-m", "transformers_minigpt4.training.sft", "--config", "minigpt4_stage1", *SMALL),
-        *("--model_name_or_path", str(base), "--sources", source, "--ddp_backend", "gloo"),
+        *("--config", "minigpt4_stage1", *SMALL, "--model_name_or_path", str(model_folder("minigpt4"))),
+        *("--sources", sources()["wds"], "--ddp_backend", "gloo"),
         *("--learning_rate", "1e-2", "--max_steps", "6", "--warmup_steps", "2", "--save_steps", "3"),
     ]
-    launch(2, [*arguments, "--output_dir", str(tmp_path / "whole")])
-    curve = [json.loads(line)["loss"] for line in (tmp_path / "whole" / "loss.jsonl").read_text().splitlines()]
-    checkpoint = tmp_path / "whole" / "checkpoint-3"
-    more = ["--output_dir", str(tmp_path / "parts"), "--resume_from_checkpoint", str(checkpoint)]
-    launch(2, [*arguments, *more])
-    again = [json.loads(line)["loss"] for line in (tmp_path / "parts" / "loss.jsonl").read_text().splitlines()]
-    assert len(curve) == 6 and again == curve
+    cache = ("--feature_cache", str(tmp_path / "cache"))
+    assert build_features(*parse_recipe([*arguments, *cache]))["encoded"] == 30
+    arguments += [*cache, "--pack_rows", "true"]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    # What `accelerate launch` does on GPUs; the other processes take a shorter way into the same function.
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command += ["-m", "transformers_minigpt4.training.sft"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command += [*arguments, "--output_dir", str(whole)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
+    assert done.returncode == 0, done.stderr[-4000:]
+    resume = ["--output_dir", str(parts), "--resume_from_checkpoint", str(whole / "checkpoint-3")]
+    launch(2, tmp_path, run_main, [*arguments, *resume])
+    assert len(curve(whole)) == 6 and curve(parts) == curve(whole)
+    assert json.loads((whole / "run.json").read_text())["world_size"] == 2

@@ -1,43 +1,19 @@
 """Every recipe parses, has the paper's numbers, and trains two steps on a tiny model of its architecture."""
 
+import functools
 import json
+import tempfile
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
-from tiny_models import save_blip2, save_llava, save_minigpt4, save_modern, write_sources
-from transformers import AutoModelForImageTextToText, set_seed
+from runs import curve, model_folder, run, sources, weights
+from tiny_models import write_sources
+from transformers import AutoConfig, AutoModelForImageTextToText, set_seed
 
-from transformers_minigpt4.training.sft import find_recipe, main, parse_recipe, recipe_names
-
-
-SMALL = (
-    *("--use_cpu", "true", "--bf16", "false", "--dtype", "float32", "--dataloader_num_workers", "0"),
-    *("--max_steps", "2", "--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "1"),
-    *("--save_steps", "2", "--logging_steps", "1", "--check_first_loss", "false", "--report_to", "none"),
-    *("--dataloader_pin_memory", "false", "--disable_tqdm", "true"),
-)
-
-
-@pytest.fixture(scope="session")
-def sources(tmp_path_factory):
-    return write_sources(tmp_path_factory.mktemp("sources"))
-
-
-@pytest.fixture(scope="session")
-def models(golden, tmp_path_factory):
-    """Folders of tiny models by what recipes ask for."""
-    folder = tmp_path_factory.mktemp("models")
-    save_minigpt4(folder / "minigpt4", golden)
-    save_minigpt4(folder / "llama2", golden, template="llama_2")
-    save_minigpt4(folder / "no_qformer", golden, qformer=False)
-    save_minigpt4(folder / "three_layers", golden, layers=3)
-    save_modern(folder / "modern")
-    save_llava(folder / "llava")
-    save_blip2(folder / "blip2")
-    return folder
+from transformers_minigpt4.training.arguments import StageArguments, check_arguments, check_model
+from transformers_minigpt4.training.sft import find_recipe, parse_recipe, recipe_names
 
 
 def model_of(name: str) -> str | None:
@@ -49,27 +25,29 @@ def model_of(name: str) -> str | None:
     return "minigpt4"
 
 
-def run(recipe, folder, model, source, *more):
-    arguments = ["--config", recipe, *SMALL, "--output_dir", str(folder)]
-    if model is not None:
-        arguments += ["--model_name_or_path", str(model), "--sources", source]
-    main(*parse_recipe([*arguments, *more]))
-    return folder
+@functools.cache
+def trained_stage_1(name: str, model: str | None) -> Path:
+    """A run of stage 1 that several recipes of stage 2 build on."""
+    kept = tempfile.TemporaryDirectory()
+    _kept.append(kept)
+    start = None if model is None else model_folder(model)
+    return run(name, Path(kept.name) / "stage1", start, sources()["wds"])
+
+
+_kept: list = []
 
 
 @pytest.mark.parametrize("name", recipe_names())
-def test_a_recipe_trains(name, models, sources, tmp_path):
+def test_a_recipe_trains(name, tmp_path):
     recipe = yaml.safe_load(Path(find_recipe(name)).read_text())
     kind = recipe["sources"][0].split(":")[0]
-    model, source = model_of(name), sources.get(kind)
-    start = None if model is None else models / model
+    model, source = model_of(name), sources().get(kind)
+    start = None if model is None else model_folder(model)
     if recipe.get("requires_stage1"):
-        first = name.split("_stage2")[0] + "_stage1"
-        first = first if first in recipe_names() else "minigpt4_stage1"
-        first = "tiny" if name.startswith("tiny") else first
-        start = run(first, tmp_path / "stage1", start, sources["wds"])
-        source = source or recipe["sources"][0]
-    folder = run(name, tmp_path / "out", start, source)
+        first = "tiny" if name.startswith("tiny") else name.split("_stage2")[0] + "_stage1"
+        start = trained_stage_1(first if first in recipe_names() else "minigpt4_stage1", model)
+    more = ["--model_name_or_path", str(start)] if model is None and start is not None else []
+    folder = run(name, tmp_path / "out", None if model is None else start, source, *more)
     record = json.loads((folder / "checkpoint-2" / "run.json").read_text())
     parts = recipe["train_parts"]
     trained = record["trainable_parameters"]
@@ -80,18 +58,18 @@ def test_a_recipe_trains(name, models, sources, tmp_path):
     ):
         assert any(words in name and "lora" not in name for name in trained) == (part in parts), part
     assert any("lora_" in name for name in trained) == ("lora" in parts)
-    losses = [json.loads(line)["loss"] for line in (folder / "checkpoint-2" / "loss.jsonl").read_text().splitlines()]
+    losses = curve(folder / "checkpoint-2")
     assert len(losses) == 2 and all(0 < loss < 20 for loss in losses)
     assert (folder / "checkpoint-2" / "loss.png").stat().st_size > 0
     if "lora" not in parts:
-        saved = load_file(folder / "checkpoint-2" / "model.safetensors")
+        saved = weights(folder / "checkpoint-2")
         assert set(saved) == set(trained)
         loaded = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).state_dict()
         for key, value in saved.items():
             assert torch.equal(loaded[key], value), key
     else:
         assert (folder / "checkpoint-2" / "adapter_model.safetensors").is_file()
-        assert any("multi_modal_projector" in key for key in load_file(folder / "adapter_model.safetensors"))
+        assert any("multi_modal_projector" in key for key in weights(folder))
 
 
 @pytest.mark.parametrize("name", [n for n in recipe_names() if n.endswith("_stage1") and not n.startswith("llava")])
@@ -138,11 +116,34 @@ def test_a_recipes_header_is_whole(name):
         (["--min_lr", "1.0"], "above learning_rate"),
         (["--max_steps", "-1"], "set max_steps"),
         (["--learning_rat", "1e-4"], "learning_rat"),
+        (["--feature_cache", "c", "--train_parts", "projection", "qformer"], "feature_cache and train_parts: qformer"),
+        (["--feature_cache", "c", "--fsdp", "full_shard"], "feature_cache with fsdp"),
+        (["--pack_tokens", "512"], "pack_tokens=512 with pack_rows=False"),
+        (["--pack_rows", "true", "--pack_tokens", "0"], "pack_tokens=0"),
+        (["--push_to_hub", "true"], "minigpt4 push OUTPUT_DIR"),
     ],
 )
 def test_impossible_options(arguments, words):
     with pytest.raises(ValueError, match=words):
         parse_recipe(["--config", "minigpt4_stage1", "--bf16", "false", "--use_cpu", "true", *arguments])
+
+
+def test_impossible_options_of_the_launch(monkeypatch):
+    stage, config, model_args = parse_recipe(["--config", "minigpt4_stage1", "--bf16", "false", "--use_cpu", "true"])
+    stage.feature_cache = "cache"
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(ValueError, match="feature_cache with deepspeed"):
+        check_arguments(stage, config, model_args)
+    stage.feature_cache, stage.pack_rows, config._n_gpu = None, True, 2
+    with pytest.raises(ValueError, match="pack_rows with 2 GPUs in one process"):
+        check_arguments(stage, config, model_args)
+
+
+@pytest.mark.parametrize("option", [{"feature_cache": "cache"}, {"pack_rows": True}])
+def test_blip2_takes_neither_features_nor_packed_rows(option):
+    config = AutoConfig.from_pretrained(model_folder("blip2"))
+    with pytest.raises(ValueError, match="encoder-decoder"):
+        check_model(StageArguments(**option), config, "blip2")
 
 
 def test_an_unknown_key(tmp_path):
@@ -162,31 +163,41 @@ def test_a_function_that_does_not_exist(tmp_path):
         run("tiny", tmp_path, None, None, "--sources", "python:transformers_minigpt4.demo.run:stage_9_rows")
 
 
-def test_stage_2_needs_stage_1(models, sources, tmp_path):
+def test_stage_2_needs_stage_1(tmp_path):
     with pytest.raises(ValueError, match="no checkpoint of stage 1"):
-        run("minigpt4_stage2", tmp_path, models / "minigpt4", sources["cc_sbu_align"])
+        run("minigpt4_stage2", tmp_path, model_folder("minigpt4"), sources()["cc_sbu_align"])
 
 
-def test_a_variant_needs_its_own_base(models, sources, tmp_path):
+def test_a_variant_needs_its_own_base(tmp_path):
     with pytest.raises(ValueError, match="without Q-Former"):
-        run("no_qformer_stage1", tmp_path, models / "minigpt4", sources["wds"])
+        run("no_qformer_stage1", tmp_path, model_folder("minigpt4"), sources()["wds"])
     with pytest.raises(ValueError, match="3 linear layers"):
-        run("three_layers_stage1", tmp_path, models / "minigpt4", sources["wds"])
+        run("three_layers_stage1", tmp_path, model_folder("minigpt4"), sources()["wds"])
 
 
-def test_a_source_without_rows(models, tmp_path):
+def test_a_source_without_rows(tmp_path):
     (tmp_path / "images").mkdir()
     (tmp_path / "bad.json").write_text("[]")
     with pytest.raises(ValueError, match="lists no picture"):
         run(
             "minigpt4_stage1",
             tmp_path / "out",
-            models / "minigpt4",
+            model_folder("minigpt4"),
             f"llava:{tmp_path}/bad.json::images={tmp_path}/images",
         )
 
 
-def test_the_first_loss_of_a_random_model_stops_the_run(models, sources, tmp_path):
+def test_bad_rows_are_told_at_the_end(tmp_path, caplog):
+    source = write_sources(tmp_path / "data")["cc_sbu_align"]
+    (tmp_path / "data" / "cc_sbu_align" / "image" / "5.jpg").write_bytes(b"no picture")
+    folder = run("minigpt4_stage1", tmp_path / "out", model_folder("minigpt4"), source, "--max_steps", "7")
+    (counts,) = json.loads((folder / "run.json").read_text())["rows"].values()
+    assert counts["rows"] >= 14 and counts["picture"] >= 1
+    assert f"{counts['rows']} rows read, {counts['picture']} picture" in caplog.text
+    assert "skipped 5 (picture)" in caplog.text
+
+
+def test_the_first_loss_of_a_random_model_stops_the_run(tmp_path):
     set_seed(0)
     with pytest.raises(RuntimeError, match="guessing"):
-        run("minigpt4_stage1", tmp_path, models / "minigpt4", sources["wds"], "--check_first_loss", "true")
+        run("minigpt4_stage1", tmp_path, model_folder("minigpt4"), sources()["wds"], "--check_first_loss", "true")

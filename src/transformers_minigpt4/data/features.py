@@ -10,6 +10,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import torch
 from PIL import Image
@@ -44,13 +45,34 @@ def picture_key(image: Any) -> bytes:
             picture has two keys, therefore: build the cache from rows as training reads them.
     """
     if isinstance(image, dict):
-        content = image.get("bytes")
-        return hashlib.sha256(Path(image["path"]).read_bytes() if content is None else content).digest()
+        return hashlib.sha256(picture_bytes(image)).digest()
     if isinstance(image, Image.Image):
         orientation = image.getexif().get(0x0112)  # EXIF says how to turn it
         head = f"{image.mode} {image.size} {orientation} {image.getpalette()}".encode()
         return hashlib.sha256(head + image.tobytes()).digest()
     raise DataError(f"a picture is a PIL image or {{'bytes', 'path'}}, not {type(image).__name__}")
+
+
+def picture_bytes(image: dict[str, Any]) -> bytes:
+    """
+    Content of a picture's file.
+
+    Args:
+        image (`dict`): `{"bytes", "path"}` with one of the two set; the path may be remote.
+    """
+    content, path = image.get("bytes"), str(image.get("path"))
+    if content is not None:
+        return content
+    if "://" in path:  # image folders of the Hub
+        with fsspec.open(path, "rb") as file:
+            return file.read()
+    return Path(path).read_bytes()
+
+
+def describe_preparation(config: dict[str, Any], image_processor: Any) -> dict[str, Any]:
+    """What features depend on besides weights: the config of the frozen parts, and the preparation of pictures."""
+    frozen = {key: value for key, value in config.items() if key.startswith("vision") or key == "qformer_config"}
+    return _without({"format": FORMAT, "image_processor": image_processor.to_dict(), "config": frozen})
 
 
 def feature_fingerprint(model: PreTrainedModel, image_processor: Any) -> str:
@@ -73,15 +95,8 @@ def feature_fingerprint(model: PreTrainedModel, image_processor: Any) -> str:
             "every step and cannot be kept. Train the projection or the language model alone, or use no cache."
         )
     buffers = {name: value for name, value in base.named_buffers() if name.split(".")[0] in FROZEN}
-    config = model.config.to_dict()
-    described = {
-        "format": FORMAT,
-        "image_processor": image_processor.to_dict(),
-        "config": {
-            key: value for key, value in config.items() if key.startswith("vision") or key in ("qformer_config",)
-        },
-    }
-    digest = hashlib.sha256(json.dumps(_without(described), sort_keys=True, default=str).encode())
+    described = describe_preparation(model.config.to_dict(), image_processor)
+    digest = hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode())
     for name, value in sorted({**frozen, **buffers}.items()):
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
         digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
@@ -95,6 +110,7 @@ def build_feature_cache(
     folder: str | os.PathLike,
     batch_size: int = 32,
     shard_size: int = 4096,
+    source: str | None = None,
 ) -> dict[str, int]:
     """
     Encodes pictures that the folder does not hold yet.
@@ -108,6 +124,8 @@ def build_feature_cache(
         folder (`str` or `os.PathLike`): Made where it lacks.
         batch_size (`int`, *optional*, defaults to 32): Pictures encoded at a time.
         shard_size (`int`, *optional*, defaults to 4096): Pictures in a file; 4096 of 32 x 768 take 200 MB.
+        source (`str`, *optional*): Digest of the files that the model was loaded from and of how; kept in the index,
+            it opens the cache without the model, see [`FeatureCache`].
 
     Returns:
         `dict[str, int]`: Pictures `encoded` now, `present` before, and `broken` ones, which are left out.
@@ -117,7 +135,7 @@ def build_feature_cache(
     """
     folder = Path(folder)
     fingerprint = feature_fingerprint(model, image_processor)
-    _open_index(folder, fingerprint)
+    _open_index(folder, fingerprint, source)
     shards = _shards(folder, fingerprint)
     done = {key.tobytes() for path in shards for key in _load_keys(path)}
     counts = {"encoded": 0, "present": 0, "broken": 0}
@@ -126,7 +144,7 @@ def build_feature_cache(
     mode = model.training
     model.eval()
     try:
-        with tqdm(desc="features", unit=" pictures") as progress:
+        with tqdm(desc="features", unit=" pictures", disable=None) as progress:
             for batch in _batches(_new(pictures, done, counts), batch_size):
                 features += _encode(model, image_processor, [picture for _, picture in batch])
                 keys += [key for key, _ in batch]
@@ -148,20 +166,31 @@ class FeatureCache:
 
     Args:
         folder (`str` or `os.PathLike`): Folder of [`build_feature_cache`].
-        fingerprint (`str`): What [`feature_fingerprint`] says of model and image processor.
+        fingerprint (`str`, *optional*):
+            What [`feature_fingerprint`] says of model and image processor. Without one, the folder is taken as it is:
+            check the model in another way.
+        source (`str`, *optional*): In its place, a digest that [`build_feature_cache`] was given.
 
     Raises:
         DataError: for a folder that is none, was built with other weights or preparation, or has a broken file.
     """
 
-    def __init__(self, folder: str | os.PathLike, fingerprint: str):
+    def __init__(self, folder: str | os.PathLike, fingerprint: str | None = None, source: str | None = None):
         self.folder = Path(folder)
         if not (self.folder / INDEX).is_file():
-            raise DataError(f"{folder} is no feature cache, since it has no {INDEX}. Build one first.")
+            raise DataError(f"{folder} is no feature cache: it has no {INDEX}. Build one with `minigpt4 features`.")
+        index = _read_index(self.folder)
+        if source is not None and source not in index.get("sources", []):
+            raise DataError(
+                f"The features in {folder} were built with other frozen weights, another dtype of them, or another "
+                "preparation of pictures than this recipe has, or from another copy of its model. `minigpt4 features` "
+                "with the recipe tells which: it encodes what lacks, or names what is wrong."
+            )
+        fingerprint = index["fingerprint"] if fingerprint is None else fingerprint
         _open_index(self.folder, fingerprint)
         self.paths = _shards(self.folder, fingerprint)
         if not self.paths:
-            raise DataError(f"{folder} holds no features yet. Build them first.")
+            raise DataError(f"{folder} holds no features yet. Build them with `minigpt4 features`.")
         self._keys = [_load_keys(path) for path in self.paths]
         starts = np.cumsum([0, *map(len, self._keys)])
         self._starts = starts[:-1]
@@ -176,13 +205,27 @@ class FeatureCache:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_files": {}}  # open files do not travel to data workers
 
+    def __contains__(self, key: bytes) -> bool:
+        """Whether the cache holds features of a picture."""
+        return self._place(key) is not None
+
     def __getitem__(self, key: bytes) -> torch.Tensor:
         """
         Features of a picture, bf16 of shape `(K, W)`, as the projection takes them.
 
         Raises:
-            KeyError: for a picture that the cache does not hold.
+            DataError: for a picture that the cache does not hold.
         """
+        place = self._place(key)
+        if place is None:
+            raise DataError(missing_features(self.folder, key))
+        shard, row = place
+        if shard not in self._files:
+            self._files[shard] = safe_open(self.paths[shard], "pt").__enter__()
+        return self._files[shard].get_slice("features")[row]
+
+    def _place(self, key: bytes) -> tuple[int, int] | None:
+        """File and row of a picture."""
         wanted = np.frombuffer(key, np.uint8)
         place = int(np.searchsorted(self._prefixes, _prefix(wanted[None])[0]))
         while place < len(self) and self._prefixes[place] == _prefix(wanted[None])[0]:
@@ -190,14 +233,17 @@ class FeatureCache:
             shard = int(np.searchsorted(self._starts, number, side="right")) - 1
             row = number - int(self._starts[shard])
             if np.array_equal(self._keys[shard][row], wanted):
-                if shard not in self._files:
-                    self._files[shard] = safe_open(self.paths[shard], "pt").__enter__()
-                return self._files[shard].get_slice("features")[row]
+                return shard, row
             place += 1
-        raise KeyError(
-            f"{self.folder} holds no features of picture {key.hex()[:16]}…. Build the cache from the rows that are "
-            "trained on, undecoded or decoded as they are there."
-        )
+        return None
+
+
+def missing_features(folder: Path, key: bytes) -> str:
+    """What to say of a picture that a cache lacks."""
+    return (
+        f"{folder} holds no features of picture {key.hex()[:16]}…. Build the cache from the rows that are trained on, "
+        "undecoded or decoded as they are there: `minigpt4 features` with the same recipe goes on with what lacks."
+    )
 
 
 class FeatureCollator:
@@ -254,13 +300,29 @@ def train_from_features(
         ValueError: for a model that trains tower, Q-Former or queries.
     """
     cache = FeatureCache(folder, feature_fingerprint(model, image_processor))
+    take_features(model)
+    if not keep_tower:
+        remove_tower(model)
+    return cache
+
+
+def take_features(model: PreTrainedModel) -> None:
+    """Makes a model take `image_features` in place of `pixel_values`."""
     base: Any = model.base_model
     base.register_forward_pre_hook(_project, with_kwargs=True)
-    if not keep_tower:
-        for name in FROZEN[:2]:
-            if getattr(base, name, None) is not None:
-                setattr(base, name, _Removed(name))
-    return cache
+
+
+def remove_tower(model: PreTrainedModel) -> None:
+    """Takes tower and Q-Former out of a model; what stands in their place says so when it is called."""
+    base: Any = model.base_model
+    for name in FROZEN[:2]:
+        if getattr(base, name, None) is not None:
+            setattr(base, name, _Removed(name))
+
+
+def has_tower(model: PreTrainedModel) -> bool:
+    """Whether a model has its vision tower, or one was taken out."""
+    return not isinstance(getattr(model.base_model, "vision_tower", None), _Removed)
 
 
 def _project(module: Any, args: Any, kwargs: dict[str, Any]):
@@ -365,27 +427,36 @@ def _write_shard(folder: Path, fingerprint: str, keys: list[bytes], features: li
         staged.unlink(missing_ok=True)
 
 
-def _open_index(folder: Path, fingerprint: str) -> None:
-    """Checks the folder's index, or writes one into a folder without."""
+def _read_index(folder: Path) -> dict[str, Any]:
     path = folder / INDEX
-    if not path.is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        staged = folder / f".{INDEX}.{os.getpid()}"
-        staged.write_text(json.dumps({"format": FORMAT, "fingerprint": fingerprint}) + "\n", encoding="utf-8")
-        os.replace(staged, path)
-        return
     try:
         index = json.loads(path.read_text(encoding="utf-8"))
-        found = index["format"], index["fingerprint"]
+        index["format"], index["fingerprint"]
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(
             f"{path} is no index of features ({error!r:.80}). Delete the folder and build anew."
         ) from error
-    if found != (FORMAT, fingerprint):
+    return index
+
+
+def _open_index(folder: Path, fingerprint: str, source: str | None = None) -> None:
+    """Checks the folder's index, or writes one into a folder without; adds a source that it does not name yet."""
+    known = (folder / INDEX).is_file()
+    index: dict[str, Any] = {"format": FORMAT, "fingerprint": fingerprint, "sources": []}
+    if known:
+        index = _read_index(folder)
+    if (index["format"], index["fingerprint"]) != (FORMAT, fingerprint):
         raise DataError(
             f"The features in {folder} were built with other frozen weights, another dtype of them, or another "
             "preparation of pictures than this model has. Build them anew in another folder."
         )
+    sources = set(index.get("sources", [])) | ({source} if source else set())
+    if known and sources == set(index.get("sources", [])):
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    staged = folder / f".{INDEX}.{os.getpid()}"
+    staged.write_text(json.dumps({**index, "sources": sorted(sources)}) + "\n", encoding="utf-8")
+    os.replace(staged, folder / INDEX)
 
 
 def _shards(folder: Path, fingerprint: str) -> list[Path]:

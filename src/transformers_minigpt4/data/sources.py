@@ -8,12 +8,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import fsspec
 from datasets import IterableDataset, interleave_datasets, load_dataset, load_from_disk
 
 from transformers_minigpt4.processing.image_utils_minigpt4 import ImageLoadError, load_image
 
 from . import listings
+from .features import FeatureCache, picture_bytes, picture_key
 from .forms import FORMS, Form, draw_instruction, render
 from .problems import Problems
 from .readers import BadRow, DatasetReader, Entry, ListingReader, Reader
@@ -134,8 +134,10 @@ class Rows(NamedTuple):
 class _Renderer:
     """Turns a raw row, as a batch of one, into rows of the asked form: one, or none where that cannot be done."""
 
-    def __init__(self, form: str, seed: int, decode: bool, problems: Problems) -> None:
-        self.form, self.seed, self.decode, self.problems = form, seed, decode, problems
+    def __init__(
+        self, form: str, seed: int, decode: bool, problems: Problems, features: FeatureCache | None = None
+    ) -> None:
+        self.form, self.seed, self.decode, self.problems, self.features = form, seed, decode, problems, features
 
     def __call__(self, batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
         row = self.row({column: values[0] for column, values in batch.items()})
@@ -144,7 +146,7 @@ class _Renderer:
     def row(self, raw: dict[str, Any]) -> dict[str, Any] | None:
         source, key = raw["source"], raw["key"]
         try:
-            images = [_load(image) for image in raw["images"]] if self.decode else raw["images"]
+            images = [self._picture(image) for image in raw["images"]]
         except (ImageLoadError, OSError) as error:
             self.problems.add(source, "picture", key, str(error))
             return None
@@ -157,14 +159,24 @@ class _Renderer:
             return None
         return {**row, "key": key, "source": self.problems.sources[source]}
 
+    def _picture(self, image: dict[str, Any]) -> Any:
+        if self.features is None:
+            return _load(image) if self.decode else image
+        held = {"bytes": picture_bytes(image), "path": image["path"]}
+        if picture_key(held) not in self.features:
+            load_image(held["bytes"])  # raises for a broken one, which the features leave out, and the run skips
+            raise DataError(
+                f"there are no features of {image['path'] or 'a picture'} ({picture_key(held).hex()[:16]}…); build "
+                "them from the rows that are trained on: `minigpt4 features` with the same recipe goes on with what "
+                "lacks"
+            )
+        return held
+
 
 def _load(image: dict[str, Any]) -> Any:
-    content, path = image["bytes"], image["path"]
-    if content is None and "://" in path:  # image folders of the Hub
-        with fsspec.open(path, "rb") as file:
-            content = file.read()
+    path = image["path"]
     # A Path, because as a string it might be taken for a URL or base64.
-    return load_image(content if content is not None else Path(path))
+    return load_image(Path(path) if image["bytes"] is None and "://" not in path else picture_bytes(image))
 
 
 def open_rows(
@@ -178,6 +190,7 @@ def open_rows(
     min_shards: int = 1,
     max_bad_share: float | None = 0.05,
     bad_rows_file: str | os.PathLike | None = None,
+    features: FeatureCache | None = None,
 ) -> Rows:
     """
     Opens one or several sources as one stream of rows.
@@ -194,6 +207,8 @@ def open_rows(
             read several times side by side, each reader keeping its part.
         max_bad_share: Share of a source's rows, or shards, that may be bad; above it, reading raises.
         bad_rows_file: JSON Lines file to which every skipped row is appended.
+        features: Rows then have undecoded pictures; of those that it lacks, broken ones are skipped like any bad row,
+            and a whole one stops reading.
 
     Returns:
         `Rows`: dataset, problems and fingerprint. The dataset is split by processes and data workers as any other of
@@ -217,7 +232,7 @@ def open_rows(
         _check_for_a_row(reader, form, Problems([names[number]], max_bad_share, log=False))
         iterables.append(SourceIterable(reader, number, problems, seed if shuffle else None, passes, min_shards))
     mixed = _mix([iterable.dataset() for iterable in iterables], chosen, seed, passes)
-    renderer = _Renderer(form, seed, decode, problems)
+    renderer = _Renderer(form, seed, decode, problems, features)
     dataset = mixed.map(renderer, batched=True, batch_size=1, remove_columns=list(RAW_FEATURES))
     return Rows(dataset, problems, digest.hexdigest())
 

@@ -212,25 +212,27 @@ def model_card(
 
 def dataset_card(
     splits: "DatasetDict",
-    repo_id: str,
-    licence: Licence,
+    repo_id: str | None,
+    licence: Licence | None,
     *,
     record: Mapping[str, Any],
-    num_bytes: Mapping[str, int],
-    download_size: int,
+    num_bytes: Mapping[str, int] | None = None,
+    download_size: int = 0,
     language: Sequence[str] = ("en",),
+    local: str | None = None,
 ) -> DatasetCard:
     """
-    Card of an image-caption data set whose parquet shards are named `data/SPLIT-*`.
+    Card of an image-caption data set: published, with parquet shards named `data/SPLIT-*`, or in a folder.
 
     Args:
         splits: The data set.
-        repo_id: Where it goes.
-        licence: Its licence.
+        repo_id: Where it goes; `None` for one that stays in a folder.
+        licence: Its licence; `None` where that has not been chosen yet.
         record: The `run.json` of the curation, or an empty mapping.
-        num_bytes: Size in memory, by split.
-        download_size: Bytes of all shards.
+        num_bytes: Size in memory, by split; of a published one.
+        download_size: Bytes of all shards; of a published one.
         language: ISO codes.
+        local: Name of the folder, of one that is not published; `cc_sbu_align` for the authors' form.
     """
     from datasets.info import DatasetInfo, DatasetInfosDict
     from datasets.splits import SplitDict, SplitInfo
@@ -241,21 +243,22 @@ def dataset_card(
     total = sum(rows.values())
     size = next((name for limit, name in _SIZE_CATEGORIES.items() if total < limit), "1M<n<10M")
     card_data = DatasetCardData(
-        **licence.metadata,
+        **(licence.metadata if licence is not None else {}),
         language=list(language),
-        pretty_name=repo_id.split("/")[-1],
+        pretty_name=repo_id.split("/")[-1] if repo_id is not None else local,
         task_categories=["image-to-text", PIPELINE_TAG],
         size_categories=[size],
         tags=["minigpt4", "image-captioning", f"arxiv:{PAPER}"],
     )
-    parts = SplitDict()
-    for split, count in rows.items():
-        parts.add(SplitInfo(name=split, num_examples=count, num_bytes=num_bytes[split]))
-    size_in_memory = sum(num_bytes.values())
-    info = DatasetInfo(features=features, splits=parts, download_size=download_size, dataset_size=size_in_memory)
-    DatasetInfosDict({"default": info}).to_dataset_card_data(card_data)
-    files = [{"split": split, "path": f"data/{split}-*"} for split in rows]
-    MetadataConfigs({"default": {"data_files": files}}).to_dataset_card_data(card_data)
+    if repo_id is not None and num_bytes is not None:
+        parts = SplitDict()
+        for split, count in rows.items():
+            parts.add(SplitInfo(name=split, num_examples=count, num_bytes=num_bytes[split]))
+        size_in_memory = sum(num_bytes.values())
+        info = DatasetInfo(features=features, splits=parts, download_size=download_size, dataset_size=size_in_memory)
+        DatasetInfosDict({"default": info}).to_dataset_card_data(card_data)
+        files = [{"split": split, "path": f"data/{split}-*"} for split in rows]
+        MetadataConfigs({"default": {"data_files": files}}).to_dataset_card_data(card_data)
     return DatasetCard.from_template(
         card_data,
         template_path=str(TEMPLATES / "dataset_card.md.jinja"),
@@ -267,6 +270,7 @@ def dataset_card(
         columns={column: _feature_name(feature) for column, feature in features.items()},
         first_split=next(iter(rows)),
         align={"image", "image_id", "caption"} <= set(features),
+        local=local,
         run=_run_facts(record),
     )
 
@@ -313,9 +317,9 @@ def _cell(value: Any) -> str:
 def _run_facts(run: Mapping[str, Any]) -> dict[str, Any]:
     """What the templates show of a `run.json`, as text for tables; keys that it lacks are missing here too."""
     facts: dict[str, Any] = {
-        key: _cell(run[key]) for key in ("stage", "seed", "git_revision", "source", "hardware") if key in run
+        key: _cell(run[key]) for key in ("stage", "seed", "git_revision", "source", "hardware", "review") if key in run
     }
-    for key in ("recipe", "loss", "versions", "counts", "models", "prompts", "rules"):
+    for key in ("recipe", "loss", "versions", "counts", "lost", "models", "prompts", "rules"):
         value = run.get(key)
         if isinstance(value, Mapping) and value:
             facts[key] = [(_cell(name), _cell(entry)) for name, entry in value.items()]

@@ -1,6 +1,7 @@
 """The keys of a recipe: TRL's and transformers' own, and the few that the stages add."""
 
 import json
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,10 @@ class StageArguments:
         requires_qformer (`bool`, *optional*): Whether the model must have a Q-Former, or must not.
         requires_projection_layers (`int`, *optional*): Linear layers that its projection must have.
         check_first_loss (`bool`): Stop when the first loss is that of guessing.
+        feature_cache (`str`, *optional*): Folder of `minigpt4 features`, which makes it; pictures are then neither
+            decoded nor encoded, and the vision tower is not loaded.
+        pack_rows (`bool`): Put the rows of a batch one behind the other, without padding.
+        pack_tokens (`int`, *optional*): Positions of a packed sequence; by default the whole batch is one.
     """
 
     train_parts: list[str] = field(default_factory=lambda: ["projection"], metadata={"help": "Parts that learn."})
@@ -41,6 +46,9 @@ class StageArguments:
     requires_qformer: bool | None = field(default=None, metadata={"help": "Whether the model has a Q-Former."})
     requires_projection_layers: int | None = field(default=None, metadata={"help": "Layers of its projection."})
     check_first_loss: bool = field(default=True, metadata={"help": "Stop when the first loss is that of guessing."})
+    feature_cache: str | None = field(default=None, metadata={"help": "Folder of `minigpt4 features`."})
+    pack_rows: bool = field(default=False, metadata={"help": "Pack the rows of a batch without padding."})
+    pack_tokens: int | None = field(default=None, metadata={"help": "Positions of a packed sequence."})
 
 
 @dataclass
@@ -95,7 +103,9 @@ def check_arguments(stage: StageArguments, config: Any, model_args: Any) -> None
             "max_completion_length."
         )
     if config.packing or config.padding_free:
-        raise ValueError("TRL refuses packing and padding_free for pictures. Switch both off.")
+        raise ValueError(
+            "TRL refuses packing and padding_free for pictures. Switch both off; pack_rows: true packs rows here."
+        )
     if model_args.use_peft != (LORA in stage.train_parts):
         raise ValueError(
             f"use_peft={model_args.use_peft} and train_parts={stage.train_parts} contradict each other: adapters "
@@ -111,10 +121,47 @@ def check_arguments(stage: StageArguments, config: Any, model_args: Any) -> None
         raise ValueError(
             "load_best_model_at_end needs whole checkpoints, and these hold trained parts. Switch it off."
         )
+    _check_shortcuts(stage, config)
+    if config.push_to_hub:
+        raise ValueError(
+            "push_to_hub would upload the output folder as it stands, paths of this computer included. Leave it off, "
+            "and publish the finished run with `minigpt4 push OUTPUT_DIR NAMESPACE/NAME`, which checks what goes."
+        )
     if config.max_steps <= 0:
         raise ValueError("A stream of rows has no end, so the run needs one: set max_steps.")
     if config.min_lr is not None and config.min_lr > config.learning_rate:
         raise ValueError(f"The floor min_lr={config.min_lr} is above learning_rate={config.learning_rate}. Lower it.")
+
+
+def _check_shortcuts(stage: StageArguments, config: Any) -> None:
+    if stage.pack_tokens is not None and (not stage.pack_rows or stage.pack_tokens < 1):
+        raise ValueError(
+            f"pack_tokens={stage.pack_tokens} with pack_rows={stage.pack_rows}: it bounds packed sequences, and is 1 "
+            "or more. Set pack_rows: true, or leave it out."
+        )
+    if stage.pack_rows and config.n_gpu > 1:
+        raise ValueError(
+            f"pack_rows with {config.n_gpu} GPUs in one process: torch would cut packed batches by rows. Start one "
+            "process per GPU with `accelerate launch`, or show it one GPU with CUDA_VISIBLE_DEVICES."
+        )
+    if stage.feature_cache is None:
+        return
+    if "qformer" in stage.train_parts:
+        raise ValueError(
+            "feature_cache and train_parts: qformer exclude each other: features change with every step of the "
+            "Q-Former and cannot be kept. Leave feature_cache out."
+        )
+    sharded = {name for name in ("fsdp", "deepspeed") if getattr(config, name) or _launched(name)}
+    if sharded:
+        raise ValueError(
+            f"feature_cache with {sharded.pop()}: a model without its tower has not been tried sharded over "
+            "processes. Leave feature_cache out, or launch with ddp.yaml: without the tower more fits one GPU."
+        )
+
+
+def _launched(name: str) -> bool:
+    """Whether `accelerate launch` chose FSDP or DeepSpeed."""
+    return os.environ.get(f"ACCELERATE_USE_{name.upper()}", "false").lower() in ("true", "1")
 
 
 def check_model(stage: StageArguments, config: Any, name: str) -> None:
@@ -124,6 +171,12 @@ def check_model(stage: StageArguments, config: Any, name: str) -> None:
     Raises:
         ValueError: for a variant that differs, or a projection not yet trained where the stage builds on one.
     """
+    model_type = getattr(config, "model_type", None)
+    if model_type == "blip-2" and (stage.feature_cache or stage.pack_rows):
+        raise ValueError(
+            f"{name} is a BLIP-2, an encoder-decoder here, which takes neither cached features nor packed rows. Leave "
+            "out feature_cache and pack_rows."
+        )
     if stage.requires_qformer is not None:
         has = getattr(config, "qformer_config", None) is not None
         if has != stage.requires_qformer:
@@ -137,7 +190,7 @@ def check_model(stage: StageArguments, config: Any, name: str) -> None:
             f"The recipe is for a projection of {stage.requires_projection_layers} linear layers, and {name} has "
             f"{layers}. Take the base that the recipe's header names."
         )
-    if stage.requires_stage1 and getattr(config, "model_type", None) == "minigpt4":
+    if stage.requires_stage1 and model_type == "minigpt4":
         trained = getattr(config, "trained_parameters", None) or []
         if not any("multi_modal_projector" in parameter for parameter in trained) and not _converted(name):
             raise ValueError(

@@ -1,4 +1,4 @@
-"""The `train` subcommand of `minigpt4`: runs a recipe in this process."""
+"""The `train` and `features` subcommands of `minigpt4`: run a recipe, or encode its pictures, in this process."""
 
 from typing import Annotated
 
@@ -25,3 +25,22 @@ def train(
     from .sft import main, parse_recipe
 
     main(*parse_recipe(["--config", recipe, *context.args]))
+
+
+def features(
+    context: typer.Context,
+    recipe: Annotated[
+        str, typer.Argument(metavar="RECIPE", help="A YAML file, or the name of a recipe of the package.")
+    ],
+) -> None:
+    """
+    Encode the pictures of a recipe once, so that it trains without its vision tower.
+
+    Every key of the recipe can be set anew, as with `train`; `--feature_cache FOLDER` says where features go. Stopped
+    or broken off, the same command goes on with what lacks. Then: `minigpt4 train RECIPE --feature_cache FOLDER`.
+    """
+    from .sft import build_features, parse_recipe
+
+    stage, config, model_args = parse_recipe(["--config", recipe, *context.args])
+    counts = build_features(stage, config, model_args)
+    typer.echo(", ".join(f"{count} {what}" for what, count in counts.items()) + f" in {stage.feature_cache}", err=True)

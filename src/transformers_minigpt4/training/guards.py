@@ -1,9 +1,13 @@
 """Stops a run that cannot succeed, with the likely cause and what to do."""
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from transformers import TrainerCallback
+
+from .collator import IGNORED
 
 
 NEAR = 0.3  # nats below ln(vocabulary) at which a first loss counts as that of guessing
@@ -13,11 +17,34 @@ class TrainingError(RuntimeError):
     """A run that was stopped because it cannot succeed; the message names cause and cure."""
 
 
+class LabelsRequired:
+    """
+    Goes around any collator and refuses a batch that has nothing to learn, whose loss would silently be zero.
+
+    Args:
+        collator (`Callable`): The trainer's.
+    """
+
+    def __init__(self, collator: Callable[[list[dict[str, Any]]], dict[str, Any]]):
+        self.collator = collator
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        batch = self.collator(examples)
+        labels = batch.get("labels")
+        if labels is not None and not bool((labels != IGNORED).any()):
+            raise TrainingError(
+                f"All labels of a batch of {len(examples)} rows are masked, so there is nothing to learn from it. "
+                "Likely causes: answers that are empty or were cut off with max_length, or a chat template that marks "
+                "no answers. Look at what the collator makes of a few rows."
+            )
+        return batch
+
+
 class GuardCallback(TrainerCallback):
     """
     Watches the first loss, NaN and infinity, gradients of frozen parameters, and streams without rows.
 
-    Batches without labels are the collator's to refuse.
+    Batches without labels are refused by [`LabelsRequired`], which every trainer of this package has.
 
     Args:
         check_first_loss (`bool`, *optional*, defaults to `True`):

@@ -52,7 +52,7 @@ class PackingCollator:
         lengths = mask.sum(dim=1).tolist()
         sequences = [list(range(len(lengths)))] if self.max_tokens is None else best_fit(lengths, self.max_tokens)
         shape = len(sequences), max(sum(lengths[row] for row in rows) for rows in sequences)
-        # Places that no row takes are a row of their own, whose ids nobody reads.
+        # A place that no row takes has position 0 and so is a row of its own, which nobody reads.
         packed: dict[str, Any] = {
             "use_cache": False,  # with a cache, transformers would read positions as one row's and mix them
             "input_ids": torch.zeros(shape, dtype=ids.dtype),
@@ -68,7 +68,6 @@ class PackingCollator:
                 packed["labels"][sequence, end] = IGNORED
                 packed["position_ids"][place] = torch.arange(lengths[row])
                 end += lengths[row]
-            packed["position_ids"][sequence, end:] = torch.arange(shape[1] - end)
         order = [row for rows in sequences for row in rows]
         for name in _PER_IMAGE:
             if batch.get(name) is not None:
@@ -109,6 +108,24 @@ def pack(
             "those of several. Leave max_tokens unset; these kernels lose nothing on a long sequence."
         )
     return PackingCollator(collator, config.image_token_id, max_tokens)
+
+
+def count_tokens(batch: dict[str, Any]) -> tuple[Any, Any, int]:
+    """
+    Rows of a batch, positions that they take, and all its positions; packed or not, as numbers or tensors of one.
+
+    In a packed batch a row begins where position 0 is followed by position 1; other zeros are places without a row.
+    """
+    mask = batch.get("attention_mask")
+    if mask is not None:
+        return mask.shape[0], mask.sum(), mask.numel()
+    positions = batch.get("position_ids")
+    if positions is None:
+        return 0, 0, 0
+    goes_on = torch.zeros_like(positions, dtype=torch.bool)
+    goes_on[:, :-1] = positions[:, 1:] == 1
+    starts = positions == 0
+    return (starts & goes_on).sum(), positions.numel() - (starts & ~goes_on).sum(), positions.numel()
 
 
 def best_fit(lengths: list[int], capacity: int) -> list[list[int]]:

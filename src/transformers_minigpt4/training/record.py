@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import logging
 import os
 import platform
 import subprocess
@@ -14,7 +15,10 @@ from typing import Any
 from PIL import Image, ImageDraw
 from transformers import TrainerCallback
 
+from ..data.problems import Problems
 
+
+logger = logging.getLogger(__name__)
 RECORD, CURVE, PLOT = "run.json", "loss.jsonl", "loss.png"
 _PACKAGES = (
     *("transformers_minigpt4", "torch", "transformers", "trl", "peft", "datasets", "accelerate"),
@@ -81,16 +85,20 @@ class RunRecordCallback(TrainerCallback):
 
     Args:
         record (`dict`): What [`run_record`] gave.
+        problems (`Problems`, *optional*): Counts of rows read and skipped; they join the record as they stand when it
+            is written, and are told at the end.
     """
 
-    def __init__(self, record: dict[str, Any]):
+    def __init__(self, record: dict[str, Any], problems: Problems | None = None):
         self.record = record
+        self.problems = problems
 
     def write(self, folder: str | os.PathLike, state: Any) -> None:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         history = [entry for entry in state.log_history if "loss" in entry]
-        _replace(folder / RECORD, (json.dumps(self.record, indent=1, default=str) + "\n").encode())
+        counts = {} if self.problems is None else {"rows": self.problems.counts()}
+        _replace(folder / RECORD, (json.dumps({**self.record, **counts}, indent=1, default=str) + "\n").encode())
         _replace(folder / CURVE, "".join(json.dumps(entry) + "\n" for entry in history).encode())
         if history:
             scratch = folder / f".{PLOT}"
@@ -105,6 +113,9 @@ class RunRecordCallback(TrainerCallback):
     def on_train_end(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
             self.write(args.output_dir, state)
+            if self.problems is not None:
+                for line in self.problems.report().splitlines():
+                    logger.log(logging.INFO if line.endswith("none skipped") else logging.WARNING, line)
 
 
 def plot_curve(points: list[tuple[int, float]], size: tuple[int, int] = (720, 360)) -> Image.Image:

@@ -1,10 +1,11 @@
-"""Trains one stage from a recipe: load, prepare, train, save, push. Also `python -m` and `accelerate launch -m`."""
+"""Trains one stage from a recipe: load, prepare, train, save. Also `python -m` and `accelerate launch -m`."""
 
 import os
+from collections.abc import Iterator
 from importlib import import_module
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from .arguments import PYTHON, StageArguments, StageConfig, check_arguments, check_model
 
@@ -58,17 +59,45 @@ def parse_recipe(arguments: list[str] | None = None) -> tuple[StageArguments, St
 
 
 def load_model(stage: StageArguments, config: StageConfig, model_args: Any):
-    """The model and its processor."""
-    from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+    """
+    The model and its processor; with `feature_cache` without its vision tower, after a check that the cache fits.
+
+    Raises:
+        DataError: for a cache of other weights, or made in another way.
+        ValueError: for a model that the recipe was not written for.
+    """
+    from transformers import AutoModelForImageTextToText
+
+    from ..data.features import FeatureCache
+    from .shortcuts import load_towerless
+
+    name, model_config, processor, keywords = _loading(stage, config, model_args)
+    if stage.feature_cache is None:
+        return AutoModelForImageTextToText.from_pretrained(name, **keywords), processor
+    FeatureCache(stage.feature_cache, source=_source(name, model_config, processor, model_args))
+    return load_towerless(model_config.model_type, name, **keywords), processor
+
+
+def _loading(stage: StageArguments, config: StageConfig, model_args: Any):
+    """Name, config and processor of a recipe's model, and how `from_pretrained` shall load it."""
+    from transformers import AutoConfig, AutoProcessor
     from trl import get_quantization_config
 
     import transformers_minigpt4  # noqa: F401  registers MiniGPT-4 with the Auto classes
+
+    from .shortcuts import TOWERS
 
     name = model_args.model_name_or_path
     source = {"revision": model_args.model_revision, "trust_remote_code": config.trust_remote_code}
     if name.startswith(PYTHON):
         name = _made_model(name, config)
-    check_model(stage, AutoConfig.from_pretrained(name, **source), name)
+    model_config = AutoConfig.from_pretrained(name, **source)
+    check_model(stage, model_config, name)
+    if stage.feature_cache is not None and model_config.model_type not in TOWERS:
+        raise ValueError(
+            f"{name} is a {model_config.model_type}, and features are kept for {' and '.join(TOWERS)} alone. Leave "
+            "out feature_cache."
+        )
     quantization = get_quantization_config(model_args)
     if quantization is not None:
         # The tower is small and its features decide; TRL's fused loss reads the head's weight itself.
@@ -76,16 +105,34 @@ def load_model(stage: StageArguments, config: StageConfig, model_args: Any):
     placed: dict[str, Any] = {"quantization_config": quantization} if quantization else {}
     if quantization and config.device.type == "cuda":
         placed["device_map"] = {"": config.local_process_index}  # quantised weights cannot be moved later
-    model = AutoModelForImageTextToText.from_pretrained(
-        name, dtype=model_args.dtype, attn_implementation=model_args.attn_implementation, **placed, **source
-    )
-    return model, AutoProcessor.from_pretrained(name, **source)
+    attention = model_args.attn_implementation
+    keywords = {"dtype": model_args.dtype, "attn_implementation": attention, **placed, **source}
+    return name, model_config, AutoProcessor.from_pretrained(name, **source), keywords
 
 
-def load_rows(stage: StageArguments, config: StageConfig) -> tuple[Any, str | None]:
-    """The rows, and a digest of where they come from."""
+def _source(name: str, model_config: Any, processor: Any, model_args: Any) -> str:
+    """Digest of the tower's files, and of what decides on its weights in memory besides."""
+    from .shortcuts import source_digest
+
+    dtype = model_config.dtype if model_args.dtype in (None, "auto") else model_args.dtype
+    quantized = model_args.load_in_4bit, model_args.load_in_8bit
+    how = {"dtype": str(dtype).removeprefix("torch."), "quantized": quantized}
+    return source_digest(name, model_config, processor.image_processor, how, model_args.model_revision)
+
+
+class LoadedRows(NamedTuple):
+    """A recipe's rows, a digest of where they come from, and what was wrong with others."""
+
+    dataset: Any
+    fingerprint: str | None = None
+    problems: Any = None
+
+
+def load_rows(stage: StageArguments, config: StageConfig) -> LoadedRows:
+    """The rows that a recipe names."""
     if stage.sources[0].startswith(PYTHON):
-        return _function(stage.sources[0])(config.max_steps * config.train_batch_size, config.seed), None
+        return LoadedRows(_function(stage.sources[0])(config.max_steps * config.train_batch_size, config.seed))
+    from transformers_minigpt4.data.features import FeatureCache
     from transformers_minigpt4.data.sources import open_rows
 
     rows = open_rows(
@@ -94,11 +141,54 @@ def load_rows(stage: StageArguments, config: StageConfig) -> tuple[Any, str | No
         seed=config.seed,
         min_shards=config.world_size * max(1, config.dataloader_num_workers),
         max_bad_share=stage.max_bad_share,
+        features=FeatureCache(stage.feature_cache) if stage.feature_cache else None,
     )
-    return rows.dataset, rows.fingerprint
+    return LoadedRows(rows.dataset, rows.fingerprint, rows.problems)
 
 
-def make_trainer(stage: StageArguments, config: StageConfig, model_args: Any, model, processor, rows):
+def build_features(stage: StageArguments, config: StageConfig, model_args: Any) -> dict[str, int]:
+    """
+    Fills the recipe's `feature_cache` with its pictures, those that it lacks.
+
+    Returns:
+        `dict[str, int]`: Pictures `encoded` now, `present` before, and `broken` ones.
+
+    Raises:
+        ValueError: for a recipe without `feature_cache`, or one that cannot use it.
+        DataError: for a folder that was built with other weights, and for a source without usable rows.
+    """
+    from transformers import AutoModelForImageTextToText
+
+    from ..data.features import build_feature_cache
+    from .stages import prepare_stage
+
+    if stage.feature_cache is None:
+        raise ValueError("The recipe names no place for features. Set --feature_cache FOLDER.")
+    name, model_config, processor, keywords = _loading(stage, config, model_args)
+    digest = _source(name, model_config, processor, model_args)
+    pictures = _pictures(stage, config)
+    model = AutoModelForImageTextToText.from_pretrained(name, **keywords)
+    prepare_stage(model, stage.train_parts)
+    if not getattr(model, "is_quantized", False):
+        model.to(config.device)
+    return build_feature_cache(model, processor.image_processor, pictures, stage.feature_cache, source=digest)
+
+
+def _pictures(stage: StageArguments, config: StageConfig) -> Iterator[Any]:
+    """Every picture of the sources, as training has them."""
+    from transformers_minigpt4.data.sources import open_rows
+
+    if stage.sources[0].startswith(PYTHON):
+        datasets = [load_rows(stage, config).dataset]
+    else:
+        options: dict[str, Any] = {"shuffle": False, "passes": 1, "decode": False, "max_bad_share": None}
+        datasets = [open_rows(source, stage.form, **options).dataset for source in stage.sources]  # type: ignore[arg-type]
+    for dataset in datasets:
+        for row in dataset:
+            yield from [row["image"]] if row.get("image") is not None else row.get("images") or []
+
+
+def make_trainer(stage: StageArguments, config: StageConfig, model_args: Any, model, processor, rows: LoadedRows):
     """The prepared trainer; `SFTTrainer`, or `Trainer` for a model with its own loss."""
     from transformers.trainer_utils import set_seed
     from trl import get_peft_config
@@ -106,16 +196,18 @@ def make_trainer(stage: StageArguments, config: StageConfig, model_args: Any, mo
     from .collator import make_collator
     from .guards import GuardCallback
     from .record import RunRecordCallback, run_record
+    from .shortcuts import shorten
     from .stages import prepare_stage, trainable_parameters
     from .trainer import StageSFTTrainer, StageTrainer
 
     set_seed(config.seed)  # adapters are drawn at random
     prepare_stage(model, stage.train_parts)
+    collator = make_collator(model, processor, stage.max_completion_length)
     keywords: dict[str, Any] = {
         "model": model,
         "args": config,
-        "train_dataset": rows[0],
-        "data_collator": make_collator(model, processor, stage.max_completion_length),
+        "train_dataset": rows.dataset,
+        "data_collator": shorten(stage, config, model, processor, collator),
         "processing_class": processor,
     }
     if model.config.model_type == "blip-2":
@@ -123,10 +215,10 @@ def make_trainer(stage: StageArguments, config: StageConfig, model_args: Any, mo
     else:
         trainer = StageSFTTrainer(**keywords, peft_config=_adapters(get_peft_config(model_args), stage))
     trainer.add_callback(GuardCallback(stage.check_first_loss))
-    record = run_record([stage, config, model_args], rows[0], trainable_parameters(trainer.model))
-    if rows[1] is not None:
-        record["data_fingerprint"] = rows[1]
-    trainer.add_callback(RunRecordCallback(record))
+    record = run_record([stage, config, model_args], rows.dataset, trainable_parameters(trainer.model))
+    if rows.fingerprint is not None:
+        record["data_fingerprint"] = rows.fingerprint
+    trainer.add_callback(RunRecordCallback(record, rows.problems))
     return trainer
 
 
@@ -140,8 +232,6 @@ def main(stage: StageArguments, config: StageConfig, model_args: Any) -> None:
     trainer = make_trainer(stage, config, model_args, model, processor, rows)
     trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
     save_final(trainer)
-    if config.push_to_hub:
-        trainer.push_to_hub()
     trainer.end()
 
 
@@ -155,6 +245,10 @@ def save_final(trainer: Any) -> None:
         return
     from transformers import Trainer
 
+    from .shortcuts import has_tower, restore_tower
+
+    if not has_tower(model):
+        restore_tower(model)
     if trainer.args.should_save:
         Trainer._save(trainer, trainer.args.output_dir)
     trainer.accelerator.wait_for_everyone()
@@ -169,6 +263,8 @@ def _adapters(peft_config: Any, stage: StageArguments) -> Any:
     peft_config.modules_to_save = [*(peft_config.modules_to_save or []), *chosen] or None
     # `q_proj` and `v_proj` occur in vision towers too, which stay frozen.
     targets = peft_config.target_modules
+    if isinstance(targets, str) and targets.isidentifier():  # TRL hands on one name without its list
+        targets = [targets]
     if isinstance(targets, (list, set)) and targets:
         names = "|".join(sorted(targets))
         peft_config.target_modules = rf".*language_model.*\.({names})"

@@ -10,7 +10,10 @@ from datasets import IterableDataset
 from datasets.distributed import split_dataset_by_node
 from torch.utils.data import DataLoader, get_worker_info
 
+from .guards import TrainingError
 
+
+_IN_WORKER = "in DataLoader worker process"  # how torch begins an error that it carries over from a worker
 POSITION = "position"  # the key under which a batch carries it; the trainer takes it out
 
 
@@ -99,3 +102,24 @@ def stream_loader(stream: PositionedStream, collator: Callable, arguments: Any) 
         prefetch_factor=arguments.dataloader_prefetch_factor,
         drop_last=True,
     )
+
+
+def plain_worker_error(error: Exception) -> Exception | None:
+    """
+    What a data worker meant: torch wraps a worker's error into its traceback, and tells of its death by number alone.
+
+    Returns:
+        An error of the same type with the worker's own message; one with cause and cure for a worker that died;
+        `None` for an error that came from no worker.
+    """
+    head, _, trace = str(error).partition("\n")
+    if _IN_WORKER in head:
+        message = trace.rpartition(f"{type(error).__name__}: ")[2].strip()
+        return type(error)(message or head)
+    if isinstance(error, RuntimeError) and head.startswith("DataLoader worker"):
+        return TrainingError(
+            f"A data worker died ({head.strip()}). Mostly the system ran out of memory and ended it: lower "
+            "dataloader_num_workers or per_device_train_batch_size, or give the machine more (shared) memory, and go "
+            "on with --resume_from_checkpoint true."
+        )
+    return None

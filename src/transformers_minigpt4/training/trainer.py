@@ -10,15 +10,18 @@ import torch
 from accelerate.utils import DistributedType
 from datasets import IterableDataset
 from safetensors import SafetensorError
-from transformers import Trainer
+from transformers import ProgressCallback, Trainer
 from transformers.trainer_utils import rotate_checkpoints
 from trl import SFTTrainer
 
 from . import checkpoints
+from .guards import LabelsRequired
+from .loss import POSITIONS
+from .packing import count_tokens
 from .record import RunRecordCallback
 from .schedule import get_minigpt4_schedule
 from .stages import touch_trainable
-from .stream import POSITION, Position, PositionedStream, stream_loader
+from .stream import POSITION, Position, PositionedStream, plain_worker_error, stream_loader
 
 
 # What the mixin overrides and calls is a trainer's, which it stands in front of.
@@ -44,7 +47,8 @@ class StageTrainerMixin(_Trainer):
         self._positions: dict[int, Position] = {}
         self._staging: Path | None = None
         self._real_tokens: torch.Tensor | int = 0
-        self._all_tokens = self._rows = 0
+        self._rows: torch.Tensor | int = 0
+        self._all_tokens = 0
         self._logged_at: float | None = None
         super().__init__(*args, **kwargs)
         if self.args.load_best_model_at_end:
@@ -54,6 +58,9 @@ class StageTrainerMixin(_Trainer):
             )
         if isinstance(self.train_dataset, IterableDataset) and self.args.max_steps <= 0:
             raise ValueError("A stream has no end, so the run needs one: set max_steps.")
+        self.data_collator = LabelsRequired(self.data_collator)  # type: ignore[has-type]
+        if self.pop_callback(ProgressCallback) is not None:
+            self.add_callback(ThroughputBar())
         sharded = self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
         model = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
         touch_trainable(model, whole_tower=sharded)
@@ -74,7 +81,13 @@ class StageTrainerMixin(_Trainer):
         if checkpoint is not None and isinstance(self.train_dataset, IterableDataset):
             self._positions = self._load_positions(checkpoint)
         self._logged_at = time.perf_counter()
-        return super().train(resume_from_checkpoint=checkpoint, **kwargs)
+        try:
+            return super().train(resume_from_checkpoint=checkpoint, **kwargs)
+        except Exception as error:
+            plain = plain_worker_error(error)
+            if plain is None:
+                raise
+            raise plain from error
 
     # Schedule
 
@@ -110,11 +123,9 @@ class StageTrainerMixin(_Trainer):
         position = inputs.pop(POSITION, None)
         if position is not None:
             self._positions = {**self._positions, position.worker: position}
-        mask = inputs.get("attention_mask")
-        if mask is not None:
-            self._real_tokens = self._real_tokens + mask.sum()
-            self._all_tokens += mask.numel()
-            self._rows += mask.shape[0] * self.args.world_size
+        rows, real, every = count_tokens(inputs)
+        self._rows, self._real_tokens = self._rows + rows, self._real_tokens + real
+        self._all_tokens += every
         return super().training_step(model, inputs, num_items_in_batch)
 
     def _position_file(self, checkpoint: str | os.PathLike) -> Path:
@@ -198,9 +209,10 @@ class StageTrainerMixin(_Trainer):
     # Log
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "loss" in logs and self._rows and self._logged_at is not None:
+        if "loss" in logs and self._all_tokens and self._logged_at is not None:
             now = time.perf_counter()
-            logs["samples_per_second"] = round(self._rows / (now - self._logged_at), 3)
+            rows = int(self._rows) * self.args.world_size
+            logs["samples_per_second"] = round(rows / (now - self._logged_at), 3)
             logs["real_token_share"] = round(float(self._real_tokens) / self._all_tokens, 4)
             self._real_tokens, self._all_tokens, self._rows, self._logged_at = 0, 0, 0, now
         super().log(logs, start_time)
@@ -216,9 +228,31 @@ class StageSFTTrainer(StageTrainerMixin, SFTTrainer):
             if parameter.requires_grad and "modules_to_save" in name:
                 parameter.data = parameter.data.float()
 
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """
+        TRL's loss, and on a CPU the model's own where logits are at labels alone.
+
+        TRL's head computes them twice to save memory, and is the slower one there (docs/training_speed.md). Its
+        metrics of entropy and accuracy are left out then.
+        """
+        if POSITIONS not in inputs or self.accelerator.device.type != "cpu" or self.args.loss_type != "nll":
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        inputs["use_cache"] = False  # packed rows must not see each other
+        return Trainer.compute_loss(self, model, inputs, return_outputs, num_items_in_batch)
+
 
 class StageTrainer(StageTrainerMixin, Trainer):
     """transformers' `Trainer`, for models whose own loss is needed, such as BLIP-2 with its encoder–decoder."""
+
+
+class ThroughputBar(ProgressCallback):
+    """transformers' bar, with samples per second and the share of positions that rows take."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        super().on_log(args, state, control, logs=logs, **kwargs)
+        if self.training_bar is not None and "samples_per_second" in (logs or {}):
+            share = f"{logs['real_token_share']:.0%} real tokens"
+            self.training_bar.set_postfix_str(f"{logs['samples_per_second']:.3g} samples/s, {share}")
 
 
 def require_rows(dataset: Any) -> None:

@@ -1,0 +1,293 @@
+"""Measures curation: batches, the second turn from the first one's cache, the filter, and the review's page.
+
+    python benchmarks/curation.py
+    python benchmarks/curation.py --pictures 4 --size tiny --repeats 1 --pairs 500 --review-pairs 50   # seconds
+
+Generation: the step as a whole (loading the model, pictures, both turns, results to the disk) on the demo's parts with
+a projection drawn at random, one picture at a time and in batches, in turns. The texts must agree. Second turn: the
+same tokens with the first turn's keys and values and computed from pixels and ids, in turns. Filter: a project whose
+texts are put together from words; of its pictures only the files' presence counts, as their prints are made once, and
+measured apart. Review: every press of a button is an HTTP request to the served page.
+"""
+
+import argparse
+import dataclasses
+import io
+import json
+import random
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import torch
+from peers import OURS, SIZES, build_inputs, build_model
+from PIL import Image
+from transformers.utils import logging
+
+from transformers_minigpt4.data.curation.config import CurationConfig
+from transformers_minigpt4.data.curation.draw import draw_pictures
+from transformers_minigpt4.data.curation.duplicates import PRINT_BYTES, picture_print
+from transformers_minigpt4.data.curation.filter import run_filter
+from transformers_minigpt4.data.curation.generate import continue_answers, continue_inputs, run_generate
+from transformers_minigpt4.data.curation.review_page import serve_review
+from transformers_minigpt4.data.curation.store import PICTURES, Project, Result
+from transformers_minigpt4.demo.run import build_model as build_demo_model
+
+
+SOURCE = "python:transformers_minigpt4.demo.curation_pictures:pictures"
+ROWS = 8  # of the second turn's batch
+FIRST_TOKENS, SECOND_TOKENS = (20, 60), 32  # answers of the first turn, drawn; of the second, a stage-1 caption's most
+TURN_TOKENS = 12  # of `###Human: Continue ###Assistant:` in LLaMA's vocabulary
+LIMITS = {"batched": 4.0, "second turn": 0.60, "filter": 60.0, "review": 0.200}
+
+ADJECTIVES = (
+    *("small", "large", "red", "green", "old", "new", "bright", "dark", "wooden", "white", "blue", "empty", "round"),
+    *("tall", "narrow", "wide", "grey", "young", "quiet", "open", "wet", "dry", "warm", "broken", "heavy", "golden"),
+)
+NOUNS = (
+    *("house", "tree", "dog", "woman", "man", "table", "chair", "street", "car", "window", "door", "bird", "boat"),
+    *("bridge", "child", "horse", "garden", "river", "bench", "lamp", "cup", "book", "kitchen", "train", "field"),
+    *("mountain", "church", "market", "bicycle", "shelf", "clock", "painting", "hill", "fence", "beach", "tower"),
+)
+SENTENCES = (
+    "The picture shows a {0} {1} beside a {2} {3}.",
+    "In front of the {0} {1} there is a {2} {3}, which looks {4}.",
+    "A {0} {1} stands behind the {3}, and the light on it is {2}.",
+    "On the left one can see a {0} {1} with a {2} {3}.",
+    "The {1} in the middle is {0}, while the {3} next to it is {2}.",
+    "Far behind them lies a {0} {1}, partly hidden by the {2} {3}.",
+)
+BAD = ("I'm sorry, I made a mistake.", "The the the same again", "as an AI language model I cannot say", "of the")
+
+
+def generation(pictures: int, batch: int, repeats: int, scratch: Path) -> dict[int, list[float]]:
+    """Seconds of `run_generate` by batch size, after one run of each that warms up."""
+    model, processor = build_demo_model()
+    model.save_pretrained(scratch / "model")
+    processor.save_pretrained(scratch / "model")
+    seconds: dict[int, list[float]] = {1: [], batch: []}
+    texts = set()
+    for repeat in range(-1, repeats):
+        for size in list(seconds) if repeat % 2 else list(seconds)[::-1]:
+            config = CurationConfig(
+                SOURCE, str(scratch / "model"), pictures=pictures, batch_size=size, max_new_tokens=60, device="cpu"
+            )
+            with Project.create(scratch / f"{repeat}-{size}", config) as project:
+                draw_pictures(project, config, progress=False)
+                start = time.perf_counter()
+                run_generate(project, config, progress=False)
+                if repeat >= 0:
+                    seconds[size].append(time.perf_counter() - start)
+                texts.add(json.dumps([text for _, text in project.texts("filter")]))
+    if len(texts) > 1:
+        raise SystemExit("batches gave other texts than single pictures; the times cannot be compared")
+    return seconds
+
+
+def second_turn(size: str, repeats: int) -> dict[str, list[float]]:
+    """Seconds of the second turn, and of its way to the first token, with the first turn's cache and without."""
+    model = build_model(OURS, SIZES[size], torch.float32, "cpu")
+    inputs = build_inputs(model, ROWS)
+    width, rows = inputs["input_ids"].shape[1], torch.arange(ROWS)
+    draw = torch.Generator().manual_seed(0)
+    lengths = torch.randint(*FIRST_TOKENS, (ROWS,), generator=draw)
+    turn = torch.randint(3, 32000, (1, TURN_TOKENS), generator=draw)
+    first = model.generate(**inputs, max_new_tokens=FIRST_TOKENS[1], do_sample=False, return_dict_in_generate=True)
+    ids, mask = continue_inputs(first.sequences, width, lengths, rows, turn)
+    seconds: dict[str, list[float]] = {f"{way}, {part}": [] for way in ("cache", "anew") for part in ("all", "first")}
+    said: dict[str, torch.Tensor] = {}
+    for repeat in range(-1, repeats):
+        for name in list(seconds) if repeat % 2 else list(seconds)[::-1]:
+            settings = {"max_new_tokens": SECOND_TOKENS if name.endswith("all") else 1, "do_sample": False}
+            output = dataclasses.replace(first, past_key_values=_copy(first.past_key_values))
+            start = time.perf_counter()
+            if name.startswith("cache"):
+                answers = continue_answers(model, output, width, lengths, rows, turn, **settings)
+            else:
+                sequences = model.generate(
+                    input_ids=ids, attention_mask=mask, pixel_values=inputs["pixel_values"], **settings
+                )
+                answers = sequences[:, ids.shape[1] :]
+            if repeat >= 0:
+                seconds[name].append(time.perf_counter() - start)
+            said[name] = answers
+    if not torch.equal(said["cache, all"], said["anew, all"]):
+        raise SystemExit("the two ways gave different tokens; their times cannot be compared")
+    return seconds
+
+
+def _copy(cache: Any) -> Any:
+    """A cache of its own for each measurement, since a turn writes into it."""
+    import copy
+
+    return copy.deepcopy(cache)
+
+
+def description(rng: random.Random) -> str:
+    """Five sentences of about 60 words; one text in twenty has a fault that the rules know."""
+    sentences = []
+    for _ in range(5):
+        words = (rng.choice(ADJECTIVES), rng.choice(NOUNS), rng.choice(ADJECTIVES), rng.choice(NOUNS))
+        sentences.append(rng.choice(SENTENCES).format(*words, rng.choice(ADJECTIVES)))
+    if rng.random() < 0.05:
+        sentences.append(rng.choice(BAD))
+    return " ".join(sentences)
+
+
+def described_project(folder: Path, pairs: int, repair: bool = False) -> Project:
+    """A project whose pairs have texts; one file stands for all pictures."""
+    config = CurationConfig("imagefolder:x", "x", pictures=pairs, repair_model="x" if repair else None)
+    folder.mkdir()
+    project = Project.create(folder, config)
+    rng = random.Random(0)
+    texts = [description(rng) for _ in range(pairs)]
+    (folder / PICTURES / "0.jpg").write_bytes(photograph(0))
+    project.add_pairs([(f"{n:06d}", f"{PICTURES}/0.jpg", f"{n}", {"key": n}) for n in range(pairs)], "somewhere")
+    project.record("generate", _results(project, "generate", texts, "ok"))
+    if repair:
+        project.record("repair", _results(project, "repair", [f"{text} It ends here." for text in texts], "ok"))
+        project.record("filter", _results(project, "filter", [None] * pairs, "kept"))
+    return project
+
+
+def _results(project: Project, step: str, texts: Sequence[str | None], outcome: str) -> list[Result]:
+    works = list(project.pending(step, "s"))
+    return [Result(w.pair.id, "s", w.input, outcome, text=text) for w, text in zip(works, texts, strict=True)]
+
+
+def photograph(seed: int) -> bytes:
+    """A JPEG of 320 x 240 with soft patches of colour."""
+    fields = np.random.default_rng(seed).integers(0, 256, (12, 16, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(fields).resize((320, 240), Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=90)
+    return buffer.getvalue()
+
+
+def filtering(pairs: int, scratch: Path) -> dict[str, float]:
+    """CPU seconds of the filter for all pairs anew, and after a changed rule; and of one picture's print."""
+    with described_project(scratch / "filter", pairs) as project:
+        # Prints made at random, as of pictures that have nothing in common.
+        prints = np.random.default_rng(0).integers(0, 256, (pairs, PRINT_BYTES), dtype=np.uint8)
+        with project.transaction() as connection:
+            connection.execute("CREATE TABLE picture_prints (pair_id INTEGER PRIMARY KEY, print BLOB NOT NULL)")
+            rows = [(pair.id, one.tobytes()) for pair, one in zip(project.pairs(), prints)]
+            connection.executemany("INSERT INTO picture_prints VALUES (?, ?)", rows)
+        found = {}
+        for name, rules in (("all pairs", {}), ("a changed rule", {"too_short": {"min_words": 12}})):
+            config = dataclasses.replace(project.config, rules=rules)
+            start = time.process_time()
+            summary = run_filter(project, config, progress=False)
+            found[name] = time.process_time() - start
+            found[f"{name}, kept"] = summary.kept
+    pictures = []
+    for number in range(200):
+        pictures.append(scratch / f"{number}.jpg")
+        pictures[-1].write_bytes(photograph(number))
+    start = time.process_time()
+    for path in pictures:
+        picture_print(path)
+    found["one print"] = (time.process_time() - start) / len(pictures)
+    return found
+
+
+def reviewing(pairs: int, presses: int, scratch: Path) -> dict[str, list[float]]:
+    """Seconds from the press of a button to the whole answer, by button."""
+    seconds: dict[str, list[float]] = {"start": [], "accept": [], "save": [], "reject": [], "undo": []}
+    with (
+        described_project(scratch / "review", pairs, repair=True) as project,
+        serve_review(project) as server,
+        httpx.Client(timeout=60) as client,
+    ):
+
+        def press(button: str, *data: str) -> list[str]:
+            start = time.perf_counter()
+            answer = client.post(f"{server.url}gradio_api/run/{button}", json={"data": list(data)})
+            answer.raise_for_status()
+            seconds[button].append(time.perf_counter() - start)
+            return answer.json()["data"]
+
+        for _ in range(presses):
+            *_, text, shown, reviewer = press("start", "anna")
+            *_, text, shown, reviewer = press("accept", reviewer, shown, text)
+            *_, text, shown, reviewer = press("save", reviewer, shown, f"{text} And one more.")
+            *_, text, shown, reviewer = press("reject", reviewer, shown)
+            press("undo", reviewer)
+        decided = project.connection().execute("SELECT count(*) FROM decisions WHERE undone IS NULL").fetchone()[0]
+    if decided != 2 * presses:
+        raise SystemExit(f"{decided} decisions are on the disk, not {2 * presses}")
+    return seconds
+
+
+def table(results: dict[str, Any]) -> list[str]:
+    """Markdown lines: what is measured, the figure, and what it must be."""
+    middle = statistics.median
+    single, batched = (results["generation"][size] for size in (1, results["batch"]))
+    ratios = [one / other for one, other in zip(single, batched)]
+    per_minute = [60 * results["pictures"] / middle(seconds) for seconds in (single, batched)]
+    turn = {name: middle(seconds) for name, seconds in results["second turn"].items()}
+    whole = [one / other for one, other in zip(*(results["second turn"][f"{w}, all"] for w in ("cache", "anew")))]
+    review = [second for seconds in results["review"].values() for second in seconds]
+    kept = results["filter"]
+    return [
+        "| | measured | wanted |",
+        "| --- | ---: | ---: |",
+        f"| captions a minute, one at a time | {per_minute[0]:.0f} | |",
+        f"| captions a minute, batches of {results['batch']} | {per_minute[1]:.0f} | |",
+        f"| batched over one at a time | {middle(ratios):.1f} | ≥ {LIMITS['batched']:.0f} |",
+        f"| second turn of {ROWS} rows from the first one's cache (ms) | {turn['cache, all'] * 1000:.0f} | |",
+        f"| the same computed anew (ms) | {turn['anew, all'] * 1000:.0f} | |",
+        f"| share of it | {middle(whole):.0%} | < {LIMITS['second turn']:.0%} |",
+        f"| up to the first token alone | {turn['cache, first'] / turn['anew, first']:.0%} | |",
+        f"| filter, {results['pairs']:,} pairs (CPU s) | {kept['all pairs']:.1f} | < {LIMITS['filter']:.0f} |",
+        f"| the same after one changed rule (CPU s) | {kept['a changed rule']:.1f} | |",
+        f"| print of a new picture, once (CPU ms) | {kept['one print'] * 1000:.2f} | |",
+        f"| review page, {results['review pairs']:,} pairs: median answer (ms) | {middle(review) * 1000:.0f} | "
+        f"< {LIMITS['review'] * 1000:.0f} |",
+        f"| slowest of {len(review)} answers (ms) | {max(review) * 1000:.0f} | |",
+    ]
+
+
+def main() -> None:
+    """Measures and prints."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--pictures", type=int, default=64, help="to describe")
+    parser.add_argument("--batch", type=int, default=32, help="pictures that go through the model at once")
+    parser.add_argument("--size", choices=SIZES, default="small", help="of the second turn's model, see peers.py")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--pairs", type=int, default=100_000, help="through the filter")
+    parser.add_argument("--review-pairs", type=int, default=5_000)
+    parser.add_argument("--presses", type=int, default=20, help="of each button of the review's page")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--json", type=Path, help="file for every single measurement")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    results: dict[str, Any] = {
+        "pictures": options.pictures,
+        "batch": options.batch,
+        "pairs": options.pairs,
+        "review pairs": options.review_pairs,
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        scratch = Path(folder)
+        results["generation"] = generation(options.pictures, options.batch, options.repeats, scratch)
+        results["second turn"] = second_turn(options.size, options.repeats)
+        results["filter"] = filtering(options.pairs, scratch)
+        results["review"] = reviewing(options.review_pairs, options.presses, scratch)
+    print(
+        f"Demo's parts for generation, size {options.size} for the second turn, threads {options.threads}, repeats "
+        f"{options.repeats}, torch {torch.__version__}\n"
+    )
+    print("\n".join(table(results)))
+    if options.json:
+        options.json.write_text(json.dumps(results, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,184 @@
+"""The words of the contract between chat models and their callers: settings, answers, errors, usage."""
+
+import math
+from dataclasses import dataclass
+from urllib.parse import urlsplit
+
+
+Message = dict[str, str]  # {"role": "system", "user" or "assistant", "content": text}
+
+# What can be wrong with a request, and what each word means.
+KINDS = {
+    "auth": "no key, or one that the endpoint refuses",
+    "budget": "the next request could cost more than is left of the budget",
+    "connection": "the connection broke before the answer was complete",
+    "cut_off": "the answer was cut off at its limit of tokens",
+    "down": "nothing answers at the address",
+    "empty": "an answer without text",
+    "filtered": "the endpoint's content filter held the answer back",
+    "garbage": "an answer that is no chat completion: a web page, broken JSON, JSON of another form",
+    "missing": "a package that is not installed",
+    "not_found": "the endpoint knows no such address or model",
+    "quota": "the account's own quota is used up",
+    "rate_limit": "too many requests, after all retries",
+    "refused": "the endpoint refuses this one request, for instance because it is too long",
+    "server": "the endpoint failed, after all retries",
+    "stopped": "given up because another request has failed for a reason that concerns all",
+    "timeout": "no complete answer in time, after all retries",
+}
+
+
+class ChatError(RuntimeError):
+    """
+    A request without a usable answer.
+
+    Args:
+        kind: One of [`KINDS`].
+        message: What happened and what to do, in one line.
+        fatal: Whether further requests would fail for the same reason.
+        answer: What came of the answer, where something did (`kind="cut_off"`).
+    """
+
+    def __init__(self, kind: str, message: str, *, fatal: bool = False, answer: "ChatAnswer | None" = None) -> None:
+        super().__init__(message)
+        self.kind, self.fatal, self.answer = kind, fatal, answer
+
+
+class BudgetExhausted(ChatError):
+    """The next request could exceed the budget, so it was not sent."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__("budget", message, fatal=True)
+
+
+@dataclass(frozen=True)
+class ChatSettings:
+    """
+    Which model answers, and how far to go for an answer.
+
+    Args:
+        model: Name of the model at the endpoint, or folder or Hub id of a local one.
+        base_url: Address of an OpenAI-compatible endpoint, usually ending in `/v1`. Without it the model is loaded
+            here with transformers.
+        concurrency: Requests in flight at once; for a local model, prompts in one batch.
+        requests_per_minute: Requests are sent at least 60 / this many seconds apart. Endpoint only.
+        timeout: Seconds that one request may take from sending to the last byte. Endpoint only.
+        max_retries: Further tries after a fault that may pass: no connection, time-out, 429, 5xx. Endpoint only.
+        temperature: 0 decodes greedily.
+        max_tokens: Longest answer.
+        budget_tokens: Limit of prompt and answer tokens together. A request is sent only if the most that it can use
+            still fits.
+        budget_cost: Limit of the cost, in the currency of the prices, which it needs.
+        price_in, price_out: Price of a million prompt tokens and of a million answer tokens.
+        api_key_env: Name of the environment variable that holds the endpoint's key. It may be unset, as local servers
+            want none.
+
+    Raises:
+        ValueError: for settings that cannot work.
+    """
+
+    model: str
+    base_url: str | None = None
+    concurrency: int = 8
+    requests_per_minute: float | None = None
+    timeout: float = 60.0
+    max_retries: int = 5
+    temperature: float = 0.0
+    max_tokens: int = 1024
+    budget_tokens: int | None = None
+    budget_cost: float | None = None
+    price_in: float | None = None
+    price_out: float | None = None
+    api_key_env: str = "OPENAI_API_KEY"
+
+    def __post_init__(self) -> None:
+        if not self.model:
+            raise ValueError("no chat model is named; set model to its name at the endpoint, or to a folder or Hub id")
+        for name, least in (("concurrency", 1), ("max_retries", 0), ("max_tokens", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} is {getattr(self, name)}; set it to {least} or more")
+        for name in ("timeout", "requests_per_minute"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"{name} is {value}; set it to a number above 0")
+        for name in ("temperature", "budget_tokens", "budget_cost", "price_in", "price_out"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < math.inf:
+                raise ValueError(f"{name} is {value}; set it to 0 or more")
+        if self.budget_cost is not None and (self.price_in is None or self.price_out is None):
+            raise ValueError("budget_cost needs prices; set price_in and price_out, per million tokens")
+        if self.base_url is not None:
+            address = urlsplit(self.base_url)
+            if address.username is not None or address.password is not None or address.query:
+                # Nothing of the value, which would put the secret into logs.
+                raise ValueError(
+                    "base_url holds a user name, password or query; put the key into the environment variable "
+                    f"{self.api_key_env} and leave it out of the address"
+                )
+            if address.scheme not in ("http", "https") or not address.hostname:
+                raise ValueError(f"base_url is {self.base_url!r}; give an address such as http://127.0.0.1:8000/v1")
+
+    def cost(self, prompt_tokens: int, completion_tokens: int) -> float:
+        """The price of so many tokens; 0 without prices."""
+        return (prompt_tokens * (self.price_in or 0.0) + completion_tokens * (self.price_out or 0.0)) / 1e6
+
+
+@dataclass(frozen=True)
+class ChatAnswer:
+    """
+    An answer with what it took.
+
+    `finish_reason` is `"stop"`, or `"length"` where the limit of tokens cut it off. `cost` is in the currency of the
+    prices; an answer from the cache (`cached`) costs nothing, and its token counts are those of its first time.
+    """
+
+    text: str
+    finish_reason: str
+    prompt_tokens: int
+    completion_tokens: int
+    cost: float
+    cached: bool = False
+
+
+@dataclass(frozen=True)
+class Usage:
+    """
+    What a model has used: `requests` sent (retries count), answers found in the cache, tokens, and their cost.
+
+    A request whose answer got lost after it was sent may be billed all the same, so it counts with the most that it
+    can have used. So does one whose endpoint reports no token counts.
+    """
+
+    requests: int = 0
+    cached: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cost: float = 0.0
+
+    @property
+    def tokens(self) -> int:
+        return self.prompt_tokens + self.completion_tokens
+
+    def __add__(self, other: "Usage") -> "Usage":
+        return Usage(
+            self.requests + other.requests,
+            self.cached + other.cached,
+            self.prompt_tokens + other.prompt_tokens,
+            self.completion_tokens + other.completion_tokens,
+            self.cost + other.cost,
+        )
+
+
+def checked_messages(messages: list[Message]) -> list[Message]:
+    """
+    A conversation in the form that every model takes; half surrogate pairs, which UTF-8 cannot write, become `?`.
+
+    Raises:
+        ValueError: for anything but a list of `{"role", "content"}` with text.
+    """
+    if not messages or not all(
+        isinstance(message, dict) and isinstance(message.get("role"), str) and isinstance(message.get("content"), str)
+        for message in messages
+    ):
+        raise ValueError(f"a conversation is a list of {{'role', 'content'}} with text, not {str(messages)[:100]}")
+    return [{**message, "content": message["content"].encode("utf-8", "replace").decode()} for message in messages]

@@ -1,0 +1,41 @@
+"""Runs the steps of a curation that need no people, one after the other."""
+
+from collections.abc import Callable
+
+from .config import CurationConfig
+from .store import Project
+
+
+def run_all(
+    project: Project, config: CurationConfig, progress: bool = True, say: Callable[[str], object] = print
+) -> None:
+    """
+    Generate, repair where a model is named, filter, report; and build, where there is something to build from.
+
+    Each step does what is left to do, so that a second run is short. What was finished stays if a step raises.
+
+    Args:
+        project: Open.
+        config: Its settings.
+        progress: Whether to show bars on a terminal.
+        say: Told in a line or two what each step did.
+    """
+    from .build import run_build
+    from .filter import run_filter
+    from .generate import run_generate
+    from .repair import run_repair
+    from .report import run_report
+    from .status import status_text
+
+    say(str(run_generate(project, config, progress)))
+    if config.repairs:
+        say(str(run_repair(project, config, progress)))
+    say(str(run_filter(project, config, progress)))
+    say(f"report in {run_report(project, config)}")
+    funnel = project.funnel()
+    review = funnel.steps[-1]
+    if funnel.accepted or (config.build_unreviewed and review.reached):
+        say(str(run_build(project, config, progress)))
+    say(status_text(project))
+    if review.waiting:
+        say(f"{review.waiting:,} pairs wait for people: minigpt4 curate review {project.folder}")

@@ -1,0 +1,143 @@
+"""Shows how far a project is: the funnel of counts and shares, with every reason, as text and as a picture."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from .config import CurationError
+from .store import PASSING, Funnel, Project, StepCount
+
+
+_BAR = 30  # characters of a full bar
+_COLOURS = {"passed": "#2a6f97", "lost": "#c1666b", "waiting": "#b8b8b8"}
+_REASONS_SHOWN = 20  # of one outcome; the rest is summed up
+STEP_WORDS = {
+    "generate": "described",
+    "repair": "repaired",
+    "filter": "through the filter",
+    "review": "accepted by reviewers",
+}
+
+
+class FunnelRow(NamedTuple):
+    """
+    One line of the funnel.
+
+    Args:
+        depth: 0 for a step, 1 for an outcome, 2 for a reason.
+        label: In words.
+        pairs: How many.
+        kind: `"passed"`, `"lost"` or `"waiting"`.
+    """
+
+    depth: int
+    label: str
+    pairs: int
+    kind: str
+
+
+def funnel_rows(funnel: Funnel) -> list[FunnelRow]:
+    """The funnel from the pictures drawn to the pairs accepted; a step's own line tells what it passes on."""
+    rows = [FunnelRow(0, "drawn", funnel.drawn, "passed")]
+    rows += [FunnelRow(1, f"skipped in the source: {kind}", count, "lost") for kind, count in funnel.skipped.items()]
+    for step in funnel.steps:
+        rows += _step_rows(step)
+    return rows
+
+
+def passed_on(step: StepCount) -> int:
+    """Pairs that a step hands to the next one."""
+    return sum(step.outcomes.get(outcome, 0) for outcome in PASSING[step.step])
+
+
+def _step_rows(step: StepCount) -> Iterator[FunnelRow]:
+    yield FunnelRow(0, STEP_WORDS[step.step], passed_on(step), "passed")
+    for outcome, count in step.outcomes.items():
+        kind = "passed" if outcome in PASSING[step.step] else "lost"
+        reasons = sorted(step.reasons.get(outcome, {}).items(), key=lambda item: (-item[1], item[0]))
+        if kind == "lost" or reasons or len(PASSING[step.step]) > 1:
+            yield FunnelRow(1, outcome, count, kind)
+        for reason, number in reasons[:_REASONS_SHOWN]:
+            yield FunnelRow(2, _one_line(reason), number, kind)
+        if rest := reasons[_REASONS_SHOWN:]:
+            yield FunnelRow(2, f"{len(rest)} further reasons", sum(number for _, number in rest), kind)
+    if step.waiting:
+        yield FunnelRow(1, "waiting", step.waiting, "waiting")
+
+
+def _one_line(reason: str) -> str:
+    """A reason as a label: others' messages may hold line breaks and escape codes."""
+    line = "".join(character if character.isprintable() else " " for character in reason)
+    return " ".join(line.split())[:60]
+
+
+def share(count: int, of: int) -> str:
+    """A share in per cent, or a dash where there is nothing to have a share of."""
+    return f"{count / of:.1%}" if of else "-"
+
+
+def status_text(project: Project) -> str:
+    """
+    The funnel as lines of text: label, pairs, share of the drawn pictures, and a bar of it for each step.
+
+    Args:
+        project: Open.
+    """
+    funnel = project.funnel()
+    rows = funnel_rows(funnel)
+    labels = ["  " * row.depth + row.label for row in rows]
+    width = max(map(len, labels))
+    lines = [f"{'':<{width}}  {'pairs':>7}  {'share':>6}"]
+    for row, label in zip(rows, labels):
+        part = row.pairs / funnel.drawn if funnel.drawn else 0.0
+        bar = "#" * round(_BAR * min(part, 1.0)) if row.depth == 0 else ""
+        of = "-" if row.label.startswith("skipped") else share(row.pairs, funnel.drawn)
+        lines.append(f"{label:<{width}}  {row.pairs:>7}  {of:>6}  {bar}".rstrip())
+    if funnel.drawn < funnel.wanted:
+        lines.append(f"{funnel.wanted - funnel.drawn} of the {funnel.wanted} pictures wanted are still to be drawn")
+    return "\n".join(lines)
+
+
+def save_status_png(project: Project, path: str | os.PathLike) -> None:
+    """
+    Draws the funnel as a PNG: a bar for each step, and below it thinner ones for what it lost, by reason.
+
+    Args:
+        project: Open.
+        path: Replaced where it exists, in one step.
+
+    Raises:
+        CurationError: without matplotlib.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise CurationError(
+            'the picture of the funnel needs matplotlib; pip install "transformers_minigpt4[curation]"'
+        ) from error
+    funnel = project.funnel()
+    rows = [row for row in funnel_rows(funnel) if not row.label.startswith("skipped")]
+    figure = Figure(figsize=(9, 1.2 + 0.32 * len(rows)), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for place, row in enumerate(rows):
+        height = (0.8, 0.5, 0.3)[row.depth]
+        axes.barh(place, row.pairs, height=height, color=_COLOURS[row.kind], alpha=1.0 if row.depth == 0 else 0.7)
+        text = f" {row.pairs:,} ({share(row.pairs, funnel.drawn)})"
+        axes.text(row.pairs, place, text, va="center", fontsize=9, parse_math=False)
+    axes.set_yticks(range(len(rows)))
+    for label, row in zip(axes.set_yticklabels(["   " * row.depth + row.label for row in rows]), rows):
+        label.set(parse_math=False, fontweight="bold" if row.depth == 0 else "normal", fontsize=9)
+    axes.invert_yaxis()
+    axes.set_xlim(0, max(1, funnel.drawn) * 1.18)
+    axes.set_xlabel("pairs")
+    axes.spines[["top", "right"]].set_visible(False)
+    path = Path(path)
+    scratch = path.with_name(f".{path.name}-{os.getpid()}")
+    try:
+        figure.savefig(scratch, format="png", dpi=120)
+        os.replace(scratch, path)
+    finally:
+        scratch.unlink(missing_ok=True)

@@ -1,0 +1,52 @@
+"""
+Compares checkpoints of the small world by the share of descriptions that fail.
+
+    python -m transformers_minigpt4.demo.failures minigpt4-demo/stage1 output/tiny_stage2
+
+Each describes the same pictures, of combinations that no training has shown; `demo.scoring` tells what has failed.
+"""
+
+import sys
+from pathlib import Path
+
+from transformers_minigpt4 import MiniGPT4ForConditionalGeneration, MiniGPT4Processor
+
+from .run import describe, held_out, quiet_and_single_threaded
+from .scoring import FAILURES, summarise
+
+
+def measure(checkpoint: str | Path, pictures: int = 173, seed: int = 0) -> dict[str, float]:
+    """
+    Shares of right attributes and of failures, see `scoring.summarise`.
+
+    Args:
+        checkpoint: Folder of a model of the small world.
+        pictures: How many, at most 173.
+        seed: Draws them.
+
+    Raises:
+        OSError: when there is no checkpoint in the folder.
+    """
+    things, shown = held_out(seed, pictures)
+    with quiet_and_single_threaded():
+        model = MiniGPT4ForConditionalGeneration.from_pretrained(checkpoint)
+        processor = MiniGPT4Processor.from_pretrained(checkpoint)
+        texts, ended = describe(model.eval(), processor, shown)
+    return summarise(texts, things, ended)
+
+
+def main(checkpoints: list[str]) -> None:
+    """The command."""
+    if not checkpoints:
+        sys.exit("usage: python -m transformers_minigpt4.demo.failures CHECKPOINT...")
+    for checkpoint in checkpoints:
+        try:
+            shares = measure(checkpoint)
+        except (OSError, ValueError) as error:
+            sys.exit(f"failures: {str(error).splitlines()[0]}")
+        kinds = ", ".join(f"{kind} {shares[kind]:.1%}" for kind in FAILURES)
+        print(f"{checkpoint}: {shares['failed']:.1%} of the descriptions failed ({kinds})")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

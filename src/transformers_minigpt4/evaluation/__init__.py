@@ -1,0 +1,1 @@
+"""How good a model is: tasks, one contract for them, the runner, results and their comparison."""

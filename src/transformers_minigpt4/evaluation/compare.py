@@ -1,0 +1,379 @@
+"""Compares results over the same questions: tables in the papers' form, paired differences and their significance."""
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .evaluator import Columns, Metric, Statistic, Task, columns_of, interval, resampled
+from .results import ANSWERS, read_results
+from .tasks import load_task
+
+
+# The columns of the papers' tables; of a task that is not here, all metrics. The rest is in the table of all metrics.
+COLUMNS = {
+    "advanced": tuple(f"successes/{request}" for request in ("meme", "recipe", "advertisement", "poem")),
+    "coco_coverage": ("covered", "captions_covered"),
+    "stage2_failures": ("failure/detail", "failure/poem"),
+    "aokvqa": ("multiple_choice",),
+    "gqa": ("accuracy",),
+    "chair": ("chair_i/long", "words/long", "chair_i/short", "words/short"),
+    "scienceqa": (
+        *(f"accuracy/subject/{subject}" for subject in ("natural", "social", "language")),
+        *(f"accuracy/context/{context}" for context in ("text", "image", "none")),
+        *(f"accuracy/grade/{grades}" for grades in ("1_6", "7_12")),
+        *("accuracy", "text_model", "ensemble/complement", "ensemble/judge"),
+    ),
+    "llava_bench": ("relative_score/conv", "relative_score/detail", "relative_score/complex", "relative_score"),
+    "pope": tuple(
+        f"{name}/{sampling}" for sampling in ("random", "popular", "adversarial") for name in ("accuracy", "f1")
+    ),
+    "captions": ("bleu_4", "meteor", "cider", "spice"),
+}
+PERMUTATIONS = 2000
+SIGNIFICANT = 0.05
+_CHUNK = 4_000_000  # drawn swaps held at once
+# What must be the same for numbers to be comparable: key of a task's results, and what it is called in the error.
+_SAME = {
+    "fingerprint": "questions (another revision of the data, another --limit, or other pictures)",
+    "prompts": "prompts",
+    "judge_prompts": "prompts for the judge",
+    "generation": "arguments of generate",
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """The results of one checkpoint: its name in tables, its folder, and the entries of `results.json` by task."""
+
+    name: str
+    folder: Path
+    tasks: Mapping[str, Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """
+    What one metric gains from the first run to another.
+
+    Attributes:
+        task, metric, run: Which.
+        value: Other minus first.
+        interval: 95 %, from bootstrap samples over questions that are the same for both.
+        p: Two-sided, of a paired permutation test: how often random swaps of the two answers to a question give a
+            difference as large.
+        significant: Whether `p` is below 0.05 after Holm's correction for all differences of the comparison.
+    """
+
+    task: str
+    metric: str
+    run: str
+    value: float
+    interval: tuple[float, float] | None
+    p: float
+    significant: bool = False
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """
+    Runs over the same questions.
+
+    Attributes:
+        runs: The first is the one that all others are compared with.
+        tables: By paper, the columns of its table as task and metric.
+        metrics: All metrics of which a run has a value, as task and metric.
+        differences: Of the tables' columns.
+    """
+
+    runs: list[Run]
+    tables: dict[str, list[tuple[str, Metric]]]
+    metrics: list[tuple[str, Metric]]
+    differences: list[Difference]
+
+
+def compare_results(
+    folders: Sequence[Path | str], tasks: Sequence[str | Task] | None = None, *, seed: int = 0
+) -> Comparison:
+    """
+    Compare two or more evaluations.
+
+    Args:
+        folders: Output folders of `evaluate`; the first is the one that all others are compared with.
+        tasks: Names or tasks themselves; by default all that every folder holds.
+        seed: Of bootstrap and permutations.
+
+    Raises:
+        ValueError: where a folder holds no results, or the results are not of the same questions, prompts, judge and
+            arguments of `generate`.
+    """
+    if len(folders) < 2:
+        raise ValueError("a comparison needs two folders of results at least")
+    runs = _named([Path(folder) for folder in folders])
+    chosen = _common_tasks(runs, tasks)
+    columns: list[tuple[str, str, Metric]] = []
+    everything: list[tuple[str, Metric]] = []
+    differences = []
+    for task in chosen:
+        _check_same(task.name, runs)
+        records = [read_answers(run, task.name) for run in runs]
+        groups = runs[0].tasks[task.name]["groups"]
+        tables = [columns_of([row["record"] for row in rows], groups) for rows in records]
+        metrics = [m for m in task.metrics if any(m.name in run.tasks[task.name]["metrics"] for run in runs)]
+        everything += [(task.name, metric) for metric in metrics]
+        for run, table in zip(runs, tables):
+            _check_values(task.name, metrics, run, table)
+        paper = str(runs[0].tasks[task.name]["paper"])
+        shown = [metric for metric in metrics if metric.name in COLUMNS.get(task.name, (metric.name,))]
+        columns += [(paper, task.name, metric) for metric in shown]
+        for run, table in zip(runs[1:], tables[1:]):
+            differences += _differences(task.name, shown, run.name, tables[0], table, seed)
+    columns.sort(key=lambda column: column[0])  # stable: the order of tasks stays within a paper's table
+    grouped = {
+        paper: [(task, metric) for _, task, metric in rows] for paper, rows in groupby(columns, key=lambda c: c[0])
+    }
+    return Comparison(runs, grouped, everything, _corrected(differences))
+
+
+def read_answers(run: Run, task: str) -> list[dict[str, Any]]:
+    """
+    The answers with their records, in the order of ids.
+
+    Raises:
+        ValueError: where the file is missing or broken.
+    """
+    path = run.folder / ANSWERS / f"{task}.jsonl"
+    if not path.is_file():
+        raise ValueError(f"there is no {str(path)!r} beside results.json; evaluate {run.name} again")
+    with path.open(encoding="utf-8") as file:
+        try:
+            rows = [json.loads(line) for line in file]
+        except ValueError as error:
+            raise ValueError(f"{str(path)!r} is not JSON Lines ({error}); evaluate {run.name} again") from error
+    if len(rows) != run.tasks[task]["samples"]:
+        raise ValueError(
+            f"{str(path)!r} holds {len(rows)} answers, but results.json speaks of {run.tasks[task]['samples']}; "
+            f"evaluate {run.name} again"
+        )
+    return sorted(rows, key=lambda row: str(row["id"]))
+
+
+def _named(folders: Sequence[Path]) -> list[Run]:
+    results = [read_results(folder) for folder in folders]
+    places = [folder if folder.is_dir() else folder.parent for folder in folders]
+    names = [str(result["checkpoint"]["id"]) for result in results]
+    if len(set(names)) < len(names):
+        names = [str(place) for place in places]
+    if len(set(names)) < len(names):
+        raise ValueError(f"the folder {names[0]!r} is named twice; compare two different ones")
+    return [Run(name, place, result["tasks"]) for name, place, result in zip(names, places, results)]
+
+
+def _common_tasks(runs: Sequence[Run], tasks: Sequence[str | Task] | None) -> list[Task]:
+    if tasks is None:
+        common = [name for name in runs[0].tasks if all(name in run.tasks for run in runs)]
+        if not common:
+            held = "; ".join(f"{run.name}: {', '.join(run.tasks) or 'none'}" for run in runs)
+            raise ValueError(f"the results have no task in common ({held}); evaluate the same tasks")
+        tasks = common
+    chosen = [load_task(task) if isinstance(task, str) else task for task in tasks]
+    for task in chosen:
+        for run in runs:
+            if task.name not in run.tasks:
+                raise ValueError(
+                    f"{run.name} has no results of {task.name!r}, only of {', '.join(run.tasks)}; evaluate it first"
+                )
+    return chosen
+
+
+def _check_same(task: str, runs: Sequence[Run]) -> None:
+    first = runs[0]
+    for run in runs[1:]:
+        for key, name in _SAME.items():
+            if run.tasks[task].get(key) != first.tasks[task].get(key):
+                raise ValueError(
+                    f"{first.name} and {run.name} were asked {task!r} with other {name}, so their numbers cannot be "
+                    "compared; evaluate one of them again on the same"
+                )
+        judges = [_judge(entry) for entry in (first.tasks[task], run.tasks[task])]
+        if judges[0] != judges[1]:
+            raise ValueError(
+                f"{first.name} and {run.name} were judged on {task!r} by {judges[0]} and {judges[1]}, so their "
+                "numbers cannot be compared; evaluate one of them again with the same --judge"
+            )
+
+
+def _judge(entry: Mapping[str, Any]) -> str:
+    judge = entry.get("judge") or {}
+    return str(judge.get("model", "people" if judge else "nobody"))
+
+
+def _check_values(task: str, metrics: Sequence[Metric], run: Run, columns: Columns) -> None:
+    for metric in metrics:
+        kept, now = run.tasks[task]["metrics"].get(metric.name, math.nan), float(metric.compute(columns))
+        if not math.isclose(kept, now, rel_tol=1e-9, abs_tol=1e-9) and not (math.isnan(kept) and math.isnan(now)):
+            raise ValueError(
+                f"{metric.name} of {task!r} of {run.name} is {kept} in results.json, but {now} by its answers: they "
+                "were scored by another version; evaluate again, which asks the model nothing that it has answered"
+            )
+
+
+def _differences(
+    task: str, metrics: Sequence[Metric], run: str, first: Columns, other: Columns, seed: int
+) -> list[Difference]:
+    statistics = [metric.compute for metric in metrics]
+    samples = resampled(statistics, other, seed=seed) - resampled(statistics, first, seed=seed)
+    return [
+        Difference(
+            task,
+            metric.name,
+            run,
+            float(metric.compute(other)) - float(metric.compute(first)),
+            interval(samples[:, i]),
+            permutation_p(metric.compute, first, other, seed=seed),
+        )
+        for i, metric in enumerate(metrics)
+    ]
+
+
+def permutation_p(
+    statistic: Callable[[Columns], float],
+    first: Columns,
+    other: Columns,
+    *,
+    permutations: int = PERMUTATIONS,
+    seed: int = 0,
+) -> float:
+    """
+    Two-sided p-value of a paired permutation test.
+
+    Where both models were equally good, their answers to a question could be swapped. Each permutation swaps those of
+    a random half of the questions; p is the share of differences at least as large as the real one, which counts as
+    a permutation too.
+
+    Args:
+        statistic: What is compared.
+        first, other: Columns over the same questions in the same order.
+        permutations: How many; 2,000 tell p-values down to 0.0005.
+        seed: Draws the swaps.
+
+    Returns:
+        NaN where the statistic has no value for one of them.
+    """
+    real = float(statistic(other)) - float(statistic(first))
+    if not math.isfinite(real):
+        return math.nan
+    rows = len(next(iter(first.values())))
+    rng = np.random.default_rng(seed)
+    found = []
+    chunk = max(1, _CHUNK // rows)
+    for start in range(0, permutations, chunk):
+        swaps = rng.integers(0, 2, size=(min(chunk, permutations - start), rows), dtype=np.int8).astype(bool)
+        found.append(_swapped_differences(statistic, first, other, swaps))
+    differences = np.concatenate(found)
+    # The same sums in another order of addition are not less than the real difference.
+    as_large = np.abs(differences) >= abs(real) - 1e-9 * max(1.0, abs(real))
+    return (1 + int(as_large.sum())) / (1 + permutations)
+
+
+def _swapped_differences(
+    statistic: Callable[[Columns], float], first: Columns, other: Columns, swaps: np.ndarray
+) -> np.ndarray:
+    if isinstance(statistic, Statistic):
+        a, b = statistic.terms(first), statistic.terms(other)
+        moved = swaps.astype(float) @ (b - a)
+        values: np.ndarray = statistic.formula(b.sum(axis=0) - moved) - statistic.formula(a.sum(axis=0) + moved)
+        return values
+    differences = []
+    for swap in swaps:
+        mixed = {name: np.where(swap, other[name], first[name]) for name in first}
+        rest = {name: np.where(swap, first[name], other[name]) for name in first}
+        differences.append(float(statistic(rest)) - float(statistic(mixed)))
+    return np.array(differences)
+
+
+def _corrected(differences: Sequence[Difference]) -> list[Difference]:
+    """Holm's procedure: the smallest of n p-values against 0.05 / n, the next against 0.05 / (n - 1), and so on."""
+    tested = sorted((d for d in differences if math.isfinite(d.p)), key=lambda d: d.p)
+    passed = set()
+    for number, difference in enumerate(tested):
+        if difference.p > SIGNIFICANT / (len(tested) - number):
+            break
+        passed.add(id(difference))
+    return [replace(difference, significant=id(difference) in passed) for difference in differences]
+
+
+def comparison_tables(comparison: Comparison) -> str:
+    """The comparison as Markdown: each paper's table with models as rows, the paired differences, and all metrics."""
+    runs, first = comparison.runs, comparison.runs[0].name
+    parts = []
+    for paper, columns in comparison.tables.items():
+        header = ["", *(_title(task, metric) for task, metric in columns)]
+        rows = [[run.name, *(_cell(run.tasks[task], metric.name) for task, metric in columns)] for run in runs]
+        parts.append(f"{paper}\n\n{markdown_table(header, rows)}")
+    rows = [_difference_row(difference) for difference in comparison.differences]
+    header = [f"against {first}", "metric", "difference", "95 % interval (bootstrap)", "p (permutation)"]
+    tested = sum(math.isfinite(difference.p) for difference in comparison.differences)
+    parts.append(
+        f"Paired differences against {first}\n\n{markdown_table(header, rows)}\n\n"
+        f"* p below {SIGNIFICANT} after Holm's correction for all {tested} of them"
+    )
+    if len(comparison.metrics) > sum(map(len, comparison.tables.values())):
+        rows = [
+            [_title(task, metric), *(_cell(run.tasks[task], metric.name) for run in runs)]
+            for task, metric in comparison.metrics
+        ]
+        parts.append(f"All metrics\n\n{markdown_table(['', *(run.name for run in runs)], rows)}")
+    return "\n\n".join(parts)
+
+
+def _difference_row(difference: Difference) -> list[str]:
+    known = math.isfinite(difference.p)
+    return [
+        difference.run,
+        f"{difference.task} {difference.metric}",
+        f"{difference.value:+.4g}" if known else "no value",
+        f"{difference.interval[0]:+.4g} to {difference.interval[1]:+.4g}" if difference.interval else "",
+        f"{difference.p:.4f}" + "*" * difference.significant if known else "",
+    ]
+
+
+def _title(task: str, metric: Metric) -> str:
+    return f"{task} {metric.name} {_arrow(metric)} ({metric.unit})"
+
+
+def _arrow(metric: Metric) -> str:
+    return {True: "↑", False: "↓", None: "·"}[metric.higher_is_better]
+
+
+def _cell(entry: Mapping[str, Any], metric: str) -> str:
+    if metric not in entry["metrics"]:
+        return "no value"
+    span = entry["intervals"].get(metric)
+    return f"{entry['metrics'][metric]:.4g}" + (f" [{span[0]:.4g}, {span[1]:.4g}]" if span else "")
+
+
+def results_table(results: Mapping[str, Any], tasks: Sequence[str]) -> str:
+    """The metrics of some tasks of a `results.json` as Markdown; below it those without value."""
+    rows, without = [], []
+    for name in tasks:
+        entry = results["tasks"][name]
+        counts = [str(entry["samples"]), str(entry["failures"])]
+        rows += [[name, metric, _cell(entry, metric), entry["units"][metric], *counts] for metric in entry["metrics"]]
+        if entry["without_value"]:
+            without.append(f"no value: {name} {', '.join(entry['without_value'])}")
+    table = markdown_table(["task", "metric", "value [95 % interval]", "unit", "questions", "failed"], rows)
+    return "\n".join([table, *without])
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Cells padded to columns; `|` within a cell is escaped."""
+    lines = [[cell.replace("|", "\\|") for cell in row] for row in (header, *rows)]
+    widths = [max(3, *(len(row[i]) for row in lines)) for i in range(len(header))]
+    padded = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |" for row in lines]
+    return "\n".join([padded[0], "| " + " | ".join("-" * width for width in widths) + " |", *padded[1:]])

@@ -1,0 +1,175 @@
+"""Shows a comparison: a PNG chart for each table, and one HTML page of answers side by side with their pictures."""
+
+import base64
+import io
+import os
+import random
+import re
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from transformers_minigpt4.processing.image_utils_minigpt4 import ImageLoadError, load_image
+
+from .compare import Comparison, Run, comparison_tables, read_answers
+from .evaluator import Metric
+from .results import ANSWERS
+
+
+PAGE = "answers.html"
+_THUMBNAIL = 256  # pixels of the longer side
+_CHARTS_A_ROW = 4
+_STYLE = """
+body { font: 15px/1.45 system-ui, sans-serif; margin: 2em auto; max-width: 76em; padding: 0 1em; color: #1a1a1a; }
+pre { overflow-x: auto; background: #f4f4f4; padding: 1em; font-size: 13px; }
+article { display: flex; gap: 1.2em; border-top: 1px solid #ccc; padding: 1em 0; }
+article > div:first-child { flex: 0 0 256px; } article > div + div { flex: 1; min-width: 0; }
+img { max-width: 256px; display: block; margin-bottom: .4em; }
+table { border-collapse: collapse; width: 100%; } td, th { text-align: left; vertical-align: top; padding: .3em .6em; }
+tr + tr td { border-top: 1px solid #e4e4e4; } td.text { white-space: pre-wrap; overflow-wrap: anywhere; }
+th { width: 18%; overflow-wrap: anywhere; } td.small { width: 20%; }
+.small { color: #666; font-size: 13px; overflow-wrap: anywhere; } .failed { color: #a00; }
+@media (max-width: 46em) { article { display: block; } td, th { display: block; width: auto !important; } }
+"""
+
+
+def write_charts(comparison: Comparison, folder: Path) -> list[Path]:
+    """
+    Draw a chart for each table: bars of every run with 95 % intervals, one field a metric.
+
+    Args:
+        comparison: What to draw.
+        folder: Made where it does not exist.
+
+    Returns:
+        The PNG files.
+
+    Raises:
+        ValueError: where matplotlib is not installed.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ValueError(
+            'charts need matplotlib; install it with pip install "transformers_minigpt4[evaluation]"'
+        ) from error
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for paper, columns in comparison.tables.items():
+        across = min(len(columns), _CHARTS_A_ROW)
+        down = -(-len(columns) // across)
+        figure = Figure(figsize=(1.5 + 2.6 * across, (1.2 + 0.45 * len(comparison.runs)) * down), layout="constrained")
+        FigureCanvasAgg(figure)
+        fields = figure.subplots(down, across, squeeze=False)
+        for number, (field, (task, metric)) in enumerate(zip(fields.flat, columns)):
+            _draw(field, comparison.runs, task, metric, named=number % across == 0)
+        for field in fields.flat[len(columns) :]:
+            field.set_axis_off()
+        figure.suptitle(_plain(paper))
+        path = folder / (re.sub(r"[^a-z0-9]+", "-", paper.lower()).strip("-") + ".png")
+        scratch = path.with_name(f".{path.name}")
+        figure.savefig(scratch, format="png", dpi=150)
+        os.replace(scratch, path)
+        paths.append(path)
+    return paths
+
+
+def _draw(field: Any, runs: Sequence[Run], task: str, metric: Metric, named: bool) -> None:
+    entries = [run.tasks[task] for run in runs]
+    values = [entry["metrics"].get(metric.name, float("nan")) for entry in entries]
+    spans = [entry["intervals"].get(metric.name, (value, value)) for entry, value in zip(entries, values)]
+    # An interval of the percentile kind may lie beside the value itself; a bar of negative length cannot be drawn.
+    errors = [
+        [max(0.0, value - low) for value, (low, _) in zip(values, spans)],
+        [max(0.0, high - value) for value, (_, high) in zip(values, spans)],
+    ]
+    field.barh(range(len(runs)), values, xerr=errors, color="#4a7ab5", ecolor="#333333", capsize=3)
+    field.set_yticks(range(len(runs)), [_plain(run.name) if named else "" for run in runs])
+    field.invert_yaxis()
+    better = {True: "higher is better", False: "lower is better", None: "neither is better"}[metric.higher_is_better]
+    field.set_title(_plain(f"{task} {metric.name}"), fontsize=9)
+    field.set_xlabel(_plain(f"{metric.unit} ({better})"), fontsize=8)
+    field.tick_params(labelsize=8)
+
+
+def _plain(text: str) -> str:
+    """Text that matplotlib does not read as a formula."""
+    return text.replace("$", r"\$")
+
+
+def write_page(comparison: Comparison, folder: Path, *, examples: int = 50, seed: int = 0) -> Path:
+    """
+    Write `answers.html`, one file that needs no other: tables, then questions with pictures and all answers.
+
+    Args:
+        comparison: What to show.
+        folder: Made where it does not exist.
+        examples: Questions of each task, drawn from those that were not all answered alike.
+        seed: Draws them.
+
+    Returns:
+        The file.
+    """
+    body = [f"<h1>Answers side by side</h1><pre>{escape(comparison_tables(comparison))}</pre>"]
+    tasks = dict.fromkeys(task for columns in comparison.tables.values() for task, _ in columns)
+    for task in tasks:
+        answers = [{row["id"]: row for row in read_answers(run, task)} for run in comparison.runs]
+        differ = [id_ for id_ in answers[0] if len({_text(rows[id_]) for rows in answers}) > 1]
+        drawn = set(random.Random(seed).sample(differ, min(examples, len(differ))))
+        body.append(
+            f"<h2>{escape(task)}</h2><p>{len(differ)} of {len(answers[0])} questions were not answered alike; "
+            f"{len(drawn)} of these follow, drawn at random.</p>"
+        )
+        body += [_example(comparison.runs, [rows[id_] for rows in answers]) for id_ in differ if id_ in drawn]
+    page = (
+        '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+        f"<title>Answers side by side</title><style>{_STYLE}</style><body>{''.join(body)}</body></html>\n"
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    scratch = folder / f".{PAGE}"
+    # A lone surrogate, which a file name may hold, has no UTF-8.
+    scratch.write_text(page, encoding="utf-8", errors="backslashreplace")
+    os.replace(scratch, folder / PAGE)
+    return folder / PAGE
+
+
+def _text(row: Mapping[str, Any]) -> str:
+    return str(row.get("answer", row.get("error")))
+
+
+def _example(runs: Sequence[Run], rows: Sequence[Mapping[str, Any]]) -> str:
+    first = rows[0]
+    pictures = "".join(_picture(name, runs[0].folder) for name in first["images"])
+    reference = first["reference"] if isinstance(first["reference"], str) else repr(first["reference"])
+    lines = [
+        f"<tr><th>{escape(run.name)}</th><td class='{'text' if 'answer' in row else 'text failed'}'>"
+        f"{escape(_text(row))}</td><td class='small'>{escape(_facts(row['record']))}</td></tr>"
+        for run, row in zip(runs, rows)
+    ]
+    return (
+        f"<article><div>{pictures}<div class='small'>{escape(str(first['id']))}</div></div>"
+        f"<div><p><b>{escape(first['prompt'])}</b></p><table>{''.join(lines)}</table>"
+        f"<p class='small'>reference: {escape(reference)}</p></div></article>"
+    )
+
+
+def _facts(record: Mapping[str, Any]) -> str:
+    """The numbers of a record, in words."""
+    shown = {key: value for key, value in record.items() if isinstance(value, (bool, int, float)) and key != "failed"}
+    return ", ".join(
+        f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}" for key, value in shown.items()
+    )
+
+
+def _picture(name: str, folder: Path) -> str:
+    try:
+        thumbnail = load_image(folder / ANSWERS / name if name.startswith("pictures/") else name)
+    except ImageLoadError as error:
+        return f"<p class='small failed'>{escape(str(error))}</p>"
+    thumbnail.thumbnail((_THUMBNAIL, _THUMBNAIL))
+    content = io.BytesIO()
+    thumbnail.save(content, format="JPEG", quality=80)
+    encoded = base64.b64encode(content.getvalue()).decode()
+    return f'<img alt="{escape(Path(name).name)}" src="data:image/jpeg;base64,{encoded}">'

@@ -1,0 +1,347 @@
+"""The one contract of all evaluation tasks: questions, answers, scored records, metrics and their intervals."""
+
+import json
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+
+if TYPE_CHECKING:
+    from transformers_minigpt4.chat.client import ChatModel
+
+
+Columns = Mapping[str, np.ndarray]
+Record = dict[str, Any]
+
+RESAMPLES = 1000  # bootstrap samples of an interval
+# Under every task's own arguments of `generate`, so that no checkpoint's sampling or penalties come in.
+GREEDY: Mapping[str, Any] = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0}
+_CHUNK = 4_000_000  # drawn row numbers held at once: 32 MB
+
+
+@dataclass(frozen=True)
+class Question:
+    """
+    One thing to ask a model.
+
+    Args:
+        id: Unique within the task; answers are kept and compared by it.
+        prompt: The exact text of the user's turn, without image placeholder and chat template.
+        images: Pictures in order, each what [`~processing.image_utils_minigpt4.load_image`] takes; none for a
+            question of text alone.
+        reference: What the answer is scored against, as JSON can hold it.
+        groups: What results are split by, such as `{"subject": "natural science"}`.
+    """
+
+    id: str
+    prompt: str
+    images: tuple[Any, ...] = ()
+    reference: Any = None
+    groups: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Statistic:
+    """
+    A number that depends on sums over the rows alone, so that a bootstrap sample costs one product with its counts.
+
+    Args:
+        terms: From columns to an array (rows, terms) without NaN.
+        formula: From the sums (..., terms) to the number (...); NaN where there is nothing to divide by.
+    """
+
+    terms: Callable[[Columns], np.ndarray]
+    formula: Callable[[np.ndarray], np.ndarray]
+
+    def __call__(self, columns: Columns) -> float:
+        return float(self.formula(self.terms(columns).sum(axis=0)))
+
+
+@dataclass(frozen=True)
+class Metric:
+    """
+    A named number of a task.
+
+    Args:
+        name: Such as `"accuracy"`; letters, digits, `_` and `/`.
+        higher_is_better: Its direction; `None` where neither is better, such as the number of words.
+        unit: Such as `"%"`, `"words"` or `"points"`.
+        compute: From per-question columns to the number. [`mean`], [`ratio`] and [`of_sums`] make fast ones; any other
+            function works too and is called once a bootstrap sample.
+    """
+
+    name: str
+    higher_is_better: bool | None
+    unit: str
+    compute: Callable[[Columns], float]
+
+
+def mean(column: str, scale: float = 1.0, where: tuple[str, str] | None = None) -> Statistic:
+    """
+    Mean of a column over the rows that have a value there.
+
+    Args:
+        column: Its name; rows of `None` or without it do not count.
+        scale: 100 for a share in %.
+        where: `(group, value)`: over the rows of this group alone.
+    """
+    return Statistic(partial(_mean_terms, column=column, where=where), partial(_quotient, scale=scale))
+
+
+def ratio(numerator: str, denominator: str, scale: float = 1.0, where: tuple[str, str] | None = None) -> Statistic:
+    """Sum of one column divided by the sum of another, over rows that have both; arguments as of [`mean`]."""
+    return Statistic(
+        partial(_column_terms, names=(numerator, denominator), where=where), partial(_quotient, scale=scale)
+    )
+
+
+def of_sums(
+    formula: Callable[..., Any], *columns: str, scale: float = 1.0, where: tuple[str, str] | None = None
+) -> Statistic:
+    """
+    Any formula of the sums of columns, such as F1 from counts or BLEU from n-gram counts.
+
+    Args:
+        formula: Gets one array of sums per column (each of shape (...,)) and gives an array of that shape; a division
+            by zero must give NaN, not raise (numpy's does).
+        columns: Names; rows that lack one of them do not count.
+        scale: What the result is multiplied by.
+        where: `(group, value)`: over the rows of this group alone.
+    """
+    return Statistic(partial(_column_terms, names=columns, where=where), partial(_apply, formula=formula, scale=scale))
+
+
+def _mean_terms(columns: Columns, column: str, where: tuple[str, str] | None) -> np.ndarray:
+    terms = _column_terms(columns, (column,), where)
+    values = columns.get(column, np.full(len(terms), np.nan))
+    counted = ~np.isnan(values) & _rows_of(columns, where, len(terms))
+    return np.column_stack([terms[:, 0], counted])
+
+
+def _column_terms(columns: Columns, names: Sequence[str], where: tuple[str, str] | None) -> np.ndarray:
+    rows = len(next(iter(columns.values()), ()))
+    missing = np.full(rows, np.nan)
+    values = np.column_stack([columns.get(name, missing) for name in names])
+    counted = ~np.isnan(values).any(axis=1) & _rows_of(columns, where, rows)
+    return np.where(counted[:, None], values, 0.0)
+
+
+def _rows_of(columns: Columns, where: tuple[str, str] | None, rows: int) -> np.ndarray:
+    if where is None:
+        return np.ones(rows, bool)
+    group, value = where
+    return columns[group] == value if group in columns else np.zeros(rows, bool)
+
+
+def _quotient(sums: np.ndarray, scale: float) -> np.ndarray:
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(sums[..., 1] == 0, np.nan, scale * sums[..., 0] / sums[..., 1])
+
+
+def _apply(sums: np.ndarray, formula: Callable[..., Any], scale: float) -> np.ndarray:
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return scale * np.asarray(formula(*np.moveaxis(sums, -1, 0)), float)
+
+
+class Task(ABC):
+    """
+    One task of the evaluation.
+
+    A subclass sets the attributes and gives `questions` and `score`; the runner does the rest. It is made without
+    arguments and keeps no state between calls.
+
+    Attributes:
+        name: As in `--tasks`.
+        paper: What it reproduces, such as `"MiniGPT-4, Table 5"`.
+        description: One line on what it measures.
+        data: One line on the files that it reads, by their official names, for `--list-tasks`.
+        dataset: The data set's usual name, for the model card, such as `"gqa"`.
+        split: Its split, such as `"testdev"`.
+        prompts: The exact prompts by name, with `{fields}` where data goes in; questions are made from these.
+        judge_prompts: The same for the judge; empty where none is asked.
+        generation: Arguments of `generate` on top of [`GREEDY`], such as `{"max_new_tokens": 10}`.
+        metrics: Named numbers; `primary` is the name of the first to look at.
+        needs_judge: Whether `score` cannot do without a judge.
+    """
+
+    name: str
+    paper: str
+    description: str
+    data: str
+    dataset: str
+    split: str = "test"
+    prompts: Mapping[str, str]
+    judge_prompts: Mapping[str, str] = {}
+    generation: Mapping[str, Any]
+    metrics: tuple[Metric, ...]
+    primary: str
+    needs_judge: bool = False
+
+    @abstractmethod
+    def questions(self, data: Path, limit: int | None = None) -> list[Question]:
+        """
+        Read the official files.
+
+        Pictures need not be opened; one that is missing then counts as a failure of its question.
+
+        Args:
+            data: Folder or file of this task.
+            limit: At most so many questions, the first ones.
+
+        Raises:
+            ValueError: what is missing or wrong, in one line that says what to do.
+            OSError: where a file cannot be read.
+        """
+
+    @abstractmethod
+    def score(
+        self, questions: Sequence[Question], answers: Mapping[str, str], judge: "ChatModel | None" = None
+    ) -> list[Record]:
+        """
+        Score answers, one record a question in the same order.
+
+        Args:
+            questions: All of them.
+            answers: By id. A question that failed (a picture that cannot be loaded) has none: it must count as
+                failed, such as `{"correct": 0}`, and never as an empty text.
+            judge: A chat model, see [`~transformers_minigpt4.chat.client.ChatModel`].
+
+        Returns:
+            JSON-able objects. Numbers, booleans and `None` (no value here) are the columns of the metrics; texts and
+            others are kept for reading. The runner adds `id`, `failed` and the question's groups.
+        """
+
+
+def columns_of(records: Sequence[Record], groups: Iterable[str] = ()) -> dict[str, np.ndarray]:
+    """
+    Records as columns: floats with NaN for absent values, and texts for the groups.
+
+    Args:
+        records: One a question.
+        groups: Keys that hold texts to select by; absent ones are `""`.
+    """
+    columns: dict[str, np.ndarray] = {name: np.array([str(row.get(name, "")) for row in records]) for name in groups}
+    numeric = {
+        key for row in records for key, value in row.items() if isinstance(value, (bool, int, float)) and key != "id"
+    }
+    for key in sorted(numeric - columns.keys()):
+        values = (row.get(key) for row in records)
+        columns[key] = np.array(
+            [float(value) if isinstance(value, (bool, int, float)) else math.nan for value in values]
+        )
+    return columns
+
+
+def resampled(
+    statistics: Sequence[Callable[[Columns], float]],
+    columns: Columns,
+    *,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> np.ndarray:
+    """
+    The statistics of bootstrap samples, each of as many rows as there are, drawn with replacement.
+
+    All statistics see the same samples, and so does a second call with the same seed and number of rows: differences
+    between two models over the same questions are then paired.
+
+    Args:
+        statistics: What to compute.
+        columns: Arrays of one length.
+        resamples: Number of samples.
+        seed: Draws them.
+
+    Returns:
+        Array (resamples, statistics), NaN where a sample holds nothing to divide by.
+    """
+    rows = len(next(iter(columns.values()), ()))
+    values = np.full((resamples, len(statistics)), np.nan)
+    if rows == 0:
+        return values
+    fast = {i: statistic for i, statistic in enumerate(statistics) if isinstance(statistic, Statistic)}
+    terms = {i: statistic.terms(columns) for i, statistic in fast.items()}
+    stacked = np.column_stack([np.zeros((rows, 0)), *terms.values()])
+    stops = np.cumsum([array.shape[1] for array in terms.values()])
+    rng = np.random.default_rng(seed)
+    chunk = max(1, _CHUNK // rows)
+    for start in range(0, resamples, chunk):
+        drawn = rng.integers(0, rows, size=(min(chunk, resamples - start), rows))
+        here = slice(start, start + len(drawn))
+        counts = np.stack([np.bincount(sample, minlength=rows) for sample in drawn]).astype(float)
+        for i, sums in zip(fast, np.split(counts @ stacked, stops[:-1], axis=1)):
+            values[here, i] = fast[i].formula(sums)
+        for i, statistic in enumerate(statistics):
+            if i not in fast:
+                values[here, i] = [
+                    statistic({name: column[sample] for name, column in columns.items()}) for sample in drawn
+                ]
+    return values
+
+
+def interval(samples: np.ndarray, level: float = 0.95) -> tuple[float, float] | None:
+    """The percentile interval of bootstrap samples (resamples,); `None` where they hold no number."""
+    finite = samples[np.isfinite(samples)]
+    if not len(finite):
+        return None
+    low, high = np.quantile(finite, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def read_json(path: Path) -> Any:
+    """
+    A JSON file of a task's data.
+
+    Raises:
+        ValueError: where there is no such file, or it is not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ValueError(f"there is no file {str(path)!r}; docs/evaluation.md lists the files of each task") from error
+    except ValueError as error:
+        raise ValueError(f"{str(path)!r} is not JSON ({error}); fetch it again") from error
+
+
+def read_json_lines(path: Path) -> list[Any]:
+    """
+    A JSON Lines file of a task's data; empty lines are skipped.
+
+    Raises:
+        ValueError: where there is no such file, or a line is not JSON, with its number.
+    """
+    if not path.is_file():
+        raise ValueError(f"there is no file {str(path)!r}; docs/evaluation.md lists the files of each task")
+    rows = []
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                try:
+                    rows.append(json.loads(line))
+                except ValueError as error:
+                    raise ValueError(
+                        f"line {number} of {str(path)!r} is not JSON ({error}); fetch it again"
+                    ) from error
+    return rows
+
+
+def find_file(data: Path, *names: str) -> Path:
+    """
+    The file that `data` is, or the first of `names` (patterns of `Path.glob`) inside the folder `data`.
+
+    Raises:
+        ValueError: where there is none.
+    """
+    if data.is_file():
+        return data
+    for name in names:
+        found = sorted(data.glob(name))
+        if found:
+            return found[0]
+    kind = "holds none of" if data.is_dir() else "does not exist; looked there for"
+    raise ValueError(f"{str(data)!r} {kind} {', '.join(names)}; docs/evaluation.md lists the files of each task")

@@ -1,0 +1,345 @@
+"""People as judges of the task `advanced`: a blind, shuffled sheet of answers, what they decide, and the counts."""
+
+import csv
+import hashlib
+import json
+import os
+import random
+import shutil
+import threading
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from .evaluator import Question, read_json, read_json_lines
+
+
+TASK = "advanced"
+SHEET, DECISIONS, PICTURES, COUNTS = "sheet.json", "decisions.jsonl", "pictures", "counts.json"
+_YES, _NO = frozenset({"yes", "y", "1", "true"}), frozenset({"no", "n", "0", "false"})
+_CSV_COLUMNS = ("item", "task", "prompt", "picture", "answer", "success")
+
+
+@dataclass(frozen=True)
+class Item:
+    """
+    One answer to judge.
+
+    `id` and `picture` say nothing about the model, which is shown to nobody who judges. `answer` is `None` where the
+    model could not answer; such an item is not judged and counts as no success.
+    """
+
+    id: str
+    model: str
+    question: str
+    task: str
+    prompt: str
+    picture: str
+    answer: str | None
+
+
+class Sheet:
+    """
+    A folder with the answers of several models in a drawn order, their pictures, and what people decided.
+
+    Every decision is a line of `decisions.jsonl` and on the disk before the next item is shown; the last one of a
+    person about an item holds. Several people may judge the same sheet, each in their own pace.
+
+    Args:
+        folder: What [`make_sheet`] has made.
+
+    Raises:
+        ValueError: where there is no sheet, or a file of it is damaged.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        if not (folder / SHEET).is_file():
+            raise ValueError(f"there is no sheet in {str(folder)!r}; make one with `minigpt4 evaluate people make`")
+        self.content: dict[str, Any] = read_json(folder / SHEET)
+        self.items = [Item(**row) for row in self.content["items"]]
+        self.asked = [item for item in self.items if item.answer is not None]
+        self._by_id = {item.id: item for item in self.asked}
+        self._lock = threading.Lock()  # the page answers in threads
+
+    def item(self, key: str) -> Item:
+        """
+        The item of an id.
+
+        Raises:
+            ValueError: where there is none.
+        """
+        if key not in self._by_id:
+            raise ValueError(f"the sheet in {str(self.folder)!r} has no item {key!r}; is it another sheet's?")
+        return self._by_id[key]
+
+    def decisions(self) -> dict[str, dict[str, bool]]:
+        """By person, then by item id, in the order of deciding; a line cut off by a crash does not count."""
+        path = self.folder / DECISIONS
+        found: dict[str, dict[str, bool]] = {}
+        for line in path.read_bytes().splitlines(keepends=True) if path.is_file() else ():
+            if line.endswith(b"\n") and line.strip():
+                try:
+                    row = json.loads(line)
+                    person = found.setdefault(row["person"], {})
+                    person.pop(row["item"], None)
+                    person[row["item"]] = row["success"]
+                except (ValueError, KeyError, TypeError) as error:
+                    raise ValueError(f"{str(path)!r} has a line that is no decision: {line[:80]!r}") from error
+        return found
+
+    def decide(self, key: str, person: str, success: bool) -> None:
+        """
+        Write a decision; a later one of the same person about the same item takes its place.
+
+        Raises:
+            ValueError: for an unknown item, or no name.
+        """
+        self.decide_all(person, [(key, success)])
+
+    def decide_all(self, person: str, decisions: Iterable[tuple[str, bool]]) -> None:
+        """Write several decisions at once; all of them or none, see [`decide`]."""
+        from transformers_minigpt4.web_page import person_name
+
+        name, at = person_name(person), datetime.now(UTC).isoformat(timespec="seconds")
+        rows = [
+            {"item": self.item(key).id, "person": name, "success": bool(success), "at": at}
+            for key, success in decisions
+        ]
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+        path = self.folder / DECISIONS
+        with self._lock:
+            path.touch()
+            with open(path, "r+b") as file:
+                content = file.read()
+                # A line that a crash cut off was never confirmed to anybody.
+                file.truncate(content.rfind(b"\n") + 1)
+                file.seek(0, os.SEEK_END)
+                file.write(lines)
+                file.flush()
+                os.fsync(file.fileno())
+
+    def next_for(self, person: str) -> Item | None:
+        """The first item that a person has not decided on; `None` at the end."""
+        done = self.decisions().get(person, {})
+        return next((item for item in self.asked if item.id not in done), None)
+
+
+def make_sheet(runs: Sequence[Path], output: Path, seed: int = 0) -> Sheet:
+    """
+    Put the answers of several runs of `advanced` into one shuffled sheet.
+
+    Args:
+        runs: Output folders of `minigpt4 evaluate ... --tasks advanced`, one a model, over the same pictures.
+        output: A new folder.
+        seed: Draws the order.
+
+    Raises:
+        ValueError: if a run lacks the task, two runs are of different questions or of models of one name, or `output`
+            holds something.
+        OSError: where a picture cannot be copied.
+    """
+    from .results import read_results
+
+    if not runs:
+        raise ValueError("name at least one folder of results")
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ValueError(f"{str(output)!r} holds something already; choose a new folder for the sheet")
+    names = _names(runs)
+    fingerprints, items = {}, []
+    files: dict[str, str] = {}
+    for name, run in names.items():
+        results = read_results(run)
+        if TASK not in results["tasks"]:
+            raise ValueError(f"{str(run)!r} has no results of {TASK}; evaluate with --tasks {TASK} first")
+        fingerprints[name] = results["tasks"][TASK]["fingerprint"]
+        for row in read_json_lines(run / "answers" / f"{TASK}.jsonl"):
+            picture = files.setdefault(row["images"][0], f"{len(files):03d}{Path(row['images'][0]).suffix.lower()}")
+            key = hashlib.sha256(f"{seed} {name} {row['id']}".encode()).hexdigest()[:12]
+            items.append(Item(key, name, row["id"], row["record"]["task"], row["prompt"], picture, row.get("answer")))
+    if len(set(fingerprints.values())) > 1:
+        raise ValueError(
+            f"{' and '.join(names)} were asked different questions or pictures; evaluate them on one folder"
+        )
+    random.Random(seed).shuffle(items)
+    (output / PICTURES).mkdir(parents=True)
+    for source, picture in files.items():
+        if Path(source).is_file():
+            shutil.copyfile(source, output / PICTURES / picture)
+        elif any(item.picture == picture and item.answer is not None for item in items):
+            raise ValueError(f"the picture {source!r} has moved since the evaluation; put it back or evaluate again")
+    content = {
+        "seed": seed,
+        "fingerprint": next(iter(fingerprints.values())),
+        "runs": {name: str(run) for name, run in names.items()},
+        "items": [vars(item) for item in items],
+    }
+    _write(output / SHEET, content)
+    return Sheet(output)
+
+
+def _names(runs: Sequence[Path]) -> dict[str, Path]:
+    """A name for each run: its checkpoint's, or the folder's where two have the same."""
+    from .results import read_results
+
+    ids = [read_results(run)["checkpoint"]["id"] for run in runs]
+    names = ids if len(set(ids)) == len(ids) else [run.resolve().name for run in runs]
+    if len(set(names)) < len(names):
+        raise ValueError(f"two of the runs are called {Counter(names).most_common(1)[0][0]!r}; rename a folder")
+    return dict(zip(names, runs))
+
+
+def _write(path: Path, content: Any) -> None:
+    scratch = path.with_name(f".{path.name}")
+    scratch.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(scratch, path)
+
+
+def export_csv(sheet: Sheet, path: Path, person: str | None = None) -> int:
+    """
+    Write the sheet, blind, as a table to fill in without the page.
+
+    Args:
+        sheet: What to judge.
+        path: CSV file in UTF-8; `success` is empty, or what `person` has decided so far.
+        person: Whose decisions to write.
+
+    Returns:
+        The number of rows.
+    """
+    decided = sheet.decisions().get(person or "", {})
+    scratch = path.with_name(f".{path.name}")
+    with scratch.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(_CSV_COLUMNS)
+        for item in sheet.asked:
+            success = {True: "yes", False: "no", None: ""}[decided.get(item.id)]
+            picture, answer = f"{PICTURES}/{item.picture}", item.answer or ""
+            writer.writerow([item.id, item.task, item.prompt, picture, _no_formula(answer), success])
+    os.replace(scratch, path)
+    return len(sheet.asked)
+
+
+def _no_formula(text: str) -> str:
+    """A text that spreadsheets show and do not compute."""
+    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
+
+
+def import_csv(sheet: Sheet, path: Path, person: str) -> int:
+    """
+    Take over the decisions of a filled-in table.
+
+    Args:
+        sheet: What was judged.
+        path: CSV file with the columns `item` and `success` (yes or no; an empty one is not decided).
+        person: Whose decisions these are.
+
+    Returns:
+        The number of decisions.
+
+    Raises:
+        ValueError: for another table, an unknown item, an item twice, or another word than yes and no; nothing is then
+            taken over.
+    """
+    decisions: dict[str, bool] = {}
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.DictReader(file)
+        if missing := {"item", "success"} - set(reader.fieldnames or ()):
+            raise ValueError(f"{str(path)!r} has no column {sorted(missing)[0]!r}; export the sheet and fill that in")
+        for number, row in enumerate(reader, start=2):
+            key, word = (row["item"] or "").strip(), (row["success"] or "").strip().lower()
+            if word and word not in _YES | _NO:
+                raise ValueError(f"row {number} of {str(path)!r} says {word!r}; write yes or no, or leave it empty")
+            if key in decisions:
+                raise ValueError(f"row {number} of {str(path)!r} is about the item {key!r} a second time; keep one")
+            if word:
+                decisions[sheet.item(key).id] = word in _YES
+    sheet.decide_all(person, decisions.items())
+    return len(decisions)
+
+
+def count(sheet: Sheet) -> dict[str, Any]:
+    """
+    Success counts by model and task, in the manner of the paper's Table 1.
+
+    An answer is a success when more than half of the people who judged it say so; one that nobody judged, or about
+    which they are split evenly, is counted apart. An answer that could not be given is no success.
+
+    Returns:
+        `models`: by model and task `{"success", "judged", "undecided", "answers"}`; `verdicts`: by model and question
+        whether it is a success, or `None`; `people`, and `agreement`: the share of answers with several judges about
+        which all say the same (`None` without such).
+    """
+    decisions = sheet.decisions()
+    verdicts: dict[str, dict[str, bool | None]] = {}
+    models: dict[str, dict[str, Counter]] = {}
+    shared = agreed = 0
+    for item in sheet.items:
+        said = [person[item.id] for person in decisions.values() if item.id in person]
+        if len(said) > 1:
+            shared, agreed = shared + 1, agreed + (len(set(said)) == 1)
+        verdict: bool | None = None
+        if item.answer is None:
+            verdict = False
+        elif 2 * sum(said) != len(said):
+            verdict = 2 * sum(said) > len(said)
+        verdicts.setdefault(item.model, {})[item.question] = verdict
+        counter = models.setdefault(item.model, {}).setdefault(item.task, Counter(success=0, judged=0, undecided=0))
+        counter["answers"] += 1
+        counter["undecided" if verdict is None else "judged"] += 1
+        counter["success"] += verdict is True
+    return {
+        "models": {
+            name: {task: dict(counter) for task, counter in sorted(tasks.items())}
+            for name, tasks in sorted(models.items())
+        },
+        "verdicts": verdicts,
+        "people": {name: len(person) for name, person in sorted(decisions.items())},
+        "agreement": agreed / shared if shared else None,
+    }
+
+
+def write_verdicts(sheet: Sheet) -> list[Path]:
+    """
+    Put the people's verdicts into the results of the runs that the sheet was made of, in place of a judge's.
+
+    Returns:
+        The runs' folders.
+
+    Raises:
+        ValueError: if a run is gone or holds other answers than the sheet.
+    """
+    from .answering import AnswerStore
+    from .results import ANSWERS, read_results, summarise, write_results
+    from .tasks import load_task
+
+    verdicts, task, changed = count(sheet)["verdicts"], load_task(TASK), []
+    asked = {(item.model, item.question): item.answer for item in sheet.items}
+    for name, folder in ((name, Path(run)) for name, run in sheet.content["runs"].items()):
+        results = read_results(folder)
+        entry = results["tasks"].get(TASK, {})
+        lines = read_json_lines(folder / ANSWERS / f"{TASK}.jsonl")
+        if entry.get("fingerprint") != sheet.content["fingerprint"] or any(
+            asked.get((name, line["id"]), "?") != line.get("answer") for line in lines
+        ):
+            raise ValueError(f"{str(folder)!r} holds other answers than the sheet was made of; make a new sheet")
+        questions, records = [], []
+        for line in lines:
+            verdict = verdicts[name][line["id"]]
+            line["record"] |= {
+                "success": None if verdict is None else int(verdict),
+                "judged": int(verdict is not None),
+            }
+            line["record"] |= {"unreadable": None, "judge": "people"}
+            groups = {"task": line["record"]["task"]}
+            questions.append(Question(line["id"], line["prompt"], (), line["reference"], groups))
+            records.append(line["record"])
+        AnswerStore(folder / ANSWERS, TASK).finish(lines)
+        people = {"people": len(sheet.decisions())}
+        results["tasks"][TASK] = {**entry, **summarise(task, questions, records), "judge": people}
+        write_results(folder, results["checkpoint"], results["tasks"])
+        changed.append(folder)
+    return changed

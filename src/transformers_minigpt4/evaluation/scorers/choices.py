@@ -1,0 +1,78 @@
+"""Reads which option an answer to a multiple choice question names, strictly: by letter or by the option's text."""
+
+import re
+from collections.abc import Sequence
+
+from .vqa_text import normalise_answer
+
+
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+
+# "Answer:", "The correct answer is", "Option", "My choice is:" and their like in front of what counts.
+_LEAD = re.compile(
+    r"(?:(?:the|my|so,? the|therefore,? the)\s+)?(?:(?:correct|right|best|final)\s+)?(?:answer|option|choice)\b"
+    r"(?:\s+(?:is|would be))?\s*:?\s*",
+    re.IGNORECASE,
+)
+# A letter counts when it is all there is, or when a mark follows it: "B", "(B)", "B.", "B) a cab", "(b): a cab". The
+# bare word in "A dog" or "I think" does not.
+_LETTER = re.compile(r"\(([A-Za-z])\)|([A-Za-z])(?=[.):](?:\s|$)|$)")
+# The form that ScienceQA's and LLaVA's scripts look for anywhere, if it stands there once.
+_THE_ANSWER_IS = re.compile(r"The answer is \(?([A-Z])(?![A-Za-z])")
+_OFFICIAL = re.compile(r"The answer is ([A-Z]).")
+
+
+def parse_choice(answer: str, options: Sequence[str]) -> int | None:
+    """
+    The option that an answer names.
+
+    An answer counts if, after an optional "The answer is" or the like, it (1) begins with an option's letter that
+    stands alone or is followed by `.`, `)` or `:`; or (2) says "The answer is X" with one and the same letter
+    wherever it does; or (3) is the text of exactly one option, compared as VQA answers are. Everything else names
+    none, and counts as wrong.
+
+    Args:
+        answer: As the model gave it.
+        options: At most 26, named A, B, C and so on in this order.
+
+    Returns:
+        The number of the option, from 0; `None` where the answer names none.
+    """
+    text = answer.strip()
+    said = set(_THE_ANSWER_IS.findall(text))
+    if len(said) > 1 and not _LETTER.match(text):
+        return None
+    lead = _LEAD.match(text)
+    core = text[lead.end() :] if lead else text
+    match = _LETTER.match(core)
+    letters = [match[1] or match[2]] if match else list(said)
+    if letters:
+        number = LETTERS.index(letters[0].upper())
+        if number < len(options):
+            return number
+    forms = [normalise_answer(option) for option in options]
+    for candidate in (text, core):
+        named = [number for number, form in enumerate(forms) if form and form == normalise_answer(candidate)]
+        if len(named) == 1:
+            return named[0]
+    return None
+
+
+def parse_choice_as_llava(answer: str, options: Sequence[str]) -> int | None:
+    """
+    The option that LLaVA's ScienceQA script reads from an answer, for a figure that compares with published ones.
+
+    It takes the letter alone, `"B. "` in front, or exactly one `"The answer is B."` anywhere (any character after the
+    letter), in capitals and with nothing before or after but what is said here; options A to E.
+    """
+    if answer in tuple("ABCDE"):
+        letter = answer
+    elif len(answer) >= 3 and answer[0] in "ABCDE" and answer[1:3] == ". ":
+        letter = answer[0]
+    else:
+        found = _OFFICIAL.findall(answer)
+        if len(found) != 1:
+            return None
+        letter = found[0]
+    number = LETTERS.index(letter)
+    return number if number < min(len(options), 5) else None

@@ -1,0 +1,125 @@
+"""Checks shared by the tasks that read official files: ids once, fields all there, pictures of the same split."""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """
+    A JSON file that is one object of records by id, as GQA's and ScienceQA's are.
+
+    Raises:
+        ValueError: where there is no such file, it is something else, or a key stands twice, which a plain JSON reader
+            would pass over in silence.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_object)
+    except FileNotFoundError as error:
+        raise ValueError(f"there is no file {str(path)!r}; docs/evaluation.md lists the files of each task") from error
+    except _TwiceError as error:
+        raise ValueError(f"{str(path)!r} holds the id {error} twice; fetch the official file again") from error
+    except ValueError as error:
+        raise ValueError(f"{str(path)!r} is not JSON ({error}); fetch it again") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{str(path)!r} holds a {type(content).__name__}, not records by id; give the official file")
+    return content
+
+
+class _TwiceError(Exception):
+    """A key that stands twice; not a `ValueError`, which would read as damaged JSON."""
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise _TwiceError(repr(next(key for key in keys if keys.count(key) > 1)))
+    return content
+
+
+def by_id(path: Path, rows: Any, key: str) -> dict[str, dict[str, Any]]:
+    """
+    The records of a list by one of their fields, as text, in order.
+
+    Raises:
+        ValueError: if `rows` is no list of objects, one lacks the field, or an id stands twice.
+    """
+    if not isinstance(rows, list):
+        raise ValueError(f"{str(path)!r} holds a {type(rows).__name__}, not a list of records; give the official file")
+    found: dict[str, dict[str, Any]] = {}
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row, dict) or key not in row:
+            raise ValueError(f"record {number} of {str(path)!r} has no field {key!r}; give the official file")
+        name = str(row[key])
+        if name in found:
+            raise ValueError(f"{str(path)!r} holds the id {name!r} twice; fetch the official file again")
+        found[name] = row
+    return found
+
+
+def need_fields(path: Path, name: str, row: Any, fields: Mapping[str, type | tuple[type, ...]]) -> None:
+    """
+    Check that a record has fields of their types.
+
+    Raises:
+        ValueError: that names the record and the field.
+    """
+    for field, kind in fields.items():
+        if not isinstance(row, dict) or field not in row:
+            raise ValueError(
+                f"{name!r} in {str(path)!r} has no field {field!r}; give the official file of a split with answers"
+            )
+        if not isinstance(row[field], kind):
+            raise ValueError(
+                f"the field {field!r} of {name!r} in {str(path)!r} is a {type(row[field]).__name__}; give the "
+                "official file"
+            )
+
+
+def check_choices(path: Path, name: str, choices: Sequence[Any], answer: int) -> None:
+    """
+    Check the options of a question and the number of the right one.
+
+    Raises:
+        ValueError: if an option is no text, or the number is none of theirs.
+    """
+    if not all(isinstance(choice, str) for choice in choices) or not 0 <= answer < len(choices) <= 26:
+        raise ValueError(
+            f"{name!r} in {str(path)!r} has the options {list(choices)!r:.80} and the right one is number {answer}; "
+            "give the official file"
+        )
+
+
+def find_pictures(root: Path, folders: Iterable[str], names: Iterable[str], source: Path) -> dict[str, str]:
+    """
+    Where pictures are.
+
+    Args:
+        root: Folder of the data.
+        folders: Folders inside it, in the order in which they are looked through; `"."` is `root` itself.
+        names: File names, as the annotations give them.
+        source: The annotations, for the error.
+
+    Returns:
+        Path by name. One that is nowhere has a path where there is nothing, so that its questions fail one by one.
+
+    Raises:
+        ValueError: if there are names and not one of the pictures is there.
+    """
+    folders = list(folders)
+    found: dict[str, str] = {}
+    missing = 0
+    for name in dict.fromkeys(names):
+        candidates = [root / folder / name for folder in folders]
+        there = next((path for path in candidates if path.is_file()), None)
+        missing += there is None
+        found[name] = str(there or candidates[0])
+    if found and missing == len(found):
+        raise ValueError(
+            f"none of the {len(found)} pictures that {str(source)!r} names is in {str(root)!r} or its folders "
+            f"{', '.join(folder for folder in folders if folder != '.')}, such as {next(iter(found))!r}; put them "
+            "there, and check that annotations and pictures are of the same split"
+        )
+    return found

@@ -1,0 +1,37 @@
+"""The tasks by name; each module is imported when its task is asked for."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+
+if TYPE_CHECKING:
+    from ..evaluator import Task
+
+
+# name: (module of this folder, class of a Task); docs/evaluation.md has a section on each.
+TASKS: dict[str, tuple[str, str]] = {
+    "advanced": ("advanced", "Advanced"),
+    "coco_coverage": ("coco_coverage", "CocoCoverage"),
+    "stage2_failures": ("stage2_failures", "Stage2Failures"),
+    "aokvqa": ("aokvqa", "AOKVQA"),
+    "gqa": ("gqa", "GQA"),
+    "chair": ("chair", "CHAIR"),
+    "scienceqa": ("scienceqa", "ScienceQA"),
+    "llava_bench": ("llava_bench", "LLaVABench"),
+    "pope": ("pope", "POPE"),
+    "captions": ("captions", "Captions"),
+}
+
+
+def load_task(name: str) -> "Task":
+    """
+    Make a task.
+
+    Raises:
+        ValueError: where there is none of this name, with the names that there are.
+    """
+    if name not in TASKS:
+        raise ValueError(f"there is no task {name!r}; the tasks are {', '.join(TASKS)}")
+    module, kind = TASKS[name]
+    task: Task = getattr(import_module(f".{module}", __name__), kind)()
+    return task

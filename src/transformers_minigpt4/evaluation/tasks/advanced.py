@@ -1,0 +1,157 @@
+"""Table 1 of the MiniGPT-4 paper: memes, recipes, advertisements and poems, judged by people or a language model."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers_minigpt4.chat.client import ChatModel
+from transformers_minigpt4.describe import IMAGE_SUFFIXES
+
+from ..evaluator import Metric, Question, Record, Task, mean, of_sums, read_json_lines
+from ..judging import YES_NO, judge_all
+
+
+DESCRIPTIONS = "descriptions.jsonl"
+
+PROMPTS = {
+    "meme": "Explain why this meme is funny.",
+    "recipe": "How should I make something like this?",
+    "advertisement": "Help me draft a professional advertisement for this.",
+    "poem": "Can you craft a beautiful poem about this image?",
+}
+
+_JUDGE = (
+    "Someone showed a picture to an assistant and wrote: {prompt}\n\n"
+    "What the picture shows, written by a person who saw it:\n{description}\n\n"
+    "What the assistant answered:\n{answer}\n\n"
+    "Does the answer satisfy the request? {criterion} It must fit this picture; an answer that would fit any picture, "
+    "tells of things that are not there, breaks off or repeats itself does not satisfy it. Answer with the one word "
+    "yes or no."
+)
+CRITERIA = {
+    "meme": "It must say what makes the picture funny; to describe what can be seen is not enough.",
+    "recipe": "It must name what is needed and the steps to make what is shown, in an order that works.",
+    "advertisement": "It must be the text of an advertisement for what is shown, fit for use after light editing.",
+    "poem": "It must be a poem, in verses, about what is shown.",
+}
+
+
+def _sum(values: Any) -> Any:
+    return values
+
+
+class Advanced(Task):
+    """
+    4 tasks × 25 pictures; success is whether an answer satisfies the request.
+
+    The authors' pictures were never published, so the folder is yours: `meme/`, `recipe/`, `advertisement/` and
+    `poem/` with pictures. For a language model as judge, each also holds `descriptions.jsonl` with lines
+    `{"image": "01.jpg", "description": "what a person sees there, and for a meme what the joke is"}`; it sees these
+    words in place of the picture. Without a judge the answers stay unjudged, for people to judge
+    (`evaluation/human_page.py`).
+    """
+
+    name = "advanced"
+    paper = "MiniGPT-4, Table 1"
+    description = "requests for meme explanations, recipes, advertisements and poems that are satisfied"
+    data = "meme/, recipe/, advertisement/, poem/: pictures, and descriptions.jsonl for a language model as judge"
+    dataset = "advanced abilities"
+    prompts = PROMPTS
+    judge_prompts = {task: _JUDGE.replace("{criterion}", criterion) for task, criterion in CRITERIA.items()}
+    generation = {"max_new_tokens": 300}
+    primary = "success"
+    metrics = (
+        Metric("success", True, "%", mean("success", scale=100)),
+        *(
+            Metric(f"successes/{task}", True, "pictures", of_sums(_sum, "success", where=("task", task)))
+            for task in PROMPTS
+        ),
+        *(
+            Metric(f"judged/{task}", None, "pictures", of_sums(_sum, "judged", where=("task", task)))
+            for task in PROMPTS
+        ),
+        Metric("unreadable", None, "%", mean("unreadable", scale=100)),
+    )
+
+    def questions(self, data: Path, limit: int | None = None) -> list[Question]:
+        """
+        The pictures of the four folders, task by task.
+
+        Raises:
+            ValueError: if a folder is missing or empty, or a description lacks its picture or the other way round.
+        """
+        questions = [
+            Question(f"{task}/{picture.name}", prompt, (str(picture),), {"description": description}, {"task": task})
+            for task, prompt in PROMPTS.items()
+            for picture, description in _pictures(data / task)
+        ]
+        return questions[:limit]
+
+    def score(
+        self, questions: Sequence[Question], answers: Mapping[str, str], judge: ChatModel | None = None
+    ) -> list[Record]:
+        """
+        `success` as 0 or 1, or `None` where nobody judged or the judge could not be read.
+
+        Raises:
+            ValueError: if there is a judge and a picture without description.
+            JudgeStopped: as [`judging.judge_all`].
+        """
+        verdicts = judge_all(judge, self._judge_questions(questions, answers), YES_NO) if judge else {}
+        records: list[Record] = []
+        for question in questions:
+            record: Record = {"success": None, "judged": 0, "unreadable": None}
+            if question.id not in answers:
+                record |= {"success": 0, "judged": 1}
+            elif question.id in verdicts:
+                verdict = verdicts[question.id]
+                readable = verdict.value is not None
+                record |= {
+                    "success": int(verdict.value) if verdict.value is not None else None,
+                    "judged": int(readable),
+                    "unreadable": int(not readable),
+                    "judge": verdict.text,
+                }
+            records.append(record)
+        return records
+
+    def _judge_questions(self, questions: Sequence[Question], answers: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+        for question in questions:
+            if question.id in answers:
+                description = question.reference["description"]
+                if not description:
+                    raise ValueError(
+                        f"the picture {question.id!r} has no description for the judge, who cannot see it; write one "
+                        f"in {DESCRIPTIONS} beside it, or leave the judge out and let people judge"
+                    )
+                yield (
+                    question.id,
+                    self.judge_prompts[question.groups["task"]].format(
+                        prompt=question.prompt, description=description, answer=answers[question.id]
+                    ),
+                )
+
+
+def _pictures(folder: Path) -> list[tuple[Path, str | None]]:
+    """The pictures of one task with their descriptions, sorted by name."""
+    if not folder.is_dir():
+        raise ValueError(
+            f"there is no folder {str(folder)!r}; this task needs {', '.join(PROMPTS)}, each with its pictures"
+        )
+    pictures = sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
+    if not pictures:
+        raise ValueError(f"{str(folder)!r} holds no picture; put the pictures of this task there")
+    if not (folder / DESCRIPTIONS).exists():
+        return [(picture, None) for picture in pictures]
+    descriptions: dict[str, str] = {}
+    names = {picture.name for picture in pictures}
+    for number, row in enumerate(read_json_lines(folder / DESCRIPTIONS), start=1):
+        where = f"line {number} of {str(folder / DESCRIPTIONS)!r}"
+        if not isinstance(row, dict) or not all(isinstance(row.get(key), str) for key in ("image", "description")):
+            raise ValueError(f'{where} is not of the form {{"image": "01.jpg", "description": "..."}}')
+        if row["image"] not in names:
+            raise ValueError(f"{where} is about {row['image']!r}, which is not in the folder; correct one of the two")
+        if row["image"] in descriptions:
+            raise ValueError(f"{where} describes {row['image']!r} a second time; keep one")
+        descriptions[row["image"]] = row["description"]
+    return [(picture, descriptions.get(picture.name)) for picture in pictures]

@@ -1,0 +1,104 @@
+"""GQA (Table 4 of the MiniGPT-4 paper): questions about scenes with one short answer each."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers_minigpt4.chat.client import ChatModel
+
+from ..evaluator import Metric, Question, Record, Task, find_file, mean
+from ..scorers.official_files import find_pictures, need_fields, read_object
+from ..scorers.vqa_text import normalise_answer
+
+
+# Ours: the authors' prompt for this task was never published.
+PROMPT = "{question}\nAnswer the question with a single word or a short phrase."
+
+# The official kinds of questions; "open" and "binary" are the structural kind "query" and all others.
+STRUCTURAL = ("verify", "query", "choose", "logical", "compare")
+SEMANTIC = ("obj", "attr", "rel", "cat", "global")
+
+
+class GQA(Task):
+    """
+    Accuracy over the balanced questions.
+
+    The official script asks for the very answer. `accuracy` compares after VQA's normalisation of both sides;
+    `accuracy/as_given` is the official script on what LLaVA's evaluation hands it: lower case, no full stop at the
+    end.
+    """
+
+    name = "gqa"
+    paper = "MiniGPT-4, Table 4"
+    description = "questions about scenes, exact match"
+    data = "testdev_balanced_questions.json, and images/ with GQA's pictures"
+    dataset = "gqa"
+    split = "testdev"
+    prompts = {"question": PROMPT}
+    generation = {"max_new_tokens": 20}
+    primary = "accuracy"
+    metrics = (
+        Metric("accuracy", True, "%", mean("correct", scale=100)),
+        Metric("accuracy/as_given", True, "%", mean("correct_as_given", scale=100)),
+        Metric("accuracy/open", True, "%", mean("correct", scale=100, where=("form", "open"))),
+        Metric("accuracy/binary", True, "%", mean("correct", scale=100, where=("form", "binary"))),
+        *(
+            Metric(f"accuracy/{group}/{kind}", True, "%", mean("correct", scale=100, where=(group, kind)))
+            for group, kinds in (("structural", STRUCTURAL), ("semantic", SEMANTIC))
+            for kind in kinds
+        ),
+    )
+
+    def questions(self, data: Path, limit: int | None = None) -> list[Question]:
+        """
+        Read `testdev_balanced_questions.json`, or another file of this form; of unbalanced ones the balanced part.
+
+        Raises:
+            ValueError: if the file is missing or of another form, an id stands twice, or none of its pictures is
+                there.
+        """
+        path = find_file(data, "testdev_balanced_questions.json", "*_balanced_questions.json", "*_questions.json")
+        rows = read_object(path)
+        for key, row in rows.items():
+            need_fields(path, key, row, {"question": str, "imageId": str, "answer": str, "types": dict})
+            need_fields(path, key, row["types"], {"structural": str, "semantic": str})
+        rows = {key: row for key, row in rows.items() if row.get("isBalanced", True)}
+        names = {key: f"{row['imageId']}.jpg" for key, row in rows.items()}
+        pictures = find_pictures(path.parent, ("images", "../images", "."), names.values(), path)
+        return [_question(key, row, pictures[names[key]]) for key, row in rows.items()][:limit]
+
+    def score(
+        self, questions: Sequence[Question], answers: Mapping[str, str], judge: ChatModel | None = None
+    ) -> list[Record]:
+        """`correct` and `correct_as_given` as 0 or 1; 0 without answer."""
+        records: list[Record] = []
+        for question in questions:
+            answer = answers.get(question.id)
+            if answer is None:
+                records.append({"correct": 0, "correct_as_given": 0})
+                continue
+            gold, normalised = question.reference["answer"], normalise_answer(answer)
+            records.append(
+                {
+                    "correct": int(normalised == normalise_answer(gold)),
+                    "correct_as_given": int(as_given(answer) == gold),
+                    "normalised": normalised,
+                }
+            )
+        return records
+
+
+def as_given(answer: str) -> str:
+    """An answer as LLaVA's evaluation hands it to the official script."""
+    return answer.rstrip(".").lower()
+
+
+def _question(key: str, row: dict[str, Any], picture: str) -> Question:
+    kinds = row["types"]
+    groups = {
+        "structural": kinds["structural"],
+        "semantic": kinds["semantic"],
+        "form": "open" if kinds["structural"] == "query" else "binary",
+    }
+    prompt = PROMPT.format(question=row["question"])
+    return Question(key, prompt, (picture,), {"answer": row["answer"]}, groups)

@@ -1,0 +1,75 @@
+"""A small task of two kinds of questions, its data files, and tiny checkpoints, for the tests of the evaluation."""
+
+import json
+import sys
+from pathlib import Path
+
+from PIL import Image
+
+from transformers_minigpt4.evaluation.evaluator import Metric, Question, Task, find_file, mean, ratio, read_json
+
+
+# Tiny models of other families, and a Hub; pytest puts a folder of tests on the path only when it collects from it.
+sys.path += [str(Path(__file__).parents[1] / folder) for folder in ("training", "hub")]
+
+
+class Letters(Task):
+    """Counts letters of answers, which needs nothing from a model but some text."""
+
+    name = "letters"
+    paper = "MiniGPT-4, Table 4"
+    description = "how many letters are e"
+    data = "letters.json"
+    dataset = "letters"
+    split = "val"
+    prompts = {"one": "What is this {thing}?"}
+    generation = {"max_new_tokens": 4}
+    metrics = (
+        Metric("accuracy", True, "%", mean("correct", scale=100)),
+        Metric("accuracy/even", True, "%", mean("correct", scale=100, where=("kind", "even"))),
+        Metric("share", False, "%", ratio("e", "letters", scale=100)),
+        Metric("never", True, "%", mean("absent")),
+    )
+    primary = "accuracy"
+
+    def questions(self, data, limit=None):
+        path = find_file(data, "letters.json")
+        rows = read_json(path)
+        return [
+            Question(
+                str(row["id"]),
+                self.prompts["one"].format(thing=row["thing"]),
+                tuple(str(path.parent / name) for name in row["images"]),
+                row["reference"],
+                {"kind": "even" if row["id"] % 2 == 0 else "odd"},
+            )
+            for row in rows[:limit]
+        ]
+
+    def score(self, questions, answers, judge=None):
+        records = []
+        for question in questions:
+            text = answers.get(question.id)
+            records.append(
+                {"correct": False, "e": None, "letters": None}
+                if text is None
+                else {"correct": len(text) % 2 == question.reference, "e": text.count("e"), "letters": len(text)}
+            )
+        return records
+
+
+def picture(number: int) -> Image.Image:
+    return Image.new("RGB", (40 + number % 7, 50), (20 * number % 255, 90, 200 - 17 * number % 200))
+
+
+def write_letters(folder: Path, rows: int = 10, images: int = 1) -> Path:
+    """The data of [`Letters`]: `rows` questions about `images` pictures each."""
+    folder.mkdir(parents=True, exist_ok=True)
+    entries = []
+    for i in range(rows):
+        names = [f"{i}-{n}.png" for n in range(images)]
+        for n, name in enumerate(names):
+            picture(3 * i + n).save(folder / name)
+        entries.append({"id": i, "thing": "thing " * (1 + i % 4), "images": names, "reference": i % 2})
+    (folder / "letters.json").write_text(json.dumps(entries))
+    return folder

@@ -1,0 +1,24 @@
+"""A small chat model in a folder: the demo's language model with a chat template and an end mark."""
+
+from pathlib import Path
+
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from transformers_minigpt4 import demo
+
+
+PART = Path(demo.__file__).parent / "parts" / "language_model"
+TEMPLATE = (
+    "<s>{% for message in messages %}###{% if message.role == 'user' %}Human: {% else %}Assistant: {% endif %}"
+    "{{ message.content }}{% endfor %}{% if add_generation_prompt %}###Assistant:{% endif %}"
+)
+
+
+def save_chat_model(folder: Path) -> str:
+    """It writes descriptions of the small world's pictures, whatever it is asked."""
+    tokenizer, model = AutoTokenizer.from_pretrained(PART), AutoModelForCausalLM.from_pretrained(PART)
+    tokenizer.chat_template = TEMPLATE
+    model.generation_config.eos_token_id = tokenizer.convert_tokens_to_ids("##")  # what `###` begins with
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
