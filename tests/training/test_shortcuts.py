@@ -6,16 +6,15 @@ from itertools import islice
 
 import pytest
 import torch
-import typer
 from runs import SMALL, curve, model_folder, run, sources, weights
 from safetensors.torch import load_file, save_file
 from tiny_models import write_sources
 from transformers import AutoModelForImageTextToText
 from typer.testing import CliRunner
 
+from transformers_minigpt4.cli import app
 from transformers_minigpt4.data.schema import DataError
 from transformers_minigpt4.training.collator import ImageTextCollator
-from transformers_minigpt4.training.commands import CONTEXT_SETTINGS, features, train
 from transformers_minigpt4.training.packing import count_tokens, pack
 from transformers_minigpt4.training.sft import build_features, load_model, load_rows, parse_recipe
 
@@ -169,17 +168,35 @@ def test_features_need_a_folder(tmp_path):
         run(*given, "--feature_cache", str(tmp_path))
 
 
+def minigpt4(*words):
+    return CliRunner().invoke(app, list(words))
+
+
 def test_the_commands(tmp_path):
     """Features and training of `tiny` on the command line."""
-    app = typer.Typer()
-    app.command(context_settings=CONTEXT_SETTINGS)(train)
-    app.command(context_settings=CONTEXT_SETTINGS)(features)
     more = ["tiny", *SMALL, "--output_dir", str(tmp_path / "out"), "--feature_cache", str(tmp_path / "cache")]
-    for count, what in ((4, "4 encoded, 0 present, 0 broken"), (0, "0 encoded, 4 present, 0 broken")):
-        done = CliRunner().invoke(app, ["features", *more])
-        assert done.exit_code == 0 and what in done.stderr, (count, done.output)
-    done = CliRunner().invoke(app, ["train", *more])
+    for said in ("4 encoded, 0 present, 0 broken", "0 encoded, 4 present, 0 broken"):
+        done = minigpt4("features", *more)
+        assert done.exit_code == 0 and said in done.stderr, done.output
+    done = minigpt4("train", *more)
     assert done.exit_code == 0 and len(curve(tmp_path / "out")) == 2, done.output
+    again = minigpt4("train", *more)
+    assert again.exit_code == 1 and "checkpoint-2 of an earlier run" in again.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["minigpt5_stage9"], "There is no recipe minigpt5_stage9"),
+        (["tiny", "--learning_rat", "1"], "learning_rat"),
+        (["tiny", "--pack_tokens", "9"], "pack_tokens=9 with pack_rows=False"),
+        (["tiny", "--feature_cache", "nowhere"], "nowhere is no feature cache"),
+    ],
+)
+def test_a_bad_command_line_is_one_line(words, said, tmp_path):
+    done = minigpt4("train", *words, "--output_dir", str(tmp_path))
+    assert done.exit_code == 1 and said in done.stderr
+    assert done.stderr.startswith("minigpt4: ") and done.stderr.strip().count("\n") == 0
 
 
 @pytest.mark.parametrize("max_tokens", [None, 1, 90])

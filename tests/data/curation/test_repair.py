@@ -190,7 +190,9 @@ def test_a_kill_at_any_moment_loses_no_answer_that_was_paid_for(tmp_path):
         assert summary.outcomes == {"ok": 60 - done}
         assert [text for _, text in project.texts("filter")] == texts
         assert len(endpoint.requests) <= 60 + 3
-        assert used_so_far(project).requests + used_so_far(project).cached >= 60
+        # What was in flight may be billed, so the next run has counted it in full.
+        assert used_so_far(project).requests >= len(endpoint.requests)
+        assert used_so_far(project).completion_tokens > 3 * config.repair_max_tokens
         assert all(len([r for step, r in project.history(n) if step == "repair"]) == 1 for n in range(1, 61))
 
 

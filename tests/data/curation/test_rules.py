@@ -163,7 +163,27 @@ class TestLanguages:
         一只狗在海滩上奔跑。|犬がビーチを走っています。|개가 해변을 달리고 있다.|الكلب يجري على الشاطئ.
         כלב רץ על החוף.|एक कुत्ता समुद्र तट पर दौड़ रहा है।|สุนัขวิ่งบนชายหาด|Ο σκύλος τρέχει στην παραλία.
         Perro corriendo en la playa con su dueño.|Chat noir sur le toit.|Hund am Strand mit Ball.
-        Mooie rode bloem.
+        Mooie rode bloem.|Una mujer sostiene un paraguas bajo la lluvia.|Hay tres manzanas sobre la mesa.
+        Niños jugando al fútbol.|Un tren llega a la estación.|Deux femmes boivent du café en terrasse.
+        Il y a un vélo contre le mur.|Des montagnes enneigées au coucher du soleil.|Vue aérienne d'une ville.
+        Die Frau liest ein Buch im Café.|Auf dem Tisch stehen drei Gläser.|Ein rotes Auto fährt über die Brücke.
+        Blick auf die Berge.|Una ragazza suona il violino.|Ci sono due biciclette davanti al negozio.
+        Le barche sono nel porto.|Uma menina segura um balão vermelho.|Há duas bicicletas perto da árvore.
+        O céu está azul.|Een vrouw leest een boek in de trein.|Er liggen drie appels op tafel.
+        Twee katten slapen op de bank.|En flicka håller en röd ballong.|Två katter sover på soffan.
+        Det finns en cykel vid väggen.|En pige holder en rød ballon.|To katter sover på sofaen.
+        Det står en sykkel ved veggen.|Tyttö pitelee punaista ilmapalloa.|Kaksi kissaa nukkuu sohvalla.
+        Dziewczynka trzyma czerwony balon.|Dwa koty śpią na kanapie.|Dívka drží červený balónek.
+        Dve mačky spia na gauči.|Egy lány piros léggömböt tart.|Két macska alszik a kanapén.
+        O fată ține un balon roșu.|Kız kırmızı bir balon tutuyor.|Seorang gadis memegang balon merah.
+        Isang batang babae ang may hawak ng pulang lobo.|Cô gái cầm một quả bóng bay màu đỏ.
+        Msichana ameshika puto jekundu.|Djevojka drži crveni balon.|Dekle drži rdeč balon.
+        Mergaitė laiko raudoną balioną.|Meitene tur sarkanu balonu.|Una noia té un globus vermell.
+        Neska batek puxika gorri bat du.|Девочка держит красный шар.|Дівчинка тримає червону кулю.
+        一个女孩拿着红气球。|女の子が赤い風船を持っている。|소녀가 빨간 풍선을 들고 있다.|فتاة تحمل بالونا أحمر.
+        ילדה מחזיקה בלון אדום.|एक लड़की लाल गुब्बारा पकड़े हुए है।|একটি মেয়ে লাল বেলুন ধরে আছে।
+        ஒரு பெண் சிவப்பு பலூனை பிடித்திருக்கிறாள்.|เด็กหญิงถือลูกโป่งสีแดง
+        Ένα κορίτσι κρατάει ένα κόκκινο μπαλόνι.
     """
     ENGLISH = """
         A brown dog runs along the beach.|Three dogs running outside.|Golden retriever puppy.
@@ -184,7 +204,22 @@ class TestLanguages:
         Vegetables, spices, herbs arranged neatly.|The Kanji 犬 is painted on the door of the house.
         Mr. van der Berg and his son Den are in a boat.|The dog, a dachshund, is asleep.
         She is doing yoga on a mat.|Du Pont engineers discuss an invention.
-        He holds an old coat of arms on a pole.|Ten bags lie on the bed.
+        He holds an old coat of arms on a pole.|Ten bags lie on the bed.|A girl holds a red balloon.
+        Two cats sleep on the sofa.|There is a bicycle leaning against the wall.
+        Snow-capped mountains at sunset.|Aerial view of a city.|A barista pours latte art in a ceramic cup.
+        Paella with mussels, shrimp and saffron rice.|The Arc de Triomphe stands at the end of the avenue.
+        Vincent van Gogh painted sunflowers in Arles.|Tourists photograph the Sagrada Familia in Barcelona.
+        A matador in traje de luces faces the bull.|A bottle of Dom Pérignon on ice.
+        Grilled salmon with asparagus.|Kids splash in puddles.
+        Vintage typewriter, fountain pen, leather notebook.|The menu reads "Plat du jour: coq au vin".
+        A street in Rio de Janeiro during carnival.|An El Camino parked near a taco stand in San Diego.
+        Macro shot of a ladybug on clover.|Sunlight filters through stained glass windows.
+        Commuters wait for delayed trains.|Graffiti covers abandoned warehouse walls.
+        A karate class practices kata in a dojo.|Fireworks illuminate the Sydney Opera House.
+        Dim sum baskets steam on a cart.|The banner says "Feliz Navidad" in gold.
+        A man plays the oud in a souk in Marrakesh.|Freshly baked croissants and pains au chocolat.
+        Herd of wildebeest crossing river.|Doctor examines patient.|Los Angeles skyline with palm trees.
+        Le Mans race cars speed by.|A schnauzer and a dachshund chase a Frisbee.|Cherry blossoms line the canal.
     """
 
     @staticmethod
@@ -195,14 +230,21 @@ class TestLanguages:
         return [text.strip() for line in texts.strip().splitlines() for text in line.split("|")]
 
     def test_share_of_other_languages_found(self):
-        """Down to two words; measured 54 of 56. Four words without a function word that English lacks get through."""
+        """Down to two words. What gets through has neither accents nor a function word that English lacks."""
         texts = self.split(self.OTHERS)
         missed = [text for text in texts if not self.seems_foreign(text)]
-        assert len(texts) == 56 and missed == ["Hund am Strand mit Ball.", "Mooie rode bloem."]
+        assert len(texts) == 115 and sorted(missed) == [
+            "Blick auf die Berge.",
+            "Dziewczynka trzyma czerwony balon.",
+            "Hund am Strand mit Ball.",
+            "Meitene tur sarkanu balonu.",
+            "Mooie rode bloem.",
+            "Msichana ameshika puto jekundu.",
+        ]
 
     def test_english_stays(self):
         texts = self.split(self.ENGLISH)
-        assert len(texts) >= 40 and [text for text in texts if self.seems_foreign(text)] == []
+        assert len(texts) == 74 and [text for text in texts if self.seems_foreign(text)] == []
 
 
 class TestChanges:

@@ -121,6 +121,7 @@ OTHERS = {
 
 _MIN_ENGLISH_WORDS = 6  # from this many words on, English text has function words
 _WORD = re.compile(r"[^\W\d_]+")
+_QUOTED = re.compile(r'"[^"]*"')
 # Between two capitals these belong to a name.
 _PARTICLES = frozenset(
     (
@@ -208,7 +209,7 @@ def other_language(sentence: str, min_english: float) -> str | None:
     The language that a sentence or text seems to be in, if it is not English.
 
     Only words that one of two languages has and the other has not count. A capital within a sentence begins a name
-    (`a painting by Leonardo da Vinci in La Spezia`), which tells nothing.
+    (`a painting by Leonardo da Vinci in La Spezia`), which tells nothing; nor does what stands in quotes.
 
     Args:
         sentence: In the Latin script, see [`other_script`].
@@ -218,6 +219,7 @@ def other_language(sentence: str, min_english: float) -> str | None:
         `str` or `None`: one of `OTHERS`, or `"no English"` where too few words are English and no other language is
         known; `None` for English, and for a few words that say nothing.
     """
+    sentence = _QUOTED.sub(" ", sentence)
     words = _WORD.findall(sentence.lower() if sentence.isupper() else sentence)
     if not words:
         return None
@@ -240,6 +242,8 @@ def other_language(sentence: str, min_english: float) -> str | None:
     there, here = foreign[best] + accented, english - shared[best]
     if foreign[best] and there > here and (there >= 2 or english == 0):
         return _NAMES[best - 1]
+    if english == 0 and len(words) >= 3 and accented > len(words) / 5:
+        return "no English"
     plain = [word for word in words if word.islower()]  # a list of names is in no language
     if len(plain) >= _MIN_ENGLISH_WORDS and english < min_english * len(plain):
         likely = sum(bool(_ENGLISH_ENDING.search(word)) for word in plain if _MASKS.get(word, 0) == 0)

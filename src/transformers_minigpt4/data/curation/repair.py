@@ -1,10 +1,12 @@
 """The repair step: a language model fixes each text, and what it should not have done is flagged for review."""
 
+import json
 import re
 import sqlite3
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
+from typing import Any
 
 from transformers_minigpt4.chat import (
     BudgetExhausted,
@@ -26,6 +28,8 @@ STEP = "repair"
 ANSWERS = "answers.sqlite"  # in the project's folder: a prompt or check changed back costs nothing
 OK, FLAGGED, FAILED = "ok", "flagged", "failed"
 _CUT_OFF = "cut off"
+_IN_FLIGHT = "repair in flight"  # in the project's `meta` while a run is on
+_TEMPLATE_TOKENS = 100  # of a chat template around a request, generously
 # Settings of the model under their names in the project's file, for errors that tell which one to change.
 _SETTING = re.compile(rf"\b({'|'.join(part.name for part in fields(ChatSettings) if '_' in part.name)})\b")
 _QUOTED = re.compile(r'^(["“])(.*)(["”])$', re.DOTALL)
@@ -70,8 +74,8 @@ def run_repair(project: Project, config: CurationConfig, progress: bool = True) 
     Has the project's language model repair every text that has no repair by these settings yet.
 
     Each result is on the disk before the next one is waited for, along with what was used so far. After a kill, an
-    answer that was in the cache already is not paid for again; at most `repair_concurrency` requests that were in
-    flight are missing from the count. The budget is the project's: earlier runs count.
+    answer that was in the cache already is not paid for again; the next run counts as many requests as were allowed in
+    flight, with the most that each can have used. The budget is the project's: earlier runs count.
 
     Args:
         project: Open.
@@ -87,6 +91,7 @@ def run_repair(project: Project, config: CurationConfig, progress: bool = True) 
     settings = config.chat_settings()
     with project.writer(STEP):
         digest = repair_digest(config)
+        _count_lost(project)
         spent = used_so_far(project)
         works = {work.pair.id: work for work in _works(project, config, digest)}
         if not works:
@@ -96,9 +101,9 @@ def run_repair(project: Project, config: CurationConfig, progress: bool = True) 
             try:
                 run.go(progress)
             except ChatError as error:
+                run.close()
                 raise _explained(error, len(works) - run.left, run.left) from error
-            finally:
-                run.save_usage()
+            run.close()
             return run.summary(spent)
 
 
@@ -118,6 +123,21 @@ def used_so_far(project: Project) -> Usage:
     *counts, cost = project.connection().execute(f"SELECT {columns} FROM requests").fetchone()
     requests, cached, prompt_tokens, completion_tokens = map(int, counts)
     return Usage(requests, cached, prompt_tokens, completion_tokens, cost)
+
+
+def _count_lost(project: Project) -> None:
+    """Counts what was in flight when the last run was killed or broken off: its answers may be billed."""
+    left = project.meta(_IN_FLIGHT)
+    if not left:
+        return
+    with project.transaction() as connection:
+        lost = json.loads(left)
+        connection.execute(
+            "INSERT INTO requests (at, model, requests, cached, prompt_tokens, completion_tokens, cost) "
+            "VALUES (?, ?, ?, 0, ?, ?, ?)",
+            (now(), lost["model"], lost["requests"], lost["prompt_tokens"], lost["completion_tokens"], lost["cost"]),
+        )
+        connection.execute("DELETE FROM meta WHERE key = ?", (_IN_FLIGHT,))
 
 
 def _works(project: Project, config: CurationConfig, digest: str) -> Iterator[Work]:
@@ -152,6 +172,25 @@ class _Run:
                 (now(), model.name),
             )
             self._row = cursor.lastrowid
+            connection.execute(
+                "INSERT OR REPLACE INTO meta VALUES (?, ?)", (_IN_FLIGHT, json.dumps(self._most_in_flight()))
+            )
+
+    def _most_in_flight(self) -> dict[str, Any]:
+        """The most that can be in flight at once; of a text's bytes, none makes more than one token."""
+        settings = self.model.settings
+        requests = min(settings.concurrency, len(self.works))
+        longest = max(len(work.text.encode(errors="replace")) for work in self.works.values())
+        prompt = requests * (longest + len(self.config.repair_prompt.encode()) + _TEMPLATE_TOKENS)
+        answer = requests * settings.max_tokens
+        cost = settings.cost(prompt, answer)
+        return {
+            "model": self.model.name,
+            "requests": requests,
+            "prompt_tokens": prompt,
+            "completion_tokens": answer,
+            "cost": cost,
+        }
 
     def go(self, progress: bool) -> None:
         requests = (
@@ -198,10 +237,11 @@ class _Run:
         self.changed += result.text is not None and result.text != self.works[result.pair_id].text
         done(1)
 
-    def save_usage(self) -> None:
-        """Writes what was used since the last result: requests that failed cost money too."""
+    def close(self) -> None:
+        """Writes what was used since the last result, requests that failed too; nothing is in flight any more."""
         with self.project.transaction() as connection:
             self._write_usage(connection)
+            connection.execute("DELETE FROM meta WHERE key = ?", (_IN_FLIGHT,))
 
     def _write_usage(self, connection: sqlite3.Connection) -> None:
         usage = self.model.usage

@@ -1,6 +1,7 @@
 """The hard-coded rules of the filter: small pure functions from a text to keep or drop, and the data they go by."""
 
 import re
+import textwrap
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -473,5 +474,5 @@ def rules_table() -> str:
         for name, value in rule.parameters.items():
             if isinstance(value, tuple) and value:
                 listed = ", ".join(f"`{phrase}`" for phrase in value)
-                lines += ["", f"`{name}` of `{rule.name}`: {listed}."]
+                lines += ["", *textwrap.wrap(f"`{name}` of `{rule.name}`: {listed}.", 120, break_on_hyphens=False)]
     return "\n".join(lines) + "\n"
