@@ -16,6 +16,7 @@ from transformers_minigpt4.evaluation.compare import (
     COLUMNS,
     Difference,
     _corrected,
+    _what_differs,
     compare_results,
     comparison_tables,
     markdown_table,
@@ -77,10 +78,17 @@ def test_differences_are_paired(pair):
 def test_a_model_does_not_differ_from_itself(pair, tmp_path):
     twin = shutil.copytree(pair[0], tmp_path / "twin")
     comparison = compare_results([pair[0], twin], [Letters()])
-    assert {run.name for run in comparison.runs} == {str(pair[0]), str(twin)}  # one checkpoint id: folders then
+    assert [run.name for run in comparison.runs] == ["a", "twin"]  # one checkpoint id: what differs in their paths
     for difference in comparison.differences:
         assert (difference.value, difference.interval, difference.p) == (0, (0, 0), 1)
         assert not difference.significant
+
+
+def test_folders_of_one_checkpoint_name_are_told_apart_by_what_differs():
+    paths = [Path("/r/standard/stage1"), Path("/r/standard/checkpoint"), Path("/r/no_qformer/checkpoint")]
+    assert _what_differs(paths) == ["standard/stage1", "standard/checkpoint", "no_qformer/checkpoint"]
+    assert _what_differs(paths[1:]) == ["standard", "no_qformer"]
+    assert _what_differs([Path("/r"), Path("/r/b")]) == [".", "b"]
 
 
 def test_permutations_give_what_the_sign_test_gives():

@@ -154,6 +154,8 @@ def _in_process(log: Path, environment: dict[str, str], function, arguments) -> 
     os.dup2(file, 2)
     sys.stdout.reconfigure(line_buffering=True)
     os.environ.update(environment)
+    # Data workers as in a run of its own: from a server of their own, they would outlive a killed parent for ever.
+    multiprocessing.set_start_method("fork", force=True)
     torch.set_num_threads(1)
     function(*arguments)
 

@@ -4,7 +4,7 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby
+from itertools import groupby, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -168,10 +168,20 @@ def _named(folders: Sequence[Path]) -> list[Run]:
     places = [folder if folder.is_dir() else folder.parent for folder in folders]
     names = [str(result["checkpoint"]["id"]) for result in results]
     if len(set(names)) < len(names):
-        names = [str(place) for place in places]
-    if len(set(names)) < len(names):
-        raise ValueError(f"the folder {names[0]!r} is named twice; compare two different ones")
+        names = _what_differs([place.resolve() for place in places])
     return [Run(name, place, result["tasks"]) for name, place, result in zip(names, places, results)]
+
+
+def _what_differs(folders: Sequence[Path]) -> list[str]:
+    """The parts of paths between their common beginning and their common end."""
+    twice = next((folder for folder in folders if folders.count(folder) > 1), None)
+    if twice is not None:
+        raise ValueError(f"the folder {str(twice)!r} is named twice; compare two different ones")
+    parts = [folder.parts for folder in folders]
+    same = lambda columns: sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))  # noqa: E731
+    start = same(zip(*parts))
+    end = same(zip(*(reversed(row[start:]) for row in parts)))
+    return ["/".join(row[start : len(row) - end]) or "." for row in parts]
 
 
 def _common_tasks(runs: Sequence[Run], tasks: Sequence[str | Task] | None) -> list[Task]:

@@ -157,3 +157,15 @@ def test_the_endpoint_is_down(project):
         for name in ("repair_model", "repair_base_url", "repair_max_retries"):
             file.write(yaml.safe_dump({name: getattr(down, name)}))
     assert "127.0.0.1:9" in fails("repair", project)
+
+
+def test_ctrl_c_says_how_to_go_on(project, monkeypatch):
+    from transformers_minigpt4.data.curation import generate
+
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(generate, "describe_in_turns", stopped)
+    result = minigpt4("generate", project)
+    assert result.exit_code == 130
+    assert result.stderr.strip() == "minigpt4: stopped; what was finished is kept, and the same command goes on"

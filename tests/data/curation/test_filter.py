@@ -93,6 +93,26 @@ def test_what_a_dropped_original_leaves(project):
     assert changed.written == 5
 
 
+def test_broken_off_it_goes_on(project, monkeypatch):
+    from transformers_minigpt4.data.curation import filter as module
+
+    monkeypatch.setattr(module, "_BATCH", 4)
+    record, calls = project.record, []
+
+    def fail_later(step, results):
+        calls.append(step)
+        if len(calls) == 2:
+            raise CurationError("the disk is full")
+        record(step, results)
+
+    monkeypatch.setattr(project, "record", fail_later)
+    with pytest.raises(CurationError, match="full"):
+        run(project)
+    assert len(verdicts(project)) == 4
+    assert run(project).written == 6 and verdicts(project) == EXPECTED
+    assert set(histories(project).values()) == {1}
+
+
 def test_new_pairs_and_changed_texts(project):
     run(project)
     before = histories(project)

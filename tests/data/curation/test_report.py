@@ -2,8 +2,10 @@
 
 import html
 import io
+import tomllib
 from collections import Counter
 from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -221,7 +223,12 @@ def test_visible():
 def test_the_template_is_shipped():
     from transformers_minigpt4.data.curation import report
 
-    assert (Path(report.__file__).parent / "templates" / "report.html.jinja").is_file()
+    settings = tomllib.loads((Path(__file__).parents[3] / "pyproject.toml").read_text(encoding="utf-8"))
+    shipped = settings["tool"]["setuptools"]["package-data"]["transformers_minigpt4"]
+    template = report.TEMPLATES / "report.html.jinja"
+    assert template.is_file()
+    package = Path(report.__file__).parents[2]
+    assert any(template in package.glob(pattern) for pattern in shipped), "add it to package-data in pyproject.toml"
 
 
 def test_a_broken_picture_is_told(tmp_path):
@@ -237,7 +244,7 @@ def test_what_further_rules_found(tmp_path):
         run_filter(two, two.config, progress=False)
         page = Page(run_report(two, two.config).read_text(encoding="utf-8"))
     cells = page.texts["td"]
-    rows = {name: what for name, what in zip(cells, cells[1:])}
+    rows = dict(pairwise(cells))
     assert rows["too_short"].startswith("Fewer than")
     numbers = page.texts["number"][-2 * len(RULES) :]
     counts = {rule.name: tuple(map(int, numbers[2 * i : 2 * i + 2])) for i, rule in enumerate(RULES)}

@@ -276,6 +276,7 @@ class TestChanges:
             ({"too_short": {"min_words": "3"}}, "a number of 0 or more, not '3'"),
             ({"too_short": {"min_words": -1}}, "a number of 0 or more, not -1"),
             ({"too_short": {"min_words": True}}, "a number of 0 or more, not True"),
+            ({"too_short": {"min_words": 2.5}}, "a whole number, not 2.5"),
             ({"apology": {"phrases": "sorry"}}, "a list of phrases, not 'sorry'"),
             ({"apology": {"phrases": ["sorry", " "]}}, "a list of phrases"),
         ],
@@ -286,4 +287,5 @@ class TestChanges:
 
 
 def test_the_docs_list_the_rules_as_they_are():
+    """After a change, put there what `rules_table()` gives now."""
     assert rules_table() in DOCS.read_text(encoding="utf-8")

@@ -1,7 +1,8 @@
 """The `curate` subcommands of `minigpt4`: make a stage-2 set, step by step or in one run."""
 
+import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,6 +13,7 @@ import typer
 if TYPE_CHECKING:
     from .store import Project
 
+INTERRUPTED = 130  # what shells report for a program ended by Ctrl-C
 _Where = Annotated[
     Path, typer.Argument(metavar="PROJECT", help="The project's folder, or its curation.yaml.", show_default=False)
 ]
@@ -42,7 +44,7 @@ def init(
     from .config import CONFIG_FILE, CurationConfig
 
     config = CurationConfig(
-        source=source,
+        source=_absolute(source),
         checkpoint=_absolute(checkpoint),
         pictures=pictures,
         seed=seed,
@@ -230,8 +232,9 @@ COMMANDS: dict[str, Callable[..., None]] = {
 }
 
 
-def _opened(where: Path, create: bool = False) -> "Project":
-    """The project of a folder or of a `curation.yaml`."""
+@contextlib.contextmanager
+def _opened(where: Path, create: bool = False) -> Iterator["Project"]:
+    """The project of a folder or of a `curation.yaml`; Ctrl-C ends the command with what to do next."""
     from .config import CONFIG_FILE, CurationError
     from .store import Project
 
@@ -240,12 +243,17 @@ def _opened(where: Path, create: bool = False) -> "Project":
             f"{where} is no project: settings are in a file {CONFIG_FILE}, and its folder is the project's"
         )
     folder = where.parent if where.name == CONFIG_FILE and not where.is_dir() else where
-    return Project.create(folder) if create else Project.open(folder)
+    with Project.create(folder) if create else Project.open(folder) as project:
+        try:
+            yield project
+        except KeyboardInterrupt as interrupt:
+            typer.echo("minigpt4: stopped; what was finished is kept, and the same command goes on", err=True)
+            raise typer.Exit(INTERRUPTED) from interrupt
 
 
-def _absolute(checkpoint: str) -> str:
-    """A folder's full path, so that the project works from any folder; a Hub id as it is."""
-    return os.path.abspath(checkpoint) if os.path.isdir(checkpoint) else checkpoint
+def _absolute(name: str) -> str:
+    """A folder's full path, so that the project works from any folder; all else, such as a Hub id, as it is."""
+    return os.path.abspath(name) if os.path.isdir(name) else name
 
 
 def _commented_yaml(config: Any) -> str:

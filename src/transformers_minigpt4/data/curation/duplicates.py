@@ -107,7 +107,9 @@ def _shingles(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         words = text.split()
         for word in words:
             if (value := known.get(word)) is None:
-                value = int.from_bytes(hashlib.blake2b(word.encode(), digest_size=8).digest(), "little")
+                value = int.from_bytes(
+                    hashlib.blake2b(word.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little"
+                )
                 known[word] = value
             hashes.append(value)
         missing = max(0, _SHINGLE - len(words))
@@ -190,8 +192,8 @@ def picture_print(picture: Path) -> bytes:
             image.draft("RGB", (_DRAFT, _DRAFT))
             rgb = to_rgb(image)
             rgb.load()
-    except (OSError, SyntaxError, ValueError):
-        rgb = load_image(picture)  # says in one line what is wrong
+    except Exception:  # PIL's readers raise whatever comes to them; this one says in one line what is wrong
+        rgb = load_image(picture)
     fields = rgb.resize((_COLUMNS, _ROWS), Image.Resampling.BOX)
     gray = np.frombuffer(fields.convert("L").tobytes(), dtype=np.uint8).reshape(_ROWS, _COLUMNS)
     return np.packbits(gray[:, :-1] > gray[:, 1:]).tobytes() + fields.tobytes()

@@ -161,7 +161,7 @@ def describe_in_turns(
     inputs = processor(images=[[image] for image in images], text=[config.prompt] * len(images), return_tensors="pt")
     inputs = inputs.to(model.device, dtype=model.dtype)
     width = inputs["input_ids"].shape[1]
-    settings = {"max_new_tokens": config.max_new_tokens, "do_sample": config.do_sample}
+    settings = _settings(config) | {"use_cache": True}
     output = model.generate(**inputs, **settings, return_dict_in_generate=True)
     answers = output.sequences[:, width:]
     lengths = answer_lengths(answers, model.generation_config)
@@ -262,13 +262,23 @@ def answer_lengths(answers: torch.Tensor, generation_config: Any) -> torch.Tenso
     return ends
 
 
+def _settings(config: CurationConfig) -> dict[str, Any]:
+    """For `generate`; with beams, the cache would hold several rows for each picture."""
+    return {
+        "max_new_tokens": config.max_new_tokens,
+        "do_sample": config.do_sample,
+        "num_beams": 1,
+        "num_return_sequences": 1,
+    }
+
+
 def _decode(processor: Any, answers: torch.Tensor) -> list[str]:
     return [text.strip() for text in processor.post_process_image_text_to_text(answers)]
 
 
 def _chat_turns(images: list[Image.Image], model: Any, processor: Any, config: CurationConfig) -> list[Description]:
     """Two turns through the processor's chat template, for models of any family."""
-    settings = {"max_new_tokens": config.max_new_tokens, "do_sample": config.do_sample}
+    settings = _settings(config)
     first = answer_prompts([[image] for image in images], [config.prompt] * len(images), model, processor, **settings)
     tokens = [len(processor.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in first]
     found = [Description((text,), (length,)) for text, length in zip(first, tokens)]
