@@ -123,7 +123,7 @@ def escape(text: str) -> str:
     `{`, `}` and `$` become entities too, because Gradio's HTML has templates.
     """
     return "".join(
-        f'<span class="control">U+{ord(character):04X}</span>' if _is_hidden(character) else character
+        f'<span class="control">U+{ord(character):04X}</span>' if is_hidden(character) else character
         for character in _entities(text.replace("\r\n", "\n"))
     )
 
@@ -132,13 +132,13 @@ def _entities(text: str) -> str:
     return re.sub(r"[{}$]", lambda match: f"&#{ord(match[0])};", html.escape(text))
 
 
-def _is_hidden(character: str) -> bool:
+def is_hidden(character: str) -> bool:
     """Control and format characters, among them those that turn the direction of writing; not line feed and tab."""
     return character not in "\n\t" and unicodedata.category(character) in ("Cc", "Cf", "Cs", "Co", "Zl", "Zp")
 
 
 def _hidden(text: str) -> bool:
-    return any(_is_hidden(character) for character in text)
+    return any(is_hidden(character) for character in text)
 
 
 def picture_html(name: str, alt: str) -> str:

@@ -254,11 +254,12 @@ def test_a_wrong_key_stops_at_once_and_is_shown_nowhere(monkeypatch, caplog):
     assert not any(KEY[start : start + 12] in shown for start in range(len(KEY) - 12))
 
 
-def test_an_endpoint_that_only_fails_stops_the_run():
-    with ScriptedEndpoint([Reply(status=500)]) as endpoint:
+@pytest.mark.parametrize(("bad", "kind"), [(Reply(status=500), "server"), (HTML_PAGE, "garbage")])
+def test_an_endpoint_that_only_fails_stops_the_run(bad, kind):
+    with ScriptedEndpoint([bad]) as endpoint:
         with open_chat_model(settings(endpoint, max_retries=0)) as model, pytest.raises(ChatError) as caught:
             list(model.complete_many((n, ask(str(n))) for n in range(1000)))
-        assert caught.value.kind == "server" and len(endpoint.requests) < 30
+        assert caught.value.kind == kind and len(endpoint.requests) < 30
 
 
 def test_the_budget_holds_with_many_in_flight():

@@ -1,11 +1,16 @@
 """A small task of two kinds of questions, its data files, and tiny checkpoints, for the tests of the evaluation."""
 
 import json
+import os
+import signal
 import sys
 from pathlib import Path
 
+import torch
 from PIL import Image
 
+from transformers_minigpt4.describe import load_model_and_processor
+from transformers_minigpt4.evaluation import run as running
 from transformers_minigpt4.evaluation.evaluator import Metric, Question, Task, find_file, mean, ratio, read_json
 
 
@@ -73,3 +78,36 @@ def write_letters(folder: Path, rows: int = 10, images: int = 1) -> Path:
         entries.append({"id": i, "thing": "thing " * (1 + i % 4), "images": names, "reference": i % 2})
     (folder / "letters.json").write_text(json.dumps(entries))
     return folder
+
+
+def killed_in_batch(number: int, checkpoint: str, data: Path, output: Path) -> None:
+    """A run that gets SIGKILL while the model works on a batch, counted from 1."""
+    torch.set_num_threads(1)
+    calls = []
+
+    def load(*arguments):
+        model, processor = load_model_and_processor(*arguments)
+        generate = model.generate
+
+        def until_then(**inputs):
+            calls.append(inputs)
+            if len(calls) == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return generate(**inputs)
+
+        model.generate = until_then
+        return model, processor
+
+    running.load_model_and_processor = load  # this process dies with it
+    running.evaluate(checkpoint, [Letters()], data, output, batch_size=2)
+
+
+def one_of_two_processes(rank: int, port: int, checkpoint: str, data: Path, output: Path) -> None:
+    """A run as `torchrun` starts it; what it returns is written beside the output."""
+    os.environ |= {
+        **{"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"},
+        **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)},
+    }
+    torch.set_num_threads(1)
+    results = running.evaluate(checkpoint, [Letters()], data, output, batch_size=2)
+    Path(f"{output}-{rank}").write_text(json.dumps(results))

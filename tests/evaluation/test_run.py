@@ -2,7 +2,7 @@
 
 import json
 import multiprocessing
-import os
+import multiprocessing.forkserver
 import shutil
 import signal
 import socket
@@ -13,8 +13,7 @@ import huggingface_hub
 import numpy as np
 import pytest
 import torch
-from accelerate import PartialState
-from evaluation_files import Letters, write_letters
+from evaluation_files import Letters, killed_in_batch, one_of_two_processes, write_letters
 from golden_model import GOLDEN
 from hub_server import Blob, HubServer
 from scripted_endpoint import ScriptedEndpoint, user_text
@@ -142,6 +141,25 @@ def test_text_alone_and_several_pictures(families, tiny_checkpoint, tmp_path, im
     assert not (tmp_path / "blip2" / "results.json").exists()
 
 
+@pytest.fixture(scope="module")
+def processes():
+    """
+    Makes processes from one that has imported what they need, and has computed nothing.
+
+    A fork of this one could hang: the threads of OpenMP do not survive it.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(
+        ["transformers_minigpt4.evaluation.run", "transformers_minigpt4.modeling.modeling_minigpt4"]
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setenv("CUDA_VISIBLE_DEVICES", "")
+        multiprocessing.forkserver.ensure_running()
+        yield context
+    multiprocessing.forkserver._forkserver._stop()
+
+
 def counting(monkeypatch) -> list[list[str]]:
     """The ids of every batch that goes through the model."""
     asked = []
@@ -156,32 +174,10 @@ def counting(monkeypatch) -> list[list[str]]:
     return asked
 
 
-def killed_in_batch(number: int, checkpoint: str, data: Path, output: Path) -> None:
-    """A run that gets SIGKILL while the model works on a batch, counted from 1."""
-    torch.set_num_threads(1)
-    calls = []
-
-    def load(*arguments):
-        model, processor = load_model_and_processor(*arguments)
-        generate = model.generate
-
-        def until_then(**inputs):
-            calls.append(inputs)
-            if len(calls) == number:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return generate(**inputs)
-
-        model.generate = until_then
-        return model, processor
-
-    running.load_model_and_processor = load  # this process dies with it
-    evaluate(checkpoint, [Letters()], data, output, batch_size=2)
-
-
-def test_a_killed_run_loses_one_batch(tiny_checkpoint, data, tmp_path, monkeypatch):
+def test_a_killed_run_loses_one_batch(tiny_checkpoint, data, tmp_path, monkeypatch, processes):
     whole = evaluate(tiny_checkpoint, [Letters()], data, tmp_path / "whole", batch_size=2)
     arguments = (4, tiny_checkpoint, data, tmp_path / "out")
-    process = multiprocessing.get_context("fork").Process(target=killed_in_batch, args=arguments)
+    process = processes.Process(target=killed_in_batch, args=arguments, daemon=True)
     process.start()
     process.join(timeout=120)
     assert process.exitcode == -signal.SIGKILL
@@ -289,31 +285,18 @@ def test_batches_are_sorted_by_length_and_kind():
         make_batches(questions, 0)
 
 
-def two_processes(rank, port, checkpoint, data, output):
-    os.environ |= {
-        **{"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"},
-        **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)},
-    }
-    torch.set_num_threads(1)
-    PartialState._reset_state()  # the fork's parent has been one process by itself
-    results = evaluate(checkpoint, [Letters()], data, output, batch_size=2)
-    Path(f"{output}-{rank}").write_text(json.dumps(results))
-
-
-def test_two_processes_answer_what_one_does(tiny_checkpoint, data, tmp_path):
+def test_two_processes_answer_what_one_does(tiny_checkpoint, data, tmp_path, processes):
     one = evaluate(tiny_checkpoint, [Letters()], data, tmp_path / "one", batch_size=2)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    # Forked from here: a new interpreter would import torch and transformers for many seconds.
-    context = multiprocessing.get_context("fork")
     arguments = (port, tiny_checkpoint, data, tmp_path / "two")
-    processes = [context.Process(target=two_processes, args=(rank, *arguments)) for rank in (0, 1)]
-    for process in processes:
+    pair = [processes.Process(target=one_of_two_processes, args=(rank, *arguments), daemon=True) for rank in (0, 1)]
+    for process in pair:
         process.start()
-    for process in processes:
+    for process in pair:
         process.join(timeout=120)
-    assert [process.exitcode for process in processes] == [0, 0]
+    assert [process.exitcode for process in pair] == [0, 0]
     assert json.loads((tmp_path / "two-1").read_text()) == {}
     two = json.loads((tmp_path / "two-0").read_text())
     assert two["tasks"]["letters"]["run"]["processes"] == 2

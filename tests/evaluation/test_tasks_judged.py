@@ -10,6 +10,7 @@ from transformers_minigpt4.chat import ChatSettings, open_chat_model
 from transformers_minigpt4.evaluation.evaluator import Question
 from transformers_minigpt4.evaluation.results import complete_records, summarise
 from transformers_minigpt4.evaluation.tasks import load_task
+from transformers_minigpt4.evaluation.tasks.advanced import PROMPTS, verdict_columns
 from transformers_minigpt4.evaluation.tasks.coco_coverage import captioned_pictures
 
 
@@ -94,6 +95,22 @@ class TestAdvanced:
         records = task.score(questions, answers, None)
         assert [record["success"] for record in records] == [0] + [None] * 7  # the first has no answer
         assert "success" in summarise(task, questions, complete_records(task, questions, records, answers))["metrics"]
+        answers = {q.id: "text" for q in questions}
+        records = complete_records(task, questions, task.score(questions, answers, None), answers)
+        # No count of 0 successes that nobody has found.
+        assert summarise(task, questions, records)["metrics"] == {f"judged/{name}": 0 for name in PROMPTS}
+
+    def test_a_count_lies_among_the_pictures(self, tmp_path):
+        """A bootstrap sample may hold 30 of the 25 memes; an interval of their successes ends at 25 all the same."""
+        task = load_task("advanced")
+        questions = task.questions(write_advanced(tmp_path, pictures=5))
+        answers = {q.id: "text" for q in questions}
+        columns = [verdict_columns(None if n == 0 else n % 5 < 4) for n in range(20)]
+        records = [a | b for a, b in zip(task.score(questions, answers, None), columns)]
+        entry = summarise(task, questions, complete_records(task, questions, records, answers))
+        assert [entry["metrics"][f"successes/{name}"] for name in PROMPTS] == [3, 4, 4, 4]
+        assert [entry["metrics"][f"judged/{name}"] for name in PROMPTS] == [4, 5, 5, 5]
+        assert entry["intervals"]["judged/poem"] == [5, 5] and entry["intervals"]["successes/poem"][1] == 5
 
     def test_a_judge_needs_descriptions(self, tmp_path):
         questions = load_task("advanced").questions(write_advanced(tmp_path, described=False))
@@ -162,6 +179,14 @@ class TestCocoCoverage:
         assert len(set(keys)) == 10 and keys == sorted(keys) and keys != list(range(10))
         assert keys == [key for key, _, _ in captioned_pictures(data, 10)]
 
+    def test_val_beside_train_as_in_the_official_archive(self, tmp_path):
+        write_coco(tmp_path, {1: ["a"]})
+        folder = tmp_path / "annotations"
+        (folder / "captions_train2014.json").write_text(json.dumps({"images": [], "annotations": []}))
+        assert [key for key, _, _ in captioned_pictures(tmp_path, 10)] == [1]
+        (folder / "captions_val2014.json").rename(folder / "captions_train2014.json")
+        assert [key for key, _, _ in captioned_pictures(tmp_path, 10)] == [1]
+
     def test_annotations_of_another_split(self, tmp_path):
         write_coco(tmp_path / "val", {1: ["a"], 2: ["b"]})
         (tmp_path / "val" / "val2014").rename(tmp_path / "val" / "other")
@@ -172,7 +197,7 @@ class TestCocoCoverage:
 
     def test_bad_files(self, tmp_path):
         task = load_task("coco_coverage")
-        with pytest.raises(ValueError, match=r"holds none of captions_\*.json"):
+        with pytest.raises(ValueError, match=r"holds none of captions_val\*.json"):
             task.questions(tmp_path)
         path = tmp_path / "captions_val2014.json"
         images = [{"id": 1, "file_name": "a.jpg"}]

@@ -155,7 +155,7 @@ class EndpointChatModel(ChatModel):
     def _failed(self, fault: "_Fault", tries: int, began: float) -> ChatError:
         """The error for a request that is given up; fatal where the endpoint rather than the request is at fault."""
         fatal = fault.fatal
-        if fault.kind in _TRANSPORT:
+        if fault.kind in (*_TRANSPORT, "garbage"):
             with self._lock:
                 self._failures_in_a_row += 1
                 fatal = fatal or self._failures_in_a_row >= _FAILURES_IN_A_ROW

@@ -318,7 +318,8 @@ def read_json_lines(path: Path) -> list[Any]:
     if not path.is_file():
         raise ValueError(f"there is no file {str(path)!r}; docs/evaluation.md lists the files of each task")
     rows = []
-    with path.open(encoding="utf-8") as file:
+    # As bytes: a wrong encoding is then the fault of a line, too.
+    with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
                 try:

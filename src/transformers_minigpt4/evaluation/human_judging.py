@@ -165,16 +165,18 @@ def make_sheet(runs: Sequence[Path], output: Path, seed: int = 0) -> Sheet:
             f"{' and '.join(names)} were asked different questions or pictures; evaluate them on one folder"
         )
     random.Random(seed).shuffle(items)
+    shown = {item.picture for item in items if item.answer is not None}
+    lost = [source for source, picture in files.items() if picture in shown and not Path(source).is_file()]
+    if lost:
+        raise ValueError(f"the picture {lost[0]!r} has moved since the evaluation; put it back or evaluate again")
     (output / PICTURES).mkdir(parents=True)
     for source, picture in files.items():
-        if Path(source).is_file():
+        if picture in shown:
             shutil.copyfile(source, output / PICTURES / picture)
-        elif any(item.picture == picture and item.answer is not None for item in items):
-            raise ValueError(f"the picture {source!r} has moved since the evaluation; put it back or evaluate again")
     content = {
         "seed": seed,
         "fingerprint": next(iter(fingerprints.values())),
-        "runs": {name: str(run) for name, run in names.items()},
+        "runs": {name: os.path.relpath(run.resolve(), output.resolve()) for name, run in names.items()},
         "items": [vars(item) for item in items],
     }
     _write(output / SHEET, content)
@@ -315,10 +317,11 @@ def write_verdicts(sheet: Sheet) -> list[Path]:
     from .answering import AnswerStore
     from .results import ANSWERS, read_results, summarise, write_results
     from .tasks import load_task
+    from .tasks.advanced import verdict_columns
 
     verdicts, task, changed = count(sheet)["verdicts"], load_task(TASK), []
     asked = {(item.model, item.question): item.answer for item in sheet.items}
-    for name, folder in ((name, Path(run)) for name, run in sheet.content["runs"].items()):
+    for name, folder in ((name, (sheet.folder / run).resolve()) for name, run in sheet.content["runs"].items()):
         results = read_results(folder)
         entry = results["tasks"].get(TASK, {})
         lines = read_json_lines(folder / ANSWERS / f"{TASK}.jsonl")
@@ -328,11 +331,7 @@ def write_verdicts(sheet: Sheet) -> list[Path]:
             raise ValueError(f"{str(folder)!r} holds other answers than the sheet was made of; make a new sheet")
         questions, records = [], []
         for line in lines:
-            verdict = verdicts[name][line["id"]]
-            line["record"] |= {
-                "success": None if verdict is None else int(verdict),
-                "judged": int(verdict is not None),
-            }
+            line["record"] |= verdict_columns(verdicts[name][line["id"]])
             line["record"] |= {"unreadable": None, "judge": "people"}
             groups = {"task": line["record"]["task"]}
             questions.append(Question(line["id"], line["prompt"], (), line["reference"], groups))

@@ -105,20 +105,22 @@ def judge_all(
             asked by then, unless the fault concerns all (a wrong key, a budget that is spent) or a row of failures
             showed that the endpoint is gone.
     """
-    questions = {key: [{"role": "user", "content": prompt}] for key, prompt in prompts}
+    asked = dict(prompts)
+    # The same question twice is asked once: it costs once, and a run from the cache says what the first one said.
+    questions = {prompt: [{"role": "user", "content": prompt}] for prompt in asked.values()}
     verdicts = _read(_answers(judge, questions, progress), form)
     again = {
-        key: [
-            *questions[key],
+        prompt: [
+            *questions[prompt],
             {"role": "assistant", "content": verdict.text or "(nothing)"},
             {"role": "user", "content": form.reminder},
         ]
-        for key, verdict in verdicts.items()
+        for prompt, verdict in verdicts.items()
         if verdict.value is None
     }
     if again:
         verdicts.update(_read(_answers(judge, again, f"{progress}, asked again"), form))
-    return verdicts
+    return {key: verdicts[prompt] for key, prompt in asked.items()}
 
 
 def judge_in_both_orders(

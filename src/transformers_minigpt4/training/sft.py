@@ -130,20 +130,25 @@ class LoadedRows(NamedTuple):
 
 def load_rows(stage: StageArguments, config: StageConfig) -> LoadedRows:
     """The rows that a recipe names."""
-    if stage.sources[0].startswith(PYTHON):
-        return LoadedRows(_function(stage.sources[0])(config.max_steps * config.train_batch_size, config.seed))
     from transformers_minigpt4.data.features import FeatureCache
     from transformers_minigpt4.data.sources import open_rows
 
+    features = FeatureCache(stage.feature_cache) if stage.feature_cache is not None else None
+    if stage.sources[0].startswith(PYTHON):
+        return LoadedRows(_called_rows(stage, config))
     rows = open_rows(
         stage.sources,
         stage.form,  # type: ignore[arg-type]
         seed=config.seed,
         min_shards=config.world_size * max(1, config.dataloader_num_workers),
         max_bad_share=stage.max_bad_share,
-        features=FeatureCache(stage.feature_cache) if stage.feature_cache else None,
+        features=features,
     )
     return LoadedRows(rows.dataset, rows.fingerprint, rows.problems)
+
+
+def _called_rows(stage: StageArguments, config: StageConfig) -> Any:
+    return _function(stage.sources[0])(config.max_steps * config.train_batch_size, config.seed)
 
 
 def build_features(stage: StageArguments, config: StageConfig, model_args: Any) -> dict[str, int]:
@@ -179,7 +184,7 @@ def _pictures(stage: StageArguments, config: StageConfig) -> Iterator[Any]:
     from transformers_minigpt4.data.sources import open_rows
 
     if stage.sources[0].startswith(PYTHON):
-        datasets = [load_rows(stage, config).dataset]
+        datasets = [_called_rows(stage, config)]
     else:
         options: dict[str, Any] = {"shuffle": False, "passes": 1, "decode": False, "max_bad_share": None}
         datasets = [open_rows(source, stage.form, **options).dataset for source in stage.sources]  # type: ignore[arg-type]

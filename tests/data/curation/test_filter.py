@@ -1,11 +1,12 @@
 """The filter step: reasons of drops, re-runs that touch only what changes, missing pictures, one process at a time."""
 
 import pytest
-from filter_projects import TEXTS, add, jpeg, make_project, photograph
+from filter_projects import TEXTS, add, jpeg, make_project, photograph, review
 
 from transformers_minigpt4.data.curation.config import CurationConfig, CurationError
 from transformers_minigpt4.data.curation.filter import run_filter
-from transformers_minigpt4.data.curation.store import Project
+from transformers_minigpt4.data.curation.review import ReviewQueue
+from transformers_minigpt4.data.curation.store import Project, Result
 
 
 def config(**rules) -> CurationConfig:
@@ -23,6 +24,12 @@ def verdicts(project: Project) -> dict[str, str]:
 def histories(project: Project) -> dict[str, int]:
     """Number of the filter's entries in each pair's history."""
     return {p.key: sum(step == "filter" for step, _ in project.history(p.id)) for p in project.pairs()}
+
+
+def describe(project: Project, pair_id: int, text: str) -> None:
+    """What another prompt or checkpoint does: a new description of the same picture."""
+    digest = next(pair.sha256 for pair in project.pairs() if pair.id == pair_id)
+    project.record("generate", [Result(pair_id, "s", digest, "ok", text=text)])
 
 
 @pytest.fixture
@@ -123,13 +130,26 @@ def test_new_pairs_and_changed_texts(project):
 
 
 def test_review_stays_where_the_verdict_stays(project):
-    from filter_projects import review
-
     run(project)
     review(project, p00000="rejected")
     assert project.funnel().accepted == 5
     run(project, too_short={"min_words": 8})
     assert project.funnel().accepted == 5
+
+
+def test_a_text_that_comes_back_brings_its_decisions(project):
+    run(project)
+    queue = ReviewQueue(project)
+    pair = queue.next("anna")
+    queue.decide("anna", pair.id, pair.text_id, "accepted")
+    describe(project, pair.id, "Another picture shows nothing of that, but a green door with a brass handle.")
+    run(project)
+    other = queue.next("anna")
+    queue.decide("anna", other.id, other.text_id, "rejected")
+    assert other.id == pair.id and project.funnel().accepted == 0
+    describe(project, pair.id, pair.after)
+    run(project)
+    assert project.funnel().accepted == 1
 
 
 def test_pictures_that_are_gone_or_broken(project):

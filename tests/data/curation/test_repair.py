@@ -127,6 +127,7 @@ def test_failed_texts_are_tried_again_and_do_not_go_on(tmp_path):
         project, config = make_project(tmp_path / "p", endpoint, texts)
         summary = run_repair(project, config, progress=False)
         assert summary.outcomes == {"ok": 1, "failed": 5} and "are tried again" in str(summary)
+        assert "2  garbage, such as: " in str(summary) and "ending in /v1" in str(summary)
         reasons = [results(project)[n].reason for n in range(1, 6)]
         assert reasons == ["server", "garbage", "empty", "garbage", "connection"]
         assert all("; " in results(project)[n].details["error"] for n in range(1, 6))

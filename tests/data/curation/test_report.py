@@ -101,7 +101,7 @@ class TestStatus:
             assert row in plain, row
         for row in ("apology 1 8.3%", "no_picture 1 8.3%", "rejected 1 8.3%", "edited 1 8.3%", "waiting 1 8.3%"):
             assert row in plain, row
-        assert plain[-1] == "4988 of the 5000 pictures wanted are still to be drawn"
+        assert plain[-1] == "4988 of the 5000 pictures wanted have not been drawn"
         assert not any(ord(character) < 32 for line in lines for character in line)
 
     def test_counts_add_up(self, project):
@@ -216,7 +216,7 @@ def test_histogram():
 
 
 def test_visible():
-    assert visible("a\nb ü 犬 😀") == "a\nb ü 犬 😀"
+    assert visible("a\nb\tü 犬 😀") == "a\nb\tü 犬 😀"
     assert visible("\x00\u200b\ud800\u2028") == "⟨U+0000⟩⟨U+200B⟩⟨U+D800⟩⟨U+2028⟩"
 
 

@@ -220,9 +220,11 @@ def test_two_windows_of_one_person_decide_once(open_window, project):
 
 def test_a_key_pressed_twice_decides_on_one_pair(open_window, project):
     window = open_window("Anna")
+    old = window.shown
     window.page.evaluate("document.querySelector('#accept').click(); document.querySelector('#accept').click()")
-    window.wait_for_status("before")
-    assert window.number == 1 and len(decisions(project)) == 1
+    assert window.wait_for_pair(old) == 1
+    assert window.press("r") == 2
+    assert [decision[1:3] for decision in decisions(project)] == [(0, "accepted"), (1, "rejected")]
 
 
 def test_markup_and_control_characters_are_text(open_window, project):

@@ -277,6 +277,8 @@ class TestChanges:
             ({"too_short": {"min_words": -1}}, "a number of 0 or more, not -1"),
             ({"too_short": {"min_words": True}}, "a number of 0 or more, not True"),
             ({"too_short": {"min_words": 2.5}}, "a whole number, not 2.5"),
+            ({"duplicate_text": {"similarity": 1.7}}, "a share between 0 and 1, not 1.7"),
+            ({"meaningless": {"max_share": float("nan")}}, "a share between 0 and 1, not nan"),
             ({"apology": {"phrases": "sorry"}}, "a list of phrases, not 'sorry'"),
             ({"apology": {"phrases": ["sorry", " "]}}, "a list of phrases"),
         ],

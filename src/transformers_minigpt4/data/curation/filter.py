@@ -9,6 +9,7 @@ from ...processing.image_utils_minigpt4 import ImageLoadError
 from .config import CurationConfig
 from .duplicates import PRINT_BYTES, picture_print, similar_pictures, similar_texts
 from .progress import bar
+from .review import settle
 from .rules import RuleSet
 from .store import Pair, Project, Result, text_hash
 
@@ -62,7 +63,7 @@ def run_filter(project: Project, config: CurationConfig, progress: bool = True) 
     Texts are judged one by one, where settings or text have changed since the last run. Duplicates are a matter of all
     pairs and are looked for at each run; of several alike the first drawn is kept. Only new and changed verdicts are
     written, so that a changed rule touches what it affects and no more: a pair that people have reviewed stays
-    reviewed unless its verdict turns.
+    reviewed unless its verdict turns. Where a text is what people decided on before, their decisions count again.
 
     Args:
         project: Open.
@@ -83,6 +84,7 @@ def run_filter(project: Project, config: CurationConfig, progress: bool = True) 
             for place, (pair, text) in enumerate(zip(pairs, texts))
         ]
         written = _write(project, results, before)
+        settle(project)
     dropped = Counter(result.reason for result in results if result.outcome == DROPPED)
     gone = [pair.key for pair, result in zip(pairs, results) if result.reason == NO_PICTURE]
     return FilterSummary(len(pairs), dict(dropped.most_common()), written, gone)

@@ -43,12 +43,14 @@ class RepairSummary:
     Args:
         outcomes: How many texts came out `ok`, `flagged` or `failed`.
         reasons: How many were flagged or failed for each reason, the commonest first.
+        errors: For each reason of a failure, what was said of the first text.
         changed: How many texts differ from what they were.
         usage: What this run used; `total` with the runs before.
     """
 
     outcomes: dict[str, int]
     reasons: dict[str, int]
+    errors: dict[str, str]
     changed: int
     usage: Usage
     total: Usage
@@ -63,7 +65,9 @@ class RepairSummary:
             f"{self.usage.tokens:,} tokens, cost {self.usage.cost:.4f} (all runs: {self.total.tokens:,} tokens, "
             f"{self.total.cost:.4f})",
         ]
-        lines += [f"  {count:>7}  {reason}" for reason, count in self.reasons.items()]
+        for reason, count in self.reasons.items():
+            error = self.errors.get(reason)
+            lines.append(f"  {count:>7}  {reason}{f', such as: {error}' if error else ''}")
         if self.outcomes.get(FAILED):
             lines.append("failed texts are tried again by the next `minigpt4 curate repair`")
         return "\n".join(lines)
@@ -95,7 +99,7 @@ def run_repair(project: Project, config: CurationConfig, progress: bool = True) 
         spent = used_so_far(project)
         works = {work.pair.id: work for work in _works(project, config, digest)}
         if not works:
-            return RepairSummary({}, {}, 0, Usage(), spent)
+            return RepairSummary({}, {}, {}, 0, Usage(), spent)
         with open_chat_model(settings, project.folder / ANSWERS, spent) as model:
             run = _Run(project, config, digest, works, model)
             try:
@@ -163,6 +167,7 @@ class _Run:
         self.project, self.config, self.digest, self.works, self.model = project, config, digest, works, model
         self.outcomes: Counter[str] = Counter()
         self.reasons: Counter[str] = Counter()
+        self.errors: dict[str, str] = {}
         self.changed = 0
         self.left = len(works)
         with project.transaction() as connection:
@@ -234,6 +239,8 @@ class _Run:
         self.left -= 1
         self.outcomes[result.outcome] += 1
         self.reasons.update(result.reason.split(", ") if result.reason else ())
+        if result.outcome == FAILED:
+            self.errors.setdefault(result.reason, result.details["error"])
         self.changed += result.text is not None and result.text != self.works[result.pair_id].text
         done(1)
 
@@ -254,7 +261,7 @@ class _Run:
     def summary(self, spent: Usage) -> RepairSummary:
         usage = self.model.usage
         outcomes = {name: self.outcomes[name] for name in (OK, FLAGGED, FAILED) if self.outcomes[name]}
-        return RepairSummary(outcomes, dict(self.reasons.most_common()), self.changed, usage, spent + usage)
+        return RepairSummary(outcomes, dict(self.reasons.most_common()), self.errors, self.changed, usage, spent + usage)
 
 
 def _unquoted(text: str, source: str) -> str:

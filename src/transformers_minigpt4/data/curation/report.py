@@ -4,11 +4,12 @@ import base64
 import io
 import os
 import random
-import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from transformers_minigpt4.web_page import is_hidden
 
 from ...processing.image_utils_minigpt4 import ImageLoadError, load_image
 from .config import CurationConfig
@@ -67,16 +68,10 @@ def run_report(project: Project, config: CurationConfig, path: str | os.PathLike
 
 
 def visible(text: str) -> str:
-    """A text whose control, direction and other invisible characters are shown as `⟨U+202E⟩`; line breaks stay."""
+    """A text with control, direction and other invisible characters as `⟨U+202E⟩`; line breaks and tabs stay."""
     if text.isprintable():
         return text
-    return "".join(
-        f"⟨U+{ord(character):04X}⟩" if character != "\n" and _is_hidden(character) else character for character in text
-    )
-
-
-def _is_hidden(character: str) -> bool:
-    return unicodedata.category(character) in {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
+    return "".join(f"⟨U+{ord(character):04X}⟩" if is_hidden(character) else character for character in text)
 
 
 def _shown(value: Any) -> Any:

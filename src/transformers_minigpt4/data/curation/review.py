@@ -24,7 +24,7 @@ from typing import Any, Literal
 from transformers_minigpt4.web_page import person_name
 
 from .config import CurationError
-from .store import PICTURES, Project, Result, _incoming, erase_result, now, plain_errors, write_results
+from .store import PICTURES, Project, Result, erase_result, incoming, now, plain_errors, write_results
 
 
 Action = Literal["accepted", "edited", "rejected"]
@@ -126,7 +126,7 @@ class ReviewQueue:
 
     def __init__(self, project: Project, claim_seconds: float = CLAIM_SECONDS) -> None:
         self.project, self.claim_seconds = project, claim_seconds
-        self._incoming = _incoming(_STEP, project.config.repairs)
+        self._incoming = incoming(_STEP, project.config.repairs)
         self._known: dict[int, tuple[str, bool]] = {}
         settle(project)
 
@@ -342,7 +342,7 @@ def settle(project: Project) -> int:
         How many pairs it concerned.
     """
     query = f"""
-        SELECT w.id, w.hash FROM ({_incoming(_STEP, project.config.repairs)}) AS w
+        SELECT w.id, w.hash FROM ({incoming(_STEP, project.config.repairs)}) AS w
         LEFT JOIN results AS r ON r.pair_id = w.id AND r.step = '{_STEP}' AND r.input = w.hash
         WHERE r.pair_id IS NULL AND EXISTS (SELECT 1 FROM decisions AS d
             WHERE d.pair_id = w.id AND d.input = w.hash AND d.undone IS NULL)"""

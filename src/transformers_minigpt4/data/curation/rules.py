@@ -446,6 +446,8 @@ def _changed(rule: Rule, change: Any) -> dict[str, Any]:
             raise CurationError(f"{name} of the rule {rule.name} is a list of phrases, not {value!r:.80}")
         if not listed and (isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0):
             raise CurationError(f"{name} of the rule {rule.name} is a number of 0 or more, not {value!r:.80}")
+        if isinstance(parameters[name], float) and not value <= 1:
+            raise CurationError(f"{name} of the rule {rule.name} is a share between 0 and 1, not {value!r}")
         if isinstance(parameters[name], int) and not isinstance(value, int):
             raise CurationError(f"{name} of the rule {rule.name} is a whole number, not {value!r}")
         parameters[name] = tuple(map(_plain, value)) if listed else value

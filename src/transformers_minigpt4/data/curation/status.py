@@ -95,7 +95,7 @@ def status_text(project: Project) -> str:
         of = "-" if row.label.startswith("skipped") else share(row.pairs, funnel.drawn)
         lines.append(f"{label:<{width}}  {row.pairs:>7}  {of:>6}  {bar}".rstrip())
     if funnel.drawn < funnel.wanted:
-        lines.append(f"{funnel.wanted - funnel.drawn} of the {funnel.wanted} pictures wanted are still to be drawn")
+        lines.append(f"{funnel.wanted - funnel.drawn} of the {funnel.wanted} pictures wanted have not been drawn")
     return "\n".join(lines)
 
 

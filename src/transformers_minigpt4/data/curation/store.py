@@ -359,7 +359,7 @@ class Project:
             retry_failed: Whether to try again what failed with the same settings and text.
         """
         query = f"""
-            SELECT p.*, w.text, w.hash FROM ({_incoming(step, self.config.repairs)}) AS w
+            SELECT p.*, w.text, w.hash FROM ({incoming(step, self.config.repairs)}) AS w
             JOIN pairs AS p ON p.id = w.id
             LEFT JOIN results AS r ON r.pair_id = w.id AND r.step = :step
             WHERE w.id > :after AND (r.step IS NULL OR r.settings != :settings OR r.input != w.hash
@@ -385,7 +385,7 @@ class Project:
         """
         query = f"""
             SELECT p.*, r.pair_id, r.settings, r.input, r.outcome, r.reason, r.text, r.details, r.at
-            FROM ({_incoming(step, self.config.repairs)}) AS w JOIN pairs AS p ON p.id = w.id
+            FROM ({incoming(step, self.config.repairs)}) AS w JOIN pairs AS p ON p.id = w.id
             JOIN results AS r ON r.pair_id = w.id AND r.step = :step AND r.input = w.hash
             WHERE w.id > :after ORDER BY w.id"""
         for row in self._paged(query, step=step):
@@ -394,7 +394,7 @@ class Project:
     def texts(self, step: str) -> Iterator[tuple[Pair, str]]:
         """The text with which each pair reaches a step, of those that do."""
         query = f"""
-            SELECT p.*, w.text FROM ({_incoming(step, self.config.repairs)}) AS w
+            SELECT p.*, w.text FROM ({incoming(step, self.config.repairs)}) AS w
             JOIN pairs AS p ON p.id = w.id WHERE w.id > :after ORDER BY w.id"""
         for row in self._paged(query):
             yield _pair(row), row["text"] or ""
@@ -433,7 +433,7 @@ class Project:
 
     def _step_count(self, step: str) -> StepCount:
         query = f"""
-            SELECT r.outcome, r.reason, count(*) FROM ({_incoming(step, self.config.repairs)}) AS w
+            SELECT r.outcome, r.reason, count(*) FROM ({incoming(step, self.config.repairs)}) AS w
             LEFT JOIN results AS r ON r.pair_id = w.id AND r.step = :step AND r.input = w.hash
             GROUP BY r.outcome, r.reason ORDER BY count(*) DESC, r.reason"""
         outcomes: dict[str, int] = {}
@@ -499,7 +499,7 @@ def erase_result(connection: sqlite3.Connection, step: str, pair_id: int, reason
     connection.execute("DELETE FROM results WHERE pair_id = ? AND step = ?", (pair_id, step))
 
 
-def _incoming(step: str, repairs: bool) -> str:
+def incoming(step: str, repairs: bool) -> str:
     """SQL for the pairs that reach a step: `id`, `text` and `hash`. Results of a text that has changed do not pass."""
     if step not in STEPS:
         raise ValueError(f"there is no step {step!r}; it is one of {', '.join(STEPS)}")
@@ -510,7 +510,7 @@ def _incoming(step: str, repairs: bool) -> str:
         before = "generate"
     outcomes = ", ".join(f"'{outcome}'" for outcome in PASSING[before])
     return f"""
-        SELECT i.id, coalesce(r.text, i.text) AS text, r.output AS hash FROM ({_incoming(before, repairs)}) AS i
+        SELECT i.id, coalesce(r.text, i.text) AS text, r.output AS hash FROM ({incoming(before, repairs)}) AS i
         JOIN results AS r ON r.pair_id = i.id AND r.step = '{before}' AND r.input = i.hash
         WHERE r.outcome IN ({outcomes})"""
 
@@ -518,7 +518,7 @@ def _incoming(step: str, repairs: bool) -> str:
 def _accepted(repairs: bool, unreviewed: bool) -> str:
     outcomes = ", ".join(f"'{outcome}'" for outcome in PASSING["review"])
     return f"""
-        SELECT p.*, coalesce(r.text, w.text) AS text FROM ({_incoming("review", repairs)}) AS w
+        SELECT p.*, coalesce(r.text, w.text) AS text FROM ({incoming("review", repairs)}) AS w
         JOIN pairs AS p ON p.id = w.id
         LEFT JOIN results AS r ON r.pair_id = w.id AND r.step = 'review' AND r.input = w.hash
         WHERE w.id > :after AND (r.outcome IN ({outcomes}) OR (r.outcome IS NULL AND {int(unreviewed)}))

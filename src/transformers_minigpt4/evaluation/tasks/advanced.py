@@ -1,8 +1,11 @@
 """Table 1 of the MiniGPT-4 paper: memes, recipes, advertisements and poems, judged by people or a language model."""
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from transformers_minigpt4.chat.client import ChatModel
 from transformers_minigpt4.describe import IMAGE_SUFFIXES
@@ -36,8 +39,35 @@ CRITERIA = {
 }
 
 
-def _sum(values: Any) -> Any:
-    return values
+def _count(counted: Any, pictures: Any, asked: Any) -> Any:
+    """
+    How many of a request's pictures; each question says how many there are, so `pictures / asked` is that number.
+
+    A bootstrap sample holds more or fewer questions of a request than there are. Scaled to their real number, an
+    interval of the count of 25 pictures does not reach beyond 25.
+    """
+    return counted * (pictures / asked) / asked
+
+
+def _successes(succeeded: Any, judged: Any, pictures: Any, asked: Any) -> Any:
+    """The same, without value where nothing was judged, for 0 successes would be a verdict."""
+    return np.where(judged == 0, np.nan, _count(succeeded, pictures, asked))
+
+
+def _metrics(task: str) -> Iterator[Metric]:
+    where = ("task", task)
+    successes = of_sums(_successes, "succeeded", "judged", "pictures", "asked", where=where)
+    yield Metric(f"successes/{task}", True, "pictures", successes)
+    yield Metric(f"judged/{task}", None, "pictures", of_sums(_count, "judged", "pictures", "asked", where=where))
+
+
+def verdict_columns(success: bool | None) -> Record:
+    """What a verdict puts into a record; `None` where there is none."""
+    return {
+        "success": None if success is None else int(success),
+        "succeeded": int(success is True),
+        "judged": int(success is not None),
+    }
 
 
 class Advanced(Task):
@@ -62,14 +92,7 @@ class Advanced(Task):
     primary = "success"
     metrics = (
         Metric("success", True, "%", mean("success", scale=100)),
-        *(
-            Metric(f"successes/{task}", True, "pictures", of_sums(_sum, "success", where=("task", task)))
-            for task in PROMPTS
-        ),
-        *(
-            Metric(f"judged/{task}", None, "pictures", of_sums(_sum, "judged", where=("task", task)))
-            for task in PROMPTS
-        ),
+        *(metric for task in PROMPTS for metric in _metrics(task)),
         Metric("unreadable", None, "%", mean("unreadable", scale=100)),
     )
 
@@ -98,20 +121,18 @@ class Advanced(Task):
             JudgeStopped: as [`judging.judge_all`].
         """
         verdicts = judge_all(judge, self._judge_questions(questions, answers), YES_NO) if judge else {}
+        pictures = Counter(question.groups["task"] for question in questions)
         records: list[Record] = []
         for question in questions:
-            record: Record = {"success": None, "judged": 0, "unreadable": None}
+            record: Record = {"pictures": pictures[question.groups["task"]], "asked": 1, "unreadable": None}
             if question.id not in answers:
-                record |= {"success": 0, "judged": 1}
+                record |= verdict_columns(False)
             elif question.id in verdicts:
                 verdict = verdicts[question.id]
-                readable = verdict.value is not None
-                record |= {
-                    "success": int(verdict.value) if verdict.value is not None else None,
-                    "judged": int(readable),
-                    "unreadable": int(not readable),
-                    "judge": verdict.text,
-                }
+                record |= verdict_columns(verdict.value)
+                record |= {"unreadable": int(verdict.value is None), "judge": verdict.text}
+            else:
+                record |= verdict_columns(None)
             records.append(record)
         return records
 

@@ -8,7 +8,7 @@ from transformers_minigpt4.chat.client import ChatModel
 
 from ..evaluator import Metric, Question, Record, Task, find_file, mean, ratio, read_json
 from ..scorers.chair import ObjectWords, hallucinations
-from .coco_coverage import captioned_pictures
+from .coco_coverage import CAPTION_FILES, captioned_pictures
 
 
 # The paper's own (Table 5).
@@ -86,7 +86,7 @@ class CHAIR(Task):
 
 
 def _ground_truth(data: Path, pictures: set[int]) -> tuple[ObjectWords, Mapping[int, frozenset[str]]]:
-    captions = find_file(data, "captions_*.json", "annotations/captions_*.json")
+    captions = find_file(data, *CAPTION_FILES)
     instances = captions.with_name(captions.name.replace("captions", "instances", 1))
     if not instances.is_file():
         raise ValueError(

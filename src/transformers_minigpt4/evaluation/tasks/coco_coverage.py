@@ -20,6 +20,11 @@ JUDGE_PROMPT = (
 )
 PICTURES = 5000  # of Table 2
 PICTURE_FOLDERS = ("images", "val2014", "val2017", "train2014", "train2017", ".")
+# COCO's own archive holds train and val side by side; the papers' tables are on val.
+CAPTION_FILES = (
+    *("captions_val*.json", "annotations/captions_val*.json"),
+    *("captions_*.json", "annotations/captions_*.json", "captions.json"),
+)
 SEED = 0  # draws the pictures and, for each, the one caption of the yes/no figure
 
 
@@ -111,8 +116,8 @@ def captioned_pictures(data: Path, count: int) -> list[tuple[int, Path, list[str
     Pictures of a COCO captions file with their captions, by id, at most `count`, drawn at random with seed 0.
 
     Args:
-        data: The captions file, or a folder that holds it, itself or in `annotations/`. Pictures are looked for in its
-            [`PICTURE_FOLDERS`].
+        data: The captions file, or a folder that holds it, itself or in `annotations/` (the one of val where there are
+            several). Pictures are looked for in its [`PICTURE_FOLDERS`].
         count: How many.
 
     Returns:
@@ -121,7 +126,7 @@ def captioned_pictures(data: Path, count: int) -> list[tuple[int, Path, list[str
     Raises:
         ValueError: if the file is missing or of another form, an id occurs twice, or none of the pictures is there.
     """
-    path = find_file(data, "captions_*.json", "annotations/captions_*.json", "captions.json")
+    path = find_file(data, *CAPTION_FILES)
     files, captions = _read(path)
     chosen = sorted(captions)
     if len(chosen) > count:
