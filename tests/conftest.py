@@ -1,6 +1,8 @@
 """Fixtures shared by all tests: the tiny model of the golden files, and a folder that holds it."""
 
+import gc
 import json
+import os
 
 import pytest
 import torch
@@ -15,6 +17,13 @@ from transformers_minigpt4 import MiniGPT4Processor
 
 
 logging.disable_progress_bar()
+# Every trainer collects garbage, and would look through all that was imported each time.
+gc.collect()
+gc.freeze()
+# pytest-xdist runs as many workers as there are cores; threads of each on every core would only stand in the way. The
+# programs that tests start take it from here.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
 @pytest.fixture(scope="session")

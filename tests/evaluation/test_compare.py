@@ -197,6 +197,18 @@ def test_tables_are_in_the_papers_form(pair):
     assert markdown_table(["a|b"], [["c"]]).splitlines() == ["| a\\|b |", "| ---- |", "| c    |"]
 
 
+def test_answers_without_any_verdict_are_shown_side_by_side(pair, tmp_path):
+    """As two models' answers to `advanced`, before people have judged them."""
+    task = Letters()
+    task.metrics = tuple(metric for metric in task.metrics if metric.name == "never")
+    comparison = compare_results(pair, [task])
+    assert [metric.name for _, metric in comparison.tables["MiniGPT-4, Table 4"]] == ["never"]
+    assert comparison_tables(comparison).count("no value") == 3  # two models, and their difference
+    assert write_page(comparison, tmp_path / "page", examples=40).read_text().count("<article>") == 40 - 14
+    (path,) = write_charts(comparison, tmp_path / "charts")
+    assert path.is_file()
+
+
 def test_charts(pair, tmp_path):
     (path,) = write_charts(compare_results(pair, [Letters()]), tmp_path / "charts")
     assert path.name == "minigpt-4-table-4.png"
@@ -244,3 +256,4 @@ def test_page_shows_answers_side_by_side(pair, tmp_path):
 def test_columns_are_metrics(name):
     names = [metric.name for metric in load_task(name).metrics]
     assert set(COLUMNS[name]) <= set(names) and COLUMNS[name]
+    assert len(set(COLUMNS[name])) == len(COLUMNS[name])

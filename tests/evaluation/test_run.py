@@ -444,6 +444,8 @@ def test_every_task_runs(tiny_checkpoint, tmp_path):
     assert results["tasks"]["coco_coverage"]["metrics"]["captions_covered"] == 1
     comparison = compare_results([tmp_path / "out", shutil.copytree(tmp_path / "out", tmp_path / "twin")])
     assert {task for columns in comparison.tables.values() for task, _ in columns} == data.keys()
+    shown = [metric.name for task, metric in comparison.tables["LLaVA, chat score relative to GPT-4"]]
+    assert shown == ["relative_score/conv", "relative_score"]  # the paper's order, the whole last
     assert all(d.value == 0 or np.isnan(d.value) for d in comparison.differences)
 
 

@@ -101,8 +101,11 @@ def run(
         _show_tasks()
         return
     if demo:
-        if checkpoint is not None or tasks or data:
-            raise ValueError("--demo makes its own models and data; leave out CHECKPOINT, --tasks and --data")
+        if checkpoint is not None or tasks or data or limit is not None or judge is not None:
+            raise ValueError(
+                "--demo makes its own models, data and judge; leave out CHECKPOINT, --tasks, --data, --limit and "
+                "--judge"
+            )
         from .demo_world import evaluate_demo
 
         evaluate_demo(output or OUTPUTS / "demo", seed)

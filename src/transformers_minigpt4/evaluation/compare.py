@@ -129,7 +129,9 @@ def compare_results(
         for run, table in zip(runs, tables):
             _check_values(task.name, metrics, run, table)
         paper = str(runs[0].tasks[task.name]["paper"])
-        shown = [metric for metric in metrics if metric.name in COLUMNS.get(task.name, (metric.name,))]
+        # Answers that nobody has judged yet are compared too, side by side.
+        named = {metric.name: metric for metric in metrics or task.metrics}
+        shown = [named[name] for name in COLUMNS.get(task.name, named) if name in named]
         columns += [(paper, task.name, metric) for metric in shown]
         for run, table in zip(runs[1:], tables[1:]):
             differences += _differences(task.name, shown, run.name, tables[0], table, seed)

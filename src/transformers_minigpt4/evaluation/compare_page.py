@@ -2,6 +2,7 @@
 
 import base64
 import io
+import math
 import os
 import random
 import re
@@ -25,6 +26,7 @@ body { font: 15px/1.45 system-ui, sans-serif; margin: 2em auto; max-width: 76em;
 pre { overflow-x: auto; background: #f4f4f4; padding: 1em; font-size: 13px; }
 article { display: flex; gap: 1.2em; border-top: 1px solid #ccc; padding: 1em 0; }
 article > div:first-child { flex: 0 0 256px; } article > div + div { flex: 1; min-width: 0; }
+article b { white-space: pre-wrap; }
 img { max-width: 256px; display: block; margin-bottom: .4em; }
 table { border-collapse: collapse; width: 100%; } td, th { text-align: left; vertical-align: top; padding: .3em .6em; }
 tr + tr td { border-top: 1px solid #e4e4e4; } td.text { white-space: pre-wrap; overflow-wrap: anywhere; }
@@ -86,6 +88,9 @@ def _draw(field: Any, runs: Sequence[Run], task: str, metric: Metric, named: boo
         [max(0.0, high - value) for value, (_, high) in zip(values, spans)],
     ]
     field.barh(range(len(runs)), values, xerr=errors, color="#4a7ab5", ecolor="#333333", capsize=3)
+    highest = max((high for _, high in spans if math.isfinite(high)), default=0.0)
+    right = 1.05 * highest if highest > 0 else 1.0
+    field.set_xlim(-0.02 * right, right)  # the mark of a 0 is seen, where no value has none
     field.set_yticks(range(len(runs)), [_plain(run.name) if named else "" for run in runs])
     field.invert_yaxis()
     better = {True: "higher is better", False: "lower is better", None: "neither is better"}[metric.higher_is_better]

@@ -31,7 +31,7 @@ def judging_page(sheet: "Sheet") -> Any:
     """
     from transformers_minigpt4.web_page import escape, import_gradio, new_page, person_name, picture_html
 
-    gradio = import_gradio("curation")
+    gradio = import_gradio("evaluation")
     page = new_page("Judge answers")
 
     def show(person: str, item: "Item | None") -> list[Any]:

@@ -128,6 +128,13 @@ def test_what_goes_wrong_is_one_line(project, tmp_path):
     assert "no model repairs: set repair_model" in _after_drawing(project, "repair")
     assert "--export and --import are two steps" in fails("review", project, "--export", "a.csv", "--import", "b.csv")
     assert "has no build yet" in fails("push", project, "me/set")
+    settings = (project / CONFIG_FILE).read_text()
+    (project / CONFIG_FILE).write_text(f"{settings}rules: {{to_short: false}}")
+    assert "no rule 'to_short'" in fails("run", project)
+    (project / CONFIG_FILE).write_text(f"{settings}repair_model: m\nrepair_base_url: nowhere")
+    assert "base_url is 'nowhere'" in fails("run", project)
+    with Project.open(project) as opened:
+        assert not list(opened.pairs())  # told before the first step
     (project / CONFIG_FILE).write_text("picture: 5")
     assert "unknown keys picture" in fails("status", project)
 

@@ -12,6 +12,7 @@ import pytest
 
 from transformers_minigpt4.data.curation import store
 from transformers_minigpt4.data.curation.config import CONFIG_FILE, CurationConfig, CurationError, load_config
+from transformers_minigpt4.data.curation.repair import repair_digest
 from transformers_minigpt4.data.curation.store import (
     DATABASE,
     SCHEMA_VERSION,
@@ -301,6 +302,9 @@ def test_bad_settings_are_told(tmp_path, text, message):
 
 def test_good_settings(tmp_path):
     path = tmp_path / CONFIG_FILE
-    path.write_text("source: x:y\ncheckpoint: z\nrules:\nrepair_timeout: 5\nrepair_model: m\ndevice: null\n")
+    text = "source: x:y\ncheckpoint: z\nrules:\nrepair_timeout: 5\nrepair_model: m\ndevice: null\n"
+    path.write_text(text)
     config = load_config(path)
     assert (config.rules, config.repair_timeout, config.chat_settings().model) == ({}, 5, "m")
+    path.write_text(f"{text}repair_temperature: 0\n")
+    assert repair_digest(load_config(path)) == repair_digest(config)

@@ -160,6 +160,8 @@ def load_config(path: Path) -> CurationConfig:
     for name, part in known.items():
         if name in values:
             _check_type(path, name, values[name], part.type)
+            if isinstance(values[name], int) and isinstance(1.0, part.type):
+                values[name] = float(values[name])  # 0 and 0.0 are one setting for the digests too
     return CurationConfig(**values)
 
 

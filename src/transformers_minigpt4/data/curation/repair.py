@@ -261,7 +261,9 @@ class _Run:
     def summary(self, spent: Usage) -> RepairSummary:
         usage = self.model.usage
         outcomes = {name: self.outcomes[name] for name in (OK, FLAGGED, FAILED) if self.outcomes[name]}
-        return RepairSummary(outcomes, dict(self.reasons.most_common()), self.errors, self.changed, usage, spent + usage)
+        return RepairSummary(
+            outcomes, dict(self.reasons.most_common()), self.errors, self.changed, usage, spent + usage
+        )
 
 
 def _unquoted(text: str, source: str) -> str:

@@ -19,14 +19,21 @@ def run_all(
         config: Its settings.
         progress: Whether to show bars on a terminal.
         say: Told in a line or two what each step did.
+
+    Raises:
+        CurationError: for settings of any step that cannot work, before the first one; and what the steps raise.
     """
     from .build import run_build
-    from .filter import run_filter
+    from .filter import project_rules, run_filter
     from .generate import run_generate
     from .repair import run_repair
     from .report import run_report
     from .status import status_text
 
+    # What only a later step reads is better told before hours of describing.
+    project_rules(config)
+    if config.repairs:
+        config.chat_settings()
     say(str(run_generate(project, config, progress)))
     if config.repairs:
         say(str(run_repair(project, config, progress)))
