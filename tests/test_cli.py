@@ -150,7 +150,9 @@ class TestErrors:
         assert "cannot load" in self.one_line("describe", folder, "--model", tmp_path / "empty")
 
     def test_unknown_device(self, folder, tiny_checkpoint):
-        assert "found gpu" in self.one_line("describe", folder, "--model", tiny_checkpoint, "--device", "gpu")
+        assert "cannot use the device 'gpu'" in self.one_line(
+            "describe", folder, "--model", tiny_checkpoint, "--device", "gpu"
+        )
 
     def test_folder_without_pictures(self, tmp_path):
         (tmp_path / "empty").mkdir()

@@ -239,6 +239,12 @@ class TestOtherFamilies:
         assert alone[0]["caption"] == captions[0] != ""
 
 
+@pytest.mark.parametrize("device", ["gpu", "cuda:63", "mps:9"])
+def test_a_device_that_is_not_there(tiny_checkpoint, device):
+    with pytest.raises(ValueError, match=f"cannot use the device '{device}': .*leave it out"):
+        load_model_and_processor(tiny_checkpoint, device=device)
+
+
 class TestCaptionStreamer:
     def test_pieces_make_up_the_caption(self, loaded, folder):
         model, processor = loaded

@@ -109,6 +109,14 @@ def load_model_and_processor(
     if device is None:
         accelerator = torch.accelerator.current_accelerator(check_available=True)
         device = str(accelerator) if accelerator is not None else "cpu"
+    if device != "auto":
+        try:
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError) as error:  # of a device that is none, and of a torch without CUDA
+            raise ValueError(
+                f"cannot use the device {device!r}: {str(error).strip().splitlines()[0]}; name one that torch has "
+                "here, or leave it out"
+            ) from error
     if (os.path.isabs(checkpoint) or checkpoint.startswith(".")) and not os.path.isdir(checkpoint):
         # transformers would take it for a Hub id and complain about its characters.
         raise ValueError(f"there is no model folder {checkpoint!r}; check the path")

@@ -18,6 +18,7 @@ import html
 import json
 import os
 import re
+import socket
 import threading
 import unicodedata
 from collections.abc import Mapping
@@ -208,7 +209,7 @@ def serve(
         port: Port; by default the first free one from 7860 on.
 
     Raises:
-        OSError: when the port is taken.
+        OSError: when the port is taken, or the host no address of this machine.
         ValueError: when there is no folder `files`, or the page cannot be reached after it has started.
     """
     gradio = import_gradio()
@@ -217,6 +218,7 @@ def serve(
 
     if files is not None and not Path(files).is_dir():
         raise ValueError(f"there is no folder {str(files)!r} to show pictures from")
+    _check_address(host, port)
     pictures = StaticFiles(directory=Path(files)) if files is not None else None
     hosts = LOCAL_HOSTS if host in LOCAL_HOSTS else None
     fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}  # none to download
@@ -242,6 +244,16 @@ def serve(
         app_kwargs={"middleware": [Middleware(_OnlyThePage, pictures=pictures, hosts=hosts)]},
     )
     return PageServer(page, url)
+
+
+def _check_address(host: str, port: int | None) -> None:
+    """Gradio tries a hundred ports, whatever is wrong, and then speaks of its own settings."""
+    try:
+        socket.create_server((host, port or 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
+    except OSError as error:
+        where = f"port {port} of {host}" if port is not None else host
+        reason = str(error.strerror).partition(" (")[0]
+        raise OSError(f"cannot listen at {where} ({reason}); choose another --port or --host") from error
 
 
 class _OnlyThePage:

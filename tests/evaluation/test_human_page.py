@@ -180,6 +180,23 @@ def test_verdicts_flow_into_the_results(sheet, runs):
         write_verdicts(sheet)
 
 
+def test_a_sheet_knows_its_runs_from_any_folder(runs, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    made = make_sheet([Path("alpha"), Path("beta")], Path("sheet"))
+    assert str(tmp_path) not in (tmp_path / "sheet" / "sheet.json").read_text()  # it is handed to others
+    made.decide(made.asked[0].id, "anna", True)
+    monkeypatch.chdir(tmp_path / "sheet")
+    assert write_verdicts(Sheet(Path("."))) == runs
+
+
+def test_a_picture_that_has_gone_leaves_no_half_a_sheet(runs, tmp_path):
+    (tmp_path / "data" / "recipe" / "00.png").rename(tmp_path / "kept.png")
+    with pytest.raises(ValueError, match=r"recipe/00.png' has moved since the evaluation; put it back"):
+        make_sheet(runs, tmp_path / "sheet")
+    (tmp_path / "kept.png").rename(tmp_path / "data" / "recipe" / "00.png")
+    assert len(make_sheet(runs, tmp_path / "sheet").asked) == 15
+
+
 def test_runs_that_do_not_go_together(runs, tmp_path):
     with pytest.raises(ValueError, match="holds something already"):
         make_sheet(runs, tmp_path / "data")

@@ -1,6 +1,5 @@
 """Evaluates the demo's models on its drawn pictures with the tasks themselves, in the form of the paper's tables."""
 
-import json
 import os
 import random
 import re
@@ -20,7 +19,7 @@ from transformers_minigpt4.demo.scoring import ASKED, named_values
 from transformers_minigpt4.demo.texts import QUESTIONS, answer, short_description, web_caption
 from transformers_minigpt4.demo.world import ATTRIBUTES, COLOURS, COLUMNS, IMAGE_SIZE, ROWS, SHAPES, SIZES, Thing
 
-from .evaluator import Question, Record, Task
+from .evaluator import Question, Record, Task, write_json
 from .run import evaluate
 from .tasks.aokvqa import AOKVQA
 from .tasks.aokvqa import DIRECT_ANSWER as AOKVQA_DIRECT
@@ -92,15 +91,19 @@ def write_data(folder: Path, things: Sequence[Thing], pictures: Sequence[Any], s
         for number, thing in enumerate(things)
     ]
     info = {"description": DATASET}
-    _write(folder / "annotations" / "captions_demo.json", {"info": info, "images": images, "annotations": captions})
-    _write(
+    write_json(
+        folder / "annotations" / "captions_demo.json", {"info": info, "images": images, "annotations": captions}
+    )
+    write_json(
         folder / "annotations" / "instances_demo.json",
         {"info": info, "images": images, "annotations": instances, "categories": categories},
     )
     (folder / "synonyms.txt").write_text(SYNONYMS, encoding="utf-8")
     asked = list(enumerate(things[:QUESTIONED]))
-    _write(folder / "aokvqa_v1p0_val.json", [row for number, thing in asked for row in _aokvqa(number, thing, rng)])
-    _write(
+    write_json(
+        folder / "aokvqa_v1p0_val.json", [row for number, thing in asked for row in _aokvqa(number, thing, rng)]
+    )
+    write_json(
         folder / "testdev_balanced_questions.json", dict(row for number, thing in asked for row in _gqa(number, thing))
     )
 
@@ -171,12 +174,6 @@ def _gqa(number: int, thing: Thing) -> Iterator[tuple[str, dict[str, Any]]]:
 def _values(attribute: str) -> list[str]:
     places = [Thing("red", "star", "small", row, column).place for row in ROWS for column in COLUMNS]
     return {"colour": list(COLOURS), "shape": list(SHAPES), "size": list(SIZES), "place": places}[attribute]
-
-
-def _write(path: Path, content: Any) -> None:
-    scratch = path.with_name(f".{path.name}")
-    scratch.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(scratch, path)
 
 
 # --- a judge that knows the world ---------------------------------------------------------------------------------
@@ -345,7 +342,7 @@ def evaluate_demo(
                 metrics = {task: entry["metrics"] for task, entry in results["tasks"].items()}
                 rows.setdefault(variant, {})[state] = metrics
     summary = {"label": LABEL, "seed": seed, "pictures": pictures, "models": rows}
-    _write(output / "demo.json", summary)
+    write_json(output / "demo.json", summary)
     for table in demo_tables(rows, pictures):
         console.print(table)
     console.print(f"answers, records and intervals of each model in {output / 'results'}", soft_wrap=True)

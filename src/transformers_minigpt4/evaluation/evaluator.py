@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -306,6 +307,13 @@ def read_json(path: Path) -> Any:
         raise ValueError(f"there is no file {str(path)!r}; docs/evaluation.md lists the files of each task") from error
     except ValueError as error:
         raise ValueError(f"{str(path)!r} is not JSON ({error}); fetch it again") from error
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a JSON file in one step."""
+    scratch = path.with_name(f".{path.name}")
+    scratch.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(scratch, path)
 
 
 def read_json_lines(path: Path) -> list[Any]:

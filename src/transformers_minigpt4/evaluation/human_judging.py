@@ -14,11 +14,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from .evaluator import Question, read_json, read_json_lines
+from .evaluator import Question, read_json, read_json_lines, write_json
 
 
 TASK = "advanced"
-SHEET, DECISIONS, PICTURES, COUNTS = "sheet.json", "decisions.jsonl", "pictures", "counts.json"
+SHEET, DECISIONS, PICTURES = "sheet.json", "decisions.jsonl", "pictures"
 _YES, _NO = frozenset({"yes", "y", "1", "true"}), frozenset({"no", "n", "0", "false"})
 _CSV_COLUMNS = ("item", "task", "prompt", "picture", "answer", "success")
 
@@ -179,7 +179,7 @@ def make_sheet(runs: Sequence[Path], output: Path, seed: int = 0) -> Sheet:
         "runs": {name: os.path.relpath(run.resolve(), output.resolve()) for name, run in names.items()},
         "items": [vars(item) for item in items],
     }
-    _write(output / SHEET, content)
+    write_json(output / SHEET, content)
     return Sheet(output)
 
 
@@ -192,12 +192,6 @@ def _names(runs: Sequence[Path]) -> dict[str, Path]:
     if len(set(names)) < len(names):
         raise ValueError(f"two of the runs are called {Counter(names).most_common(1)[0][0]!r}; rename a folder")
     return dict(zip(names, runs))
-
-
-def _write(path: Path, content: Any) -> None:
-    scratch = path.with_name(f".{path.name}")
-    scratch.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(scratch, path)
 
 
 def export_csv(sheet: Sheet, path: Path, person: str | None = None) -> int:

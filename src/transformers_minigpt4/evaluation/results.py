@@ -3,7 +3,6 @@
 import hashlib
 import json
 import math
-import os
 import platform
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .answering import picture_digest
-from .evaluator import GREEDY, Question, Record, Task, columns_of, interval, resampled
+from .evaluator import GREEDY, Question, Record, Task, columns_of, interval, resampled, write_json
 
 
 RESULTS_FILE = "results.json"  # the model card reads it beside the checkpoint
@@ -217,7 +216,5 @@ def write_results(output: Path, checkpoint: Mapping[str, Any], tasks: Mapping[st
     """Write `results.json` in one step; returns what it holds."""
     results = {"format": FORMAT, "checkpoint": dict(checkpoint), "tasks": dict(tasks)}
     output.mkdir(parents=True, exist_ok=True)
-    scratch = output / f".{RESULTS_FILE}"
-    scratch.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(scratch, output / RESULTS_FILE)
+    write_json(output / RESULTS_FILE, results)
     return results

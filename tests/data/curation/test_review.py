@@ -404,6 +404,13 @@ def test_a_file_that_is_none_is_told_in_one_line(project, tmp_path, name, conten
     assert "\n" not in str(caught.value)
 
 
+def test_paths_that_lead_nowhere_are_told(project, tmp_path):
+    with pytest.raises(CurationError, match=r"no file .*a\.csv; write one with --export"):
+        import_decisions(project, tmp_path / "a.csv", "anna")
+    with pytest.raises(CurationError, match="no folder for"):
+        export_pairs(project, tmp_path / "nowhere" / "a.csv")
+
+
 def test_a_text_that_changed_after_the_export_is_refused(project, tmp_path):
     export_pairs(project, tmp_path / "pairs.csv")
     set_texts(project, {1: "Another text."})

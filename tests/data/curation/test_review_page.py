@@ -386,5 +386,8 @@ def test_a_missing_gradio_is_told_in_one_line(monkeypatch):
 
 def test_a_taken_port_is_told(served, tmp_path):
     port = httpx.URL(served[1].url).port
-    with make_project(tmp_path / "project", TEXTS[:1]) as project, pytest.raises(OSError, match=str(port)):
+    with (
+        make_project(tmp_path / "project", TEXTS[:1]) as project,
+        pytest.raises(OSError, match=f"port {port} of .* another --port"),
+    ):
         serve_review(project, port=port)

@@ -159,20 +159,19 @@ def load_config(path: Path) -> CurationConfig:
         del values["rules"]
     for name, part in known.items():
         if name in values:
-            _check_type(path, name, values[name], part.type)
-            if isinstance(values[name], int) and isinstance(1.0, part.type):
-                values[name] = float(values[name])  # 0 and 0.0 are one setting for the digests too
+            values[name] = _checked(path, name, values[name], part.type)
     return CurationConfig(**values)
 
 
-def _check_type(path: Path, name: str, value: Any, kind: Any) -> None:
-    """The plain types of the fields; YAML reads `1e-3` as text and `no` as false."""
+def _checked(path: Path, name: str, value: Any, kind: Any) -> Any:
+    """A value of one of the fields' plain types; YAML reads `1e-3` as text and `no` as false."""
     if value is None and isinstance(None, kind):
-        return
-    good = isinstance(value, kind) or (isinstance(1.0, kind) and isinstance(value, int))
-    if not good or (isinstance(value, bool) and kind is not bool):
+        return None
+    whole = isinstance(value, int) and isinstance(1.0, kind)
+    if not (whole or isinstance(value, kind)) or (isinstance(value, bool) and kind is not bool):
         wanted = getattr(kind, "__name__", str(kind).replace(" | None", ""))
         raise CurationError(f"{name} in {path} is {value!r:.80}, but must be of type {wanted}")
+    return float(value) if whole else value  # 0 and 0.0 are one setting, for the digests too
 
 
 def settings_hash(*parts: Any) -> str:

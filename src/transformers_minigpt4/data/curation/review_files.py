@@ -60,10 +60,12 @@ def export_pairs(project: Project, path: str | os.PathLike, reviewer: str | None
         reviewer: Leaves out what this person has decided on.
 
     Raises:
-        CurationError: for another kind of file.
+        CurationError: for another kind of file, or a folder that does not exist.
         OSError: if the file cannot be written.
     """
     kind = _kind(path)
+    if not Path(path).absolute().parent.is_dir():
+        raise CurationError(f"there is no folder for {os.fspath(path)}; make it, or name another one")
     pairs, missing = ReviewQueue(project).due(reviewer)
     name = person_name(reviewer) if reviewer is not None else ""
     rows = [
@@ -104,8 +106,8 @@ def import_decisions(project: Project, path: str | os.PathLike, reviewer: str | 
         reviewer: Who decided, for rows that do not say.
 
     Raises:
-        CurationError: names the first line that cannot be taken: an unknown pair or action, a pair twice, an edit
-            without text, a text that has changed since the export, nobody who decided.
+        CurationError: if there is no such file; else names the first line that cannot be taken: an unknown pair or
+            action, a pair twice, an edit without text, a text that has changed since the export, nobody who decided.
         OSError: if the file cannot be read.
     """
     queue = ReviewQueue(project)
@@ -170,6 +172,8 @@ def _read(path: str | os.PathLike) -> Iterator[tuple[int, dict[str, str]]]:
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             yield from _read_csv(file, path) if kind == "csv" else _read_jsonl(file, path)
+    except FileNotFoundError:
+        raise CurationError(f"there is no file {os.fspath(path)}; write one with --export first") from None
     except UnicodeDecodeError as error:
         raise CurationError(f"{os.fspath(path)} is not UTF-8; save it as `CSV UTF-8`") from error
 
