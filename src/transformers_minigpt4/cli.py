@@ -108,6 +108,8 @@ def _first_line(error: BaseException) -> str:
     """The first line of an error that speaks for itself, with the type in front where it may not."""
     if type(error).__name__ == "OutOfMemoryError":  # torch's, by name, because torch need not be imported yet
         return "the device is out of memory; lower --batch-size, or set --dtype bfloat16, or spread with --device auto"
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return f"{error.filename}: {error.strerror}"
     line = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
     if type(error) in (ValueError, OSError) or type(error).__module__.startswith("transformers_minigpt4"):
         return line or type(error).__name__
