@@ -29,22 +29,23 @@ def exact(texts: list[str], similarity: float) -> dict[int, int]:
     return found
 
 
-class TestTexts:
-    @pytest.fixture(scope="class")
-    def texts(self) -> list[str]:
-        """Texts of 60 words, each third one an earlier one with 0 to 12 words changed."""
-        rng = random.Random(0)
-        words = [f"word{number}" for number in range(500)]
-        texts: list[str] = []
-        for number in range(300):
-            text = [rng.choice(words) for _ in range(60)]
-            if number % 3 == 2:
-                text = rng.choice(texts).split()
-                for place in rng.sample(range(60), rng.randint(0, 12)):
-                    text[place] = rng.choice(words)
-            texts.append(" ".join(text))
-        return texts
+@pytest.fixture(scope="module")
+def texts() -> list[str]:
+    """Texts of 60 words, each third one an earlier one with 0 to 12 words changed."""
+    rng = random.Random(0)
+    words = [f"word{number}" for number in range(500)]
+    texts: list[str] = []
+    for number in range(300):
+        text = [rng.choice(words) for _ in range(60)]
+        if number % 3 == 2:
+            text = rng.choice(texts).split()
+            for place in rng.sample(range(60), rng.randint(0, 12)):
+                text[place] = rng.choice(words)
+        texts.append(" ".join(text))
+    return texts
 
+
+class TestTexts:
     @pytest.mark.parametrize("similarity", [0.3, 0.5, 0.8, 0.95])
     def test_as_an_exact_count_finds_them(self, texts, similarity):
         found = similar_texts(texts, similarity)
