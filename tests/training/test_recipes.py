@@ -2,6 +2,7 @@
 
 import functools
 import json
+import re
 import tempfile
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from runs import curve, model_folder, run, sources, weights
 from tiny_models import write_sources
 from transformers import AutoConfig, AutoModelForImageTextToText, set_seed
 
+from transformers_minigpt4 import MiniGPT4Config
 from transformers_minigpt4.training.arguments import StageArguments, check_arguments, check_model
 from transformers_minigpt4.training.sft import find_recipe, parse_recipe, recipe_names
 
@@ -115,12 +117,13 @@ def test_a_recipes_header_is_whole(name):
         (["--load_in_4bit", "true", "--train_parts", "language_model"], "exclude each other"),
         (["--min_lr", "1.0"], "above learning_rate"),
         (["--max_steps", "-1"], "set max_steps"),
-        (["--learning_rat", "1e-4"], "learning_rat"),
+        (["--learning_rat", "1e-4"], "Unknown .* --learning_rat 1e-4. Did you mean learning_rate?"),
         (["--feature_cache", "c", "--train_parts", "projection", "qformer"], "feature_cache and train_parts: qformer"),
         (["--feature_cache", "c", "--fsdp", "full_shard"], "feature_cache with fsdp"),
         (["--pack_tokens", "512"], "pack_tokens=512 with pack_rows=False"),
         (["--pack_rows", "true", "--pack_tokens", "0"], "pack_tokens=0"),
         (["--push_to_hub", "true"], "minigpt4 push OUTPUT_DIR"),
+        (["--max_steps", "many"], "max_steps.* invalid int value: 'many'"),
     ],
 )
 def test_impossible_options(arguments, words):
@@ -153,6 +156,20 @@ def test_an_unknown_key(tmp_path):
         parse_recipe(["--config", str(path), "--bf16", "false", "--use_cpu", "true"])
 
 
+def test_a_recipe_that_is_no_yaml(tmp_path):
+    (tmp_path / "recipe.yaml").write_text("sources: [\n")
+    with pytest.raises(ValueError, match=r"no YAML: .* line 2"):
+        parse_recipe(["--config", str(tmp_path / "recipe.yaml")])
+
+
+def test_one_part_and_one_source_need_no_list(tmp_path):
+    (tmp_path / "recipe.yaml").write_text(
+        "{model_name_or_path: base, sources: 'table:a.csv', train_parts: projection, max_steps: 2, bf16: false}"
+    )
+    stage, _, _ = parse_recipe(["--config", str(tmp_path / "recipe.yaml")])
+    assert stage.sources == ["table:a.csv"] and stage.train_parts == ["projection"]
+
+
 def test_an_unknown_recipe():
     with pytest.raises(ValueError, match="minigpt4_stage1"):
         parse_recipe(["--config", "minigpt5_stage9"])
@@ -166,6 +183,25 @@ def test_a_function_that_does_not_exist(tmp_path):
 def test_stage_2_needs_stage_1(tmp_path):
     with pytest.raises(ValueError, match="no checkpoint of stage 1"):
         run("minigpt4_stage2", tmp_path, model_folder("minigpt4"), sources()["cc_sbu_align"])
+
+
+def test_a_model_that_is_not_there(tmp_path):
+    with pytest.raises(ValueError, match=r"is no folder here.*Train stage 1 first"):
+        run("minigpt4_stage2", tmp_path, str(tmp_path / "output" / "stage1"), sources()["cc_sbu_align"])
+    with pytest.raises(ValueError, match=r"is no folder here.*minigpt4 convert"):
+        run("minigpt4_stage1", tmp_path, "output/base", sources()["wds"])
+
+
+@pytest.mark.parametrize("recipe", ["modern", "modern_small"])
+def test_the_modern_recipes_name_options_of_a_stage_2_that_fits(recipe):
+    (options,) = re.findall(
+        r"run minigpt4_stage2 on its output with\n#\s*(.*)\.", Path(find_recipe(recipe)).read_text()
+    )
+    stage, _, _ = parse_recipe(
+        ["--config", "minigpt4_stage2", "--bf16", "false", "--use_cpu", "true", *options.split()]
+    )
+    stage.requires_stage1 = False
+    check_model(stage, MiniGPT4Config(qformer_config=None), "without Q-Former")
 
 
 def test_a_variant_needs_its_own_base(tmp_path):

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, PrinterCallback, Trainer, TrainerCallback
 from trl import SFTTrainer
 
-from transformers_minigpt4.training.checkpoints import run_lock, save_trained
+from transformers_minigpt4.training.checkpoints import STAGING, publish, run_lock, save_trained
 from transformers_minigpt4.training.stream import PositionedStream
 from transformers_minigpt4.training.trainer import StageSFTTrainer, StageTrainer
 
@@ -124,7 +124,7 @@ def test_checkpoints_hold_trained_parts_alone(base, tmp_path):
     assert len(states["state"]) == 2
     decays = [group["weight_decay"] for group in states["param_groups"]]
     assert len(decays) == 2 and decays[1] == 0.0
-    assert not (tmp_path / ".saving").exists() or not any((tmp_path / ".saving").iterdir())
+    assert not (tmp_path / ".saving").exists() and not (tmp_path / "README.md").exists()
 
 
 def test_gathered_tensors_of_a_sharded_model_load_by_name(base, tmp_path):
@@ -151,6 +151,15 @@ def test_a_folder_with_checkpoints_is_not_written_over(base, tmp_path):
     trainer_on(base, tmp_path, rows()).train()
     with pytest.raises(ValueError, match="checkpoint-4 of an earlier run"):
         trainer_on(base, tmp_path, rows()).train()
+
+
+def test_a_checkpoint_takes_the_place_of_an_earlier_attempt_at_its_step(tmp_path):
+    for folder, name in ((tmp_path / STAGING, "new"), (tmp_path, "old")):
+        (folder / "checkpoint-4").mkdir(parents=True)
+        (folder / "checkpoint-4" / name).touch()
+    publish(tmp_path / STAGING / "checkpoint-4", tmp_path / "checkpoint-4")
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-4"]
+    assert [path.name for path in (tmp_path / "checkpoint-4").iterdir()] == ["new"]
 
 
 def test_two_runs_in_one_folder(base, tmp_path):

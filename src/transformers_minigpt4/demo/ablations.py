@@ -23,6 +23,7 @@ from .run import (
     quiet_and_single_threaded,
     save_checkpoint,
     train_stage,
+    write_json,
 )
 from .scoring import is_right_answer, summarise
 from .texts import IMAGE_TOKEN, QUESTIONS, STAGE_2_TEMPLATE
@@ -91,7 +92,7 @@ def train_variants(
                 continue
             finished.unlink(missing_ok=True)
             _train(VARIANTS[name], folder, seed, steps, console)
-            finished.write_text(json.dumps(settings) + "\n", encoding="utf-8")
+            write_json(finished, settings)
     return made
 
 
@@ -137,12 +138,12 @@ def run_ablations(
         `failed after checkpoint` (see `scoring.summarise`), and `answered`: questions answered right after stage 2.
 
     Raises:
-        ValueError: as `train_variants`.
+        ValueError: as `train_variants`, and for a number of pictures that cannot be.
     """
     console = console or Console()
     output = Path(output_dir)
-    folders = train_variants(output / "ablations", seed, steps, console=console)
     things, pictures = held_out(seed, held_out_pictures)
+    folders = train_variants(output / "ablations", seed, steps, console=console)
     rows: dict[str, dict[str, float]] = {}
     with quiet_and_single_threaded():
         for name, checkpoints in folders.items():
@@ -157,7 +158,7 @@ def run_ablations(
             row["answered"] = _answered(model, processor, things[:QUESTION_PICTURES], pictures[:QUESTION_PICTURES])
             rows[name] = row
     results = {"seed": seed, "steps": steps, "held_out_pictures": len(things), "variants": rows}
-    (output / "ablations.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    write_json(output / "ablations.json", results)
     console.print(_table(rows, len(things)))
     return rows
 

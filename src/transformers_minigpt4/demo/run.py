@@ -238,12 +238,7 @@ def run_demo(
         ValueError: for a number of pictures or steps that cannot be.
         FileExistsError: when `output_dir` is a file, or holds a folder of the same name as a checkpoint that is none.
     """
-    things = held_out_things()
-    if not 1 <= held_out_pictures <= len(things):
-        raise ValueError(
-            f"held_out_pictures={held_out_pictures}, but {len(things)} combinations are held out, one picture each. "
-            f"Choose 1 to {len(things)}."
-        )
+    shown = held_out(seed, held_out_pictures)
     if min(stage_1_steps, stage_2_steps) < 1:
         raise ValueError(f"Got {stage_1_steps} and {stage_2_steps} steps. Each stage needs at least one.")
     output = Path(output_dir)
@@ -255,7 +250,7 @@ def run_demo(
     output.mkdir(parents=True, exist_ok=True)
     console = console or Console()
     with quiet_and_single_threaded():
-        return _run(output, seed, (stage_1_steps, stage_2_steps), *held_out(seed, held_out_pictures), console)
+        return _run(output, seed, (stage_1_steps, stage_2_steps), *shown, console)
 
 
 @contextlib.contextmanager
@@ -276,8 +271,19 @@ def quiet_and_single_threaded() -> Iterator[None]:
 
 
 def held_out(seed: int, count: int) -> tuple[list[Thing], list[Picture]]:
-    """What is measured on: combinations that no training shows, and one picture of each."""
-    things = random.Random(seed + 1).sample(held_out_things(), count)
+    """
+    What is measured on: combinations that no training shows, and one picture of each.
+
+    Raises:
+        ValueError: for a number of pictures that cannot be.
+    """
+    every = held_out_things()
+    if not 1 <= count <= len(every):
+        raise ValueError(
+            f"held_out_pictures={count}, but {len(every)} combinations are held out, one picture each. Choose 1 to "
+            f"{len(every)}."
+        )
+    things = random.Random(seed + 1).sample(every, count)
     rng = random.Random(seed + 2)
     return things, [draw(thing, rng) for thing in things]
 
@@ -350,9 +356,7 @@ def _write_outputs(
         {"shown": asdict(thing), **{state: texts[i] for state, (texts, _) in answers.items()}}
         for i, thing in enumerate(things)
     ]
-    scratch = output / ".results.json"
-    scratch.write_text(json.dumps({**results, "descriptions": descriptions}, indent=1) + "\n", encoding="utf-8")
-    os.replace(scratch, output / "results.json")
+    write_json(output / "results.json", {**results, "descriptions": descriptions})
     cells = [
         [(_verdict(state, texts[i], thing, ended[i]), texts[i]) for state, (texts, ended) in answers.items()]
         for i, thing in enumerate(things[:SHOWN])
@@ -362,6 +366,13 @@ def _write_outputs(
     folder.mkdir(exist_ok=True)
     for thing, picture in list(zip(things, pictures))[:SHOWN]:
         picture.save(folder / f"{'-'.join((thing.size, thing.colour, thing.shape, *thing.place.split()))}.png")
+
+
+def write_json(path: Path, content: Any) -> None:
+    """A file appears whole or not at all."""
+    scratch = path.with_name(f".{path.name}")
+    scratch.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    os.replace(scratch, path)
 
 
 def _verdict(state: str, text: str, thing: Thing, ended: bool) -> str:

@@ -50,6 +50,11 @@ class StageArguments:
     pack_rows: bool = field(default=False, metadata={"help": "Pack the rows of a batch without padding."})
     pack_tokens: int | None = field(default=None, metadata={"help": "Positions of a packed sequence."})
 
+    def __post_init__(self):
+        # A YAML file may name one without a list.
+        self.train_parts = [self.train_parts] if isinstance(self.train_parts, str) else self.train_parts
+        self.sources = [self.sources] if isinstance(self.sources, str) else self.sources
+
 
 @dataclass
 class StageConfig(SFTConfig):

@@ -153,7 +153,7 @@ def resolve_resume(folder: str | os.PathLike, resume: str | bool | None) -> str 
 
 
 def publish(staged: Path, final: Path) -> None:
-    """Moves a whole checkpoint to its name, after its bytes are on the disk."""
+    """Moves a whole checkpoint to its name, after its bytes are on the disk; what had the name goes out of the way."""
     for path in [*staged.rglob("*"), staged]:
         descriptor = os.open(path, os.O_RDONLY)
         try:
@@ -161,5 +161,6 @@ def publish(staged: Path, final: Path) -> None:
         finally:
             os.close(descriptor)
     if final.exists():  # an earlier attempt at the same step, before a resume from an older checkpoint
-        shutil.rmtree(final)
+        os.replace(final, staged.with_name(f"{final.name}.old"))  # deleting takes time, and a kill would leave a part
     os.replace(staged, final)
+    shutil.rmtree(staged.parent, ignore_errors=True)

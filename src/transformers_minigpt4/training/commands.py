@@ -1,10 +1,13 @@
 """The `train` and `features` subcommands of `minigpt4`: run a recipe, or encode its pictures, in this process."""
 
+import logging
 from typing import Annotated
 
 import typer
 
 
+# It warns, whenever it is imported, of a kernel for weights of 4 bits on CPUs.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 # For `app.command(context_settings=…)`: every key of a recipe is an option, so typer leaves them alone.
 CONTEXT_SETTINGS = {"allow_extra_args": True, "ignore_unknown_options": True}
 

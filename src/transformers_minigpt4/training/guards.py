@@ -101,8 +101,9 @@ class GuardCallback(TrainerCallback):
                 raise TrainingError(
                     f"The first loss is {loss:.3f}, and guessing among {vocabulary:,} words gives "
                     f"{math.log(vocabulary):.3f}: the language model knows nothing. Its weights are missing or wrong "
-                    "(delta weights not added?), or its dtype overflows. Let it continue a text on its own first; "
-                    "with a model that is random on purpose, set check_first_loss: false."
+                    "(delta weights not added?), its dtype overflows, or the answers are in words that it never saw. "
+                    "Let it continue a text on its own first; with a model that is random, or new to such words, on "
+                    "purpose, set check_first_loss: false."
                 )
 
     def on_epoch_end(self, args, state, control, **kwargs):

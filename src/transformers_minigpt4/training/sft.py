@@ -2,10 +2,13 @@
 
 import os
 from collections.abc import Iterator
+from difflib import get_close_matches
 from importlib import import_module
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import yaml
 
 from .arguments import PYTHON, StageArguments, StageConfig, check_arguments, check_model
 
@@ -37,7 +40,11 @@ def make_parser():
     """The parser of recipes and command lines: `StageArguments`, `StageConfig` and TRL's `ModelConfig`."""
     from trl import ModelConfig, TrlParser
 
-    return TrlParser((StageArguments, StageConfig, ModelConfig), allow_abbrev=False)
+    class RecipeParser(TrlParser):
+        def error(self, message: str):  # argparse would print all keys and leave
+            raise ValueError(f"{message[:1].upper()}{message[1:]}. Set it right in the recipe or on the command line.")
+
+    return RecipeParser((StageArguments, StageConfig, ModelConfig), allow_abbrev=False)
 
 
 def parse_recipe(arguments: list[str] | None = None) -> tuple[StageArguments, StageConfig, Any]:
@@ -53,7 +60,19 @@ def parse_recipe(arguments: list[str] | None = None) -> tuple[StageArguments, St
     if "--config" in arguments:
         place = arguments.index("--config") + 1
         arguments[place] = find_recipe(arguments[place])
-    stage, config, model_args = make_parser().parse_args_and_config(arguments)
+    parser = make_parser()
+    try:
+        stage, config, model_args, rest = parser.parse_args_and_config(arguments, return_remaining_strings=True)
+    except yaml.YAMLError as error:
+        raise ValueError(f"The recipe is no YAML: {' '.join(str(error).split())}.") from error
+    if rest:
+        unknown = [word.lstrip("-").partition("=")[0] for word in rest if word.startswith("--")]
+        near = get_close_matches(unknown[0], {action.dest for action in parser._actions}, 1) if unknown else []
+        raise ValueError(
+            f"Unknown in a recipe or on its command line: {' '.join(rest)}. "
+            + (f"Did you mean {near[0]}? " if near else "")
+            + "Keys are those of TRL's SFTConfig and ModelConfig, and of this package's training/arguments.py."
+        )
     check_arguments(stage, config, model_args)
     return stage, config, model_args
 
@@ -64,7 +83,7 @@ def load_model(stage: StageArguments, config: StageConfig, model_args: Any):
 
     Raises:
         DataError: for a cache of other weights, or made in another way.
-        ValueError: for a model that the recipe was not written for.
+        ValueError: for a model that is not there, or that the recipe was not written for.
     """
     from transformers import AutoModelForImageTextToText
 
@@ -91,7 +110,18 @@ def _loading(stage: StageArguments, config: StageConfig, model_args: Any):
     source = {"revision": model_args.model_revision, "trust_remote_code": config.trust_remote_code}
     if name.startswith(PYTHON):
         name = _made_model(name, config)
-    model_config = AutoConfig.from_pretrained(name, **source)
+    try:
+        model_config = AutoConfig.from_pretrained(name, **source)
+    except OSError as error:
+        if os.path.isdir(name):
+            raise
+        cure = (
+            "Train stage 1 first, and set" if stage.requires_stage1 else "Compose it with `minigpt4 convert`, or set"
+        )
+        raise ValueError(
+            f"model_name_or_path={name} is no folder here, and the Hub gives no model of that name "
+            f"({str(error).splitlines()[0].rstrip('.')}). {cure} model_name_or_path to where it is."
+        ) from error
     check_model(stage, model_config, name)
     if stage.feature_cache is not None and model_config.model_type not in TOWERS:
         raise ValueError(

@@ -190,6 +190,9 @@ class StageTrainerMixin(_Trainer):
         if self.is_world_process_zero():
             rotate_checkpoints(output_dir=str(output), save_total_limit=self.args.save_total_limit, use_mtime=False)
 
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Writes none: TRL's shows a text model made from "None". `minigpt4 push` writes the card."""
+
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if not self.args.should_save:
             return
