@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
@@ -118,3 +119,17 @@ def test_a_stream_on_two_processes_resumes(tmp_path):
     launch(2, tmp_path, run_main, [*arguments, *resume])
     assert len(curve(whole)) == 6 and curve(parts) == curve(whole)
     assert json.loads((whole / "run.json").read_text())["world_size"] == 2
+
+
+def test_the_wrapped_model_goes_before_the_process_group(tmp_path):
+    """The other way round, a process of DDP now and then never ends: see `StageTrainerMixin.end`."""
+    trainer = trainer_on(model_folder("minigpt4"), tmp_path, rows())
+    wrapped = torch.nn.Sequential(trainer.model)
+    trainer.model_wrapped = wrapped
+    trainer.accelerator._models.append(wrapped)
+    gone = weakref.ref(wrapped)
+    del wrapped
+    seen = []
+    trainer.accelerator.end_training = lambda: seen.append(gone())
+    trainer.end()
+    assert seen == [None]
