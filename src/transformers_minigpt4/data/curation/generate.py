@@ -64,14 +64,14 @@ def run_generate(project: Project, config: CurationConfig, progress: bool = True
     with project.writer("generate"):
         drawn = draw_pictures(project, config, progress)
         settings = generate_settings(config)
-        todo = sum(1 for _ in project.pending("generate", settings))
-        if not todo:
+        waiting = sum(1 for _ in project.pending("generate", settings))
+        if not waiting:
             return Generated(drawn, 0, 0, 0)
         model, processor = load_model_and_processor(
             config.checkpoint, config.dtype, config.device, config.trust_remote_code
         )
         described = continued = failed = 0
-        with bar("generate", todo, shown=progress) as count:
+        with bar("generate", waiting, shown=progress) as count:
             for works in _batches(project.pending("generate", settings), config.batch_size):
                 results = _describe_works(project, works, model, processor, config, settings)
                 project.record("generate", results)
