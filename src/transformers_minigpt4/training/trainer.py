@@ -93,8 +93,8 @@ class StageTrainerMixin(_Trainer):
         """
         See [`~Trainer.end`].
 
-        torch's reducer goes before the process group. Left to be the last that holds it, the reducer waits for a thread
-        of the group while it keeps Python's lock, which that thread may want: the process would never end.
+        torch's reducer goes before the process group. Left to be the last that holds it, the reducer waits for a
+        thread of the group while it keeps Python's lock, which that thread may want: the process would never end.
         """
         self.model_wrapped = self.model
         self.accelerator.free_memory()
