@@ -178,13 +178,13 @@ def test_a_kill_leaves_whole_transactions(tmp_path):
 
     def work():
         with Project.open(tmp_path, CONFIG) as project, project.writer("generate"):
-            for count, todo in enumerate(project.pending("generate", "s")):
+            for count, work in enumerate(project.pending("generate", "s")):
                 if count == 40:  # in the middle of a transaction of ten
                     with project.transaction() as connection:
                         connection.execute("UPDATE results SET text = 'half written'")
                         connection.execute("DELETE FROM pairs WHERE id = 60")
                         os.kill(os.getpid(), signal.SIGKILL)
-                project.record("generate", [Result(todo.pair.id, "s", todo.input, "ok", text=f"t{todo.pair.id}")])
+                project.record("generate", [Result(work.pair.id, "s", work.input, "ok", text=f"t{work.pair.id}")])
 
     _, status = in_child(work)
     assert os.WTERMSIG(status) == signal.SIGKILL
