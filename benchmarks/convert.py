@@ -28,7 +28,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from transformers_minigpt4.hub.weights import Piece, save_pieces
+from transformers_minigpt4.conversion.weights import Piece, save_pieces
 
 
 VOCABULARY = 32000
@@ -49,7 +49,7 @@ SIZES = {
 }
 CONVERT = """
 import json, sys, time
-from transformers_minigpt4.hub.convert import convert_checkpoint
+from transformers_minigpt4.conversion.convert import convert_checkpoint
 start = time.perf_counter()
 convert_checkpoint(**json.loads(sys.argv[1]))
 print(time.perf_counter() - start)
@@ -144,14 +144,14 @@ def make_sources(folder: Path, size: dict) -> dict:
     torch.save(make_eva(vision), folder / "eva_vit_g.pth")
     torch.save({"model": make_qformer(qformer)}, folder / "blip2_pretrained_flant5xxl.pth")
     width = LlamaConfig(**size["language"]).hidden_size
-    projection = {"llama_proj.weight": random_tensor((width, qformer.hidden_size), torch.float32)}
-    projection["llama_proj.bias"] = random_tensor((width,), torch.float32)
-    torch.save({"model": projection, "epoch": 4}, folder / "minigpt4.pth")
+    projector = {"llama_proj.weight": random_tensor((width, qformer.hidden_size), torch.float32)}
+    projector["llama_proj.bias"] = random_tensor((width,), torch.float32)
+    torch.save({"model": projector, "epoch": 4}, folder / "minigpt4.pth")
     return {
         "vision": str(folder / "eva_vit_g.pth"),
         "qformer": str(folder / "blip2_pretrained_flant5xxl.pth"),
         "language_model": str(folder / "llm"),
-        "projection": str(folder / "minigpt4.pth"),
+        "projector": str(folder / "minigpt4.pth"),
         "vision_config": {"num_attention_heads": vision.num_attention_heads},
         "qformer_config": {"num_attention_heads": qformer.num_attention_heads},
     }

@@ -1,7 +1,7 @@
 """Measures curation: batches, the second turn from the first one's cache, the filter, and the review's page.
 
     python benchmarks/curation.py
-    python benchmarks/curation.py --pictures 4 --size tiny --repeats 1 --pairs 500 --review-pairs 50   # seconds
+    python benchmarks/curation.py --images 4 --size tiny --repeats 1 --pairs 500 --review-pairs 50   # seconds
 
 Generation: the step as a whole (loading the model, pictures, both turns, results to the disk) on the demo's parts with
 a projection drawn at random, one picture at a time and in batches, in turns. The texts must agree. Second turn: the
@@ -32,17 +32,17 @@ from peers import OURS, SIZES, build_inputs, build_model
 from PIL import Image
 from transformers.utils import logging
 
-from transformers_minigpt4.data.curation.config import CurationConfig
-from transformers_minigpt4.data.curation.draw import draw_pictures
-from transformers_minigpt4.data.curation.duplicates import PRINT_BYTES, picture_print
-from transformers_minigpt4.data.curation.filter import run_filter
-from transformers_minigpt4.data.curation.generate import continue_answers, continue_inputs, run_generate
-from transformers_minigpt4.data.curation.review_page import serve_review
-from transformers_minigpt4.data.curation.store import PICTURES, Project, Result
+from transformers_minigpt4.curation.config import CurationConfig
+from transformers_minigpt4.curation.draw import draw_images
+from transformers_minigpt4.curation.duplicates import HASH_BYTES, near_duplicate_hash
+from transformers_minigpt4.curation.filter import run_filter
+from transformers_minigpt4.curation.generate import continue_answers, continue_inputs, run_generate
+from transformers_minigpt4.curation.review_page import serve_review
+from transformers_minigpt4.curation.store import IMAGES, Project, Result
 from transformers_minigpt4.demo.run import build_model as build_demo_model
 
 
-SOURCE = "python:transformers_minigpt4.demo.curation_pictures:pictures"
+SOURCE = "python:transformers_minigpt4.demo.curation_images:images"
 ROWS = 8  # of the second turn's batch
 FIRST_TOKENS, SECOND_TOKENS = (20, 60), 32  # answers of the first turn, drawn; of the second, a stage-1 caption's most
 TURN_TOKENS = 12  # of `###Human: Continue ###Assistant:` in LLaMA's vocabulary
@@ -78,10 +78,10 @@ def generation(pictures: int, batch: int, repeats: int, scratch: Path) -> dict[i
     for repeat in range(-1, repeats):
         for size in list(seconds) if repeat % 2 else list(seconds)[::-1]:
             config = CurationConfig(
-                SOURCE, str(scratch / "model"), pictures=pictures, batch_size=size, max_new_tokens=60, device="cpu"
+                SOURCE, str(scratch / "model"), images=pictures, batch_size=size, max_new_tokens=60, device="cpu"
             )
             with Project.create(scratch / f"{repeat}-{size}", config) as project:
-                draw_pictures(project, config, progress=False)
+                draw_images(project, config, progress=False)
                 start = time.process_time()
                 run_generate(project, config, progress=False)
                 if repeat >= 0:
@@ -137,13 +137,13 @@ def description(rng: random.Random) -> str:
 
 def described_project(folder: Path, pairs: int, repair: bool = False) -> Project:
     """A project whose pairs have texts; one file stands for all pictures."""
-    config = CurationConfig("imagefolder:x", "x", pictures=pairs, repair_model="x" if repair else None)
+    config = CurationConfig("imagefolder:x", "x", images=pairs, repair_model="x" if repair else None)
     folder.mkdir()
     project = Project.create(folder, config)
     rng = random.Random(0)
     texts = [description(rng) for _ in range(pairs)]
-    (folder / PICTURES / "0.jpg").write_bytes(photograph(0))
-    project.add_pairs([(f"{n:06d}", f"{PICTURES}/0.jpg", f"{n}", {"key": n}) for n in range(pairs)], "somewhere")
+    (folder / IMAGES / "0.jpg").write_bytes(photograph(0))
+    project.add_pairs([(f"{n:06d}", f"{IMAGES}/0.jpg", f"{n}", {"key": n}) for n in range(pairs)], "somewhere")
     project.record("generate", _results(project, "generate", texts, "ok"))
     if repair:
         project.record("repair", _results(project, "repair", [f"{text} It ends here." for text in texts], "ok"))
@@ -168,7 +168,7 @@ def filtering(pairs: int, scratch: Path) -> dict[str, float]:
     """CPU seconds of the filter for all pairs anew, and after a changed rule; and of one picture's print."""
     with described_project(scratch / "filter", pairs) as project:
         # Prints made at random, as of pictures that have nothing in common.
-        prints = np.random.default_rng(0).integers(0, 256, (pairs, PRINT_BYTES), dtype=np.uint8)
+        prints = np.random.default_rng(0).integers(0, 256, (pairs, HASH_BYTES), dtype=np.uint8)
         with project.transaction() as connection:
             connection.execute("CREATE TABLE picture_prints (pair_id INTEGER PRIMARY KEY, print BLOB NOT NULL)")
             rows = [(pair.id, one.tobytes()) for pair, one in zip(project.pairs(), prints)]
@@ -186,7 +186,7 @@ def filtering(pairs: int, scratch: Path) -> dict[str, float]:
         pictures[-1].write_bytes(photograph(number))
     start = time.process_time()
     for path in pictures:
-        picture_print(path)
+        near_duplicate_hash(path)
     found["one print"] = (time.process_time() - start) / len(pictures)
     return found
 
@@ -224,7 +224,7 @@ def table(results: dict[str, Any]) -> list[str]:
     middle = statistics.median
     single, batched = (results["generation"][size] for size in (1, results["batch"]))
     ratios = [one / other for one, other in zip(single, batched)]
-    per_minute = [60 * results["pictures"] / middle(seconds) for seconds in (single, batched)]
+    per_minute = [60 * results["images"] / middle(seconds) for seconds in (single, batched)]
     turn = {name: middle(seconds) for name, seconds in results["second turn"].items()}
     whole = [one / other for one, other in zip(*(results["second turn"][f"{w}, all"] for w in ("cache", "anew")))]
     start, *review = [second for seconds in results["review"].values() for second in seconds]
@@ -252,7 +252,7 @@ def table(results: dict[str, Any]) -> list[str]:
 def main() -> None:
     """Measures and prints."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--pictures", type=int, default=64, help="to describe")
+    parser.add_argument("--images", type=int, default=64, help="to describe")
     parser.add_argument("--batch", type=int, default=32, help="pictures that go through the model at once")
     parser.add_argument("--size", choices=SIZES, default="small", help="of the second turn's model, see peers.py")
     parser.add_argument("--repeats", type=int, default=5)
@@ -266,14 +266,14 @@ def main() -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     results: dict[str, Any] = {
-        "pictures": options.pictures,
+        "images": options.images,
         "batch": options.batch,
         "pairs": options.pairs,
         "review pairs": options.review_pairs,
     }
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
-        results["generation"] = generation(options.pictures, options.batch, options.repeats, scratch)
+        results["generation"] = generation(options.images, options.batch, options.repeats, scratch)
         results["second turn"] = second_turn(options.size, options.repeats)
         results["filter"] = filtering(options.pairs, scratch)
         results["review"] = reviewing(options.review_pairs, options.presses, scratch)

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from transformers.utils import logging
 
 from transformers_minigpt4.demo.run import build_model
-from transformers_minigpt4.demo.world import COLOURS, SHAPES, all_things, draw
+from transformers_minigpt4.demo.world import COLOURS, SHAPES, all_scenes, draw
 from transformers_minigpt4.evaluation.results import complete_records, summarise
 from transformers_minigpt4.evaluation.run import evaluate
 from transformers_minigpt4.evaluation.tasks import load_task
@@ -58,11 +58,11 @@ def write_gqa(folder: Path, questions: int) -> Path:
     (folder / "images").mkdir(parents=True)
     rows = {}
     for number in range(questions):
-        thing = rng.choice(all_things())
-        draw(thing, rng).save(folder / "images" / f"{number}.jpg")
-        about, answer = rng.choice((("colour", thing.colour), ("shape", thing.shape)))
+        scene = rng.choice(all_scenes())
+        draw(scene, rng).save(folder / "images" / f"{number}.jpg")
+        about, answer = rng.choice((("colour", scene.colour), ("shape", scene.shape)))
         text = (
-            f"What {about} is the {rng.choice(('thing', 'object in the picture', 'shape that is to be seen here'))}?"
+            f"What {about} is the {rng.choice(('scene', 'object in the picture', 'shape that is to be seen here'))}?"
         )
         rows[f"{number:08d}"] = {
             **{"question": text, "imageId": str(number), "answer": answer, "isBalanced": True},

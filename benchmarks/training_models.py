@@ -15,8 +15,8 @@ from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 from trl.trainer.utils import add_fused_lm_head
 
 from transformers_minigpt4 import MiniGPT4Processor
-from transformers_minigpt4.data.features import FeatureCollator, train_from_features
 from transformers_minigpt4.training.collator import ImageTextCollator
+from transformers_minigpt4.training.features import FeatureCollator, train_from_features
 from transformers_minigpt4.training.loss import LabelledCollator, keep_labelled
 from transformers_minigpt4.training.packing import pack
 from transformers_minigpt4.training.stages import prepare_stage

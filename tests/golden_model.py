@@ -6,10 +6,10 @@ import torch
 from transformers import AutoConfig
 
 from transformers_minigpt4 import MiniGPT4Config, MiniGPT4ForConditionalGeneration
-from transformers_minigpt4.hub.compose import mapped
-from transformers_minigpt4.hub.key_maps import EMBEDDING, HEAD, LANGUAGE_MODEL
-from transformers_minigpt4.hub.parts import Part, open_projection, open_qformer, open_vision_tower
-from transformers_minigpt4.hub.weights import open_weights
+from transformers_minigpt4.conversion.compose import mapped
+from transformers_minigpt4.conversion.key_maps import EMBEDDING, HEAD, LANGUAGE_MODEL
+from transformers_minigpt4.conversion.sources import Part, open_projector, open_qformer, open_vision_tower
+from transformers_minigpt4.conversion.weights import open_weights
 
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -44,7 +44,7 @@ def golden_state_dict(raw: dict) -> dict[str, torch.Tensor]:
     pieces = {
         **_vision_tower(raw).pieces,
         **_qformer(raw).pieces,
-        **open_projection(str(ALPHA / "minigpt4_stage2.pth")).pieces,
+        **open_projector(str(ALPHA / "minigpt4_stage2.pth")).pieces,
         **mapped(open_weights(str(ALPHA / "llm")), LANGUAGE_MODEL),
     }
     state = {name: piece.read().float() for name, piece in pieces.items()}

@@ -36,7 +36,7 @@ def empty_home(tmp_path, monkeypatch) -> Path:
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    folder = tmp_path / "pictures"
+    folder = tmp_path / "images"
     folder.mkdir()
     for number in range(5):
         Image.new("RGB", (50, 40), (50 * number, 100, 200)).save(folder / f"{number}.png")

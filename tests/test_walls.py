@@ -33,9 +33,10 @@ def own(path: Path) -> set[str]:
     """Modules of this package that a file imports, with their full names."""
     package = ["transformers_minigpt4", *path.relative_to(PACKAGE).parent.parts]
     names = set()
-    for level, module, _ in imports(path):
+    for level, module, imported in imports(path):
         if level:
-            names.add(".".join([*package[: len(package) - level + 1], *filter(None, [module])]))
+            base = ".".join([*package[: len(package) - level + 1], *filter(None, [module])])
+            names |= {base} if module else {f"{base}.{name}" for name in imported}
         elif module.split(".")[0] == "transformers_minigpt4":
             names.add(module)
     return names
@@ -67,51 +68,51 @@ def test_shipped_modules_raise_and_do_not_assert(path):
     assert not any(isinstance(node, ast.Assert) for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
 
 
-def test_nothing_imports_the_command_line():
-    for path in MODULES:
-        if path.name != "cli.py":
-            assert not any(name.endswith(".cli") for name in own(path)), path
+# Bottom up. A room imports from lower layers and from itself; rooms of one layer do not know each other.
+LAYERS = (
+    ("utils",),
+    ("modeling", "processing"),
+    ("auto",),
+    ("data", "llm", "web"),
+    ("inference", "hub", "conversion"),
+    ("training", "curation"),
+    ("evaluation",),
+    ("demo",),
+    ("cli",),
+)
+LEVELS = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
 
 
-def test_data_reaches_nothing_but_the_picture_loader():
-    allowed = {"transformers_minigpt4.processing.image_utils_minigpt4"}
-    for path in (PACKAGE / "data").glob("*.py"):
-        foreign = {name for name in own(path) if not name.startswith("transformers_minigpt4.data")}
-        assert foreign <= allowed, (path, foreign)
+def room(module: str) -> str:
+    return module.split(".")[1]
 
 
-BELOW = {
-    "chat": (),
-    "hub": ("modeling", "processing"),
-    "training": ("modeling", "processing", "data"),
-    "data/curation": ("data", "chat", "describe", "web_page", "processing.image_utils_minigpt4"),
-    "evaluation": ("data", "chat", "describe", "web_page", "processing.image_utils_minigpt4"),
-}
-# Where a folder meets what stands beside it.
-ALSO = {
-    "data/curation/build.py": ("hub",),
-    "data/curation/commands.py": ("hub",),
-    "evaluation/demo_world.py": ("demo",),
-}
+def test_every_room_has_its_layer():
+    assert {path.relative_to(PACKAGE).parts[0].removesuffix(".py") for path in MODULES} == {*LEVELS, "__init__"}
 
 
-@pytest.mark.parametrize("folder", BELOW)
-def test_folders_import_what_stands_below_them(folder):
-    paths = sorted((PACKAGE / folder).rglob("*.py"))
-    assert paths
-    for path in paths:
-        relative = str(path.relative_to(PACKAGE))
-        allowed = (folder.replace("/", "."), *BELOW[folder], *ALSO.get(relative, ()))
-        prefixes = tuple(f"transformers_minigpt4.{name}" for name in allowed)
-        foreign = {name for name in own(path) if name != "transformers_minigpt4" and not name.startswith(prefixes)}
-        assert not foreign, (path, foreign)
+@pytest.mark.parametrize("path", [path for path in MODULES if path.parent != PACKAGE or path.name != "__init__.py"])
+def test_imports_point_downwards(path):
+    here = path.relative_to(PACKAGE).with_suffix("").parts[0]
+    for name in own(path):
+        # `import transformers_minigpt4` registers the Auto classes and is no room.
+        if name != "transformers_minigpt4" and room(name) != here:
+            assert room(name) in LEVELS, f"{path} imports {name}, which is no room"
+            assert LEVELS[room(name)] < LEVELS[here], f"{path} imports {name} of its own layer or a higher one"
 
 
-def test_the_demo_uses_the_public_names():
-    """Those of the package, and the functions of a recipe that docs/training.md shows."""
-    for path in (PACKAGE / "demo").glob("*.py"):
-        foreign = {name for name in own(path) if not name.startswith("transformers_minigpt4.demo")}
-        assert foreign <= {"transformers_minigpt4", "transformers_minigpt4.training.sft"}, (path, foreign)
+def test_no_modules_import_each_other_in_a_circle():
+    modules = {
+        ".".join(["transformers_minigpt4", *path.relative_to(PACKAGE).with_suffix("").parts]): path for path in MODULES
+    }
+    graph = {
+        name: {other for imported in own(path) for other in modules if other in (imported, f"{imported}.__init__")}
+        for name, path in modules.items()
+    }
+    # Whatever does not import, or is imported by, what is left goes; a circle stays.
+    while leaves := {name for name, imported in graph.items() if not imported & graph.keys()}:
+        graph = {name: imported for name, imported in graph.items() if name not in leaves}
+    assert not graph
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))

@@ -15,17 +15,18 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from transformers_minigpt4.data.commands import check
-from transformers_minigpt4.data.curation.commands import COMMANDS as CURATION_COMMANDS
+from transformers_minigpt4.conversion.commands import convert, verify
+from transformers_minigpt4.curation.commands import COMMANDS as CURATION_COMMANDS
+from transformers_minigpt4.demo.commands import evaluate_demo
 from transformers_minigpt4.evaluation import commands as evaluation
 from transformers_minigpt4.evaluation.human_page import COMMANDS as JUDGING_COMMANDS
-from transformers_minigpt4.hub.commands import convert, verify
-from transformers_minigpt4.hub.publish_commands import push
+from transformers_minigpt4.hub.commands import push
 from transformers_minigpt4.training.commands import CONTEXT_SETTINGS, features, train
+from transformers_minigpt4.training.data_commands import check
 
 
 if TYPE_CHECKING:
-    from transformers_minigpt4.describe import CaptionFile
+    from transformers_minigpt4.inference.describe import CaptionFile
 
 
 INTERRUPTED = 130  # what shells report for a program ended by Ctrl-C
@@ -131,7 +132,7 @@ def _quieten_libraries(debug: bool) -> None:
 
 @app.command(cls=_Command)
 def describe(
-    pictures: Annotated[
+    images: Annotated[
         list[str],
         typer.Argument(metavar="PICTURE...", help="Files, folders, URLs, or - for a list on standard input."),
     ],
@@ -176,9 +177,9 @@ def describe(
     the exit status is then 1; run again with the same --output, it is tried once more.
     """
     with contextlib.ExitStack() as stack:
-        from transformers_minigpt4.describe import CaptionFile, expand_sources, load_model_and_processor
+        from transformers_minigpt4.inference.describe import CaptionFile, expand_sources, load_model_and_processor
 
-        sources = expand_sources(pictures, sys.stdin)
+        sources = expand_sources(images, sys.stdin)
         if not sources:
             raise ValueError("the list of pictures is empty; name at least one file, folder or URL")
         checkpoint = model or _demo_checkpoint()
@@ -228,12 +229,12 @@ def _demo_checkpoint() -> str:
 
 def _describe_one(source: str, model: Any, processor: Any, settings: dict[str, Any]) -> int:
     """Stream one answer to stdout; returns how many pictures failed."""
-    from transformers_minigpt4.describe import CaptionStreamer
-    from transformers_minigpt4.describe import describe as describe_pictures
+    from transformers_minigpt4.inference.describe import CaptionStreamer
+    from transformers_minigpt4.inference.describe import describe as describe_images
 
     streamer = CaptionStreamer(processor, lambda text: typer.echo(text, nl=False))
     settings = {**settings, "batch_size": 1, "streamer": streamer}
-    (record,) = describe_pictures([source], model, processor, **settings)
+    (record,) = describe_images([source], model, processor, **settings)
     if "error" in record:
         _complain(record["error"])
         return 1
@@ -252,15 +253,15 @@ def _describe_many(
     """Write one JSON line a picture to `captions` or stdout; returns how many pictures failed."""
     from tqdm.auto import tqdm
 
-    from transformers_minigpt4.describe import describe as describe_pictures
-    from transformers_minigpt4.describe import to_json
+    from transformers_minigpt4.inference.describe import describe as describe_images
+    from transformers_minigpt4.inference.describe import to_json
 
     done = failed = 0
     where = f" in {captions.path}" if captions is not None else ""
     # disable=None: no bar where stderr is a file.
-    with tqdm(total=len(sources), unit="picture", file=sys.stderr, disable=None) as bar:
+    with tqdm(total=len(sources), unit="image", file=sys.stderr, disable=None) as bar:
         try:
-            for record in describe_pictures(sources, model, processor, **settings):
+            for record in describe_images(sources, model, processor, **settings):
                 if "error" in record:
                     failed += 1
                     bar.write(f"minigpt4: {record['error']}", file=sys.stderr)
@@ -337,7 +338,7 @@ def merge(
     ] = "auto",
 ) -> None:
     """Write the full model of a checkpoint that holds trained parts alone."""
-    from transformers_minigpt4.hub.merge import merge_checkpoint
+    from transformers_minigpt4.conversion.merge import merge_checkpoint
 
     merge_checkpoint(source, output, dtype)
     typer.echo(f"full model in {output}", err=True)
@@ -370,7 +371,7 @@ _add_group("curate", "Make a stage-2 data set: describe, repair, filter, review,
 evaluate_group = _add_group(
     "evaluate",
     "Measure a checkpoint: `evaluate CHECKPOINT --tasks ...` is short for `evaluate run CHECKPOINT --tasks ...`.",
-    {"run": evaluation.run, "compare": evaluation.compare},
+    {"run": evaluation.run, "compare": evaluation.compare, "demo": evaluate_demo},
     evaluation.EvaluateGroup,
 )
 _add_group("people", "Let people judge answers of the task advanced, blind.", JUDGING_COMMANDS, parent=evaluate_group)

@@ -4,7 +4,7 @@ import json
 
 import fsspec
 import pytest
-from data_files import caption, number_of, numbers, picture_bytes, pictures, shards, write_csv, write_json, write_lines
+from data_files import caption, image_bytes, number_of, numbers, pictures, shards, write_csv, write_json, write_lines
 from datasets import Dataset
 from datasets import Image as ImageFeature
 
@@ -73,7 +73,7 @@ def image_folder(folder):
 
 
 def dataset(count=3, **columns):
-    images = [{"bytes": picture_bytes(number), "path": None} for number in range(count)]
+    images = [{"bytes": image_bytes(number), "path": None} for number in range(count)]
     table = {"image": images, "image_id": list(map(str, range(count))), "caption": list(map(caption, range(count)))}
     return Dataset.from_dict({**table, **columns}).cast_column("image", ImageFeature())
 
@@ -113,7 +113,7 @@ FORMATS = [
 @pytest.mark.parametrize("make", FORMATS, ids=lambda make: make.__name__)
 class TestEveryFormat:
     def test_its_rows(self, make, tmp_path):
-        rows = open_rows(make(tmp_path / "s"), "stage2", passes=1, shuffle=False, max_bad_share=0)
+        rows = open_rows(make(tmp_path / "s"), "stage2", passes=1, shuffle=False, max_error_rate=0)
         found = list(rows.dataset)
         for row in found:
             validate_row(row)
@@ -139,7 +139,7 @@ class TestLlava:
     def read(self, tmp_path, records, form="messages", **options):
         pictures(tmp_path, range(3))
         path = write_json(tmp_path / "chat.json", records)
-        rows = open_rows(f"llava:{path}", form, passes=1, shuffle=False, max_bad_share=None, **options)
+        rows = open_rows(f"llava:{path}", form, passes=1, shuffle=False, max_error_rate=None, **options)
         return list(rows.dataset), rows.problems
 
     def test_several_turns(self, tmp_path):
@@ -170,7 +170,7 @@ class TestLlava:
         "no mark": (conversation(1, "What?", "A dog."), "image"),
         "two marks": (conversation(1, "<image><image>", "A dog."), "image"),
         "number as image": (conversation(1, image=3), "image"),
-        "missing file": (conversation(9), "picture"),
+        "missing file": (conversation(9), "image"),
         "mark in the answer": (conversation(1, "What?", "<image>"), "entry"),
         "answer first": ({**conversation(1), "conversations": [{"from": "gpt", "value": "x"}]}, "entry"),
         "no answer": (conversation(1, "<image>"), "entry"),
@@ -192,7 +192,7 @@ class TestLlava:
 class TestBadRows:
     def test_are_counted_logged_written_and_skipped(self, tmp_path, caplog):
         pictures(tmp_path, range(6))
-        (tmp_path / "1.png").write_bytes(picture_bytes(1)[:45])
+        (tmp_path / "1.png").write_bytes(image_bytes(1)[:45])
         (tmp_path / "2.png").write_text("no picture")
         lines = [{"path": f"{number}.png", "caption": caption(number)} for number in range(6)]
         lines[3]["caption"] = " "
@@ -208,15 +208,15 @@ class TestBadRows:
             "shard": 0,
             "entry": 2,
             "image": 1,
-            "picture": 3,
+            "unreadable_image": 3,
             "caption": 1,
             "form": 0,
         }
         written = [json.loads(line) for line in log.read_text().splitlines()]
         assert len(written) == len(caplog.messages) == 7
         assert {(entry["kind"], entry["key"]) for entry in written} == {
-            *(("picture", f"line {number + 1} ({number}.png)") for number in (1, 2)),
-            ("picture", "line 10 (gone.png)"),
+            *(("image", f"line {number + 1} ({number}.png)") for number in (1, 2)),
+            ("image", "line 10 (gone.png)"),
             ("caption", "line 4 (3.png)"),
             *(("entry", f"line {number}") for number in (7, 8)),
             ("image", "line 9"),
@@ -231,18 +231,18 @@ class TestBadRows:
         source = f"table:{write_lines(tmp_path / 'list.jsonl', lines)}"
         found = []
         with pytest.raises(
-            DataError, match=r"20 of the first 200 rows of table:.* max_bad_share, 5\.0%; the last was"
+            DataError, match=r"20 of the first 200 rows of table:.* max_error_rate, 5\.0%; the last was"
         ):
             for row in open_rows(source, "stage2", passes=1, shuffle=False).dataset:
                 found.append(row)
         assert len(found) == 180  # not before 200 rows, nine of ten of which are good
-        assert len(list(open_rows(source, "stage2", passes=1, max_bad_share=0.1).dataset)) == 360
+        assert len(list(open_rows(source, "stage2", passes=1, max_error_rate=0.1).dataset)) == 360
 
     def test_a_parquet_with_holes(self, tmp_path):
         (tmp_path / "data").mkdir()
         images = [
             None,
-            *({"bytes": picture_bytes(number), "path": None} for number in (1, 2)),
+            *({"bytes": image_bytes(number), "path": None} for number in (1, 2)),
             {"bytes": b"x", "path": None},
         ]
         broken = dataset(4, caption=["a", "Picture 1", None, "Picture 3"], image=images)
@@ -250,18 +250,18 @@ class TestBadRows:
         rows = open_rows(f"dataset:{tmp_path}", "stage2", passes=1)
         assert numbers(rows.dataset) == [1]
         (seen,) = rows.problems.counts().values()
-        assert (seen["image"], seen["caption"], seen["picture"]) == (1, 1, 1)
+        assert (seen["image"], seen["caption"], seen["image"]) == (1, 1, 1)
 
     def test_pictures_of_another_file_system(self, monkeypatch):
         """As the image folders of the Hub have them: the path is a URL, and the bytes are not there."""
-        fsspec.filesystem("memory").pipe("/pictures/0.png", picture_bytes(0))
+        fsspec.filesystem("memory").pipe("/pictures/0.png", image_bytes(0))
         images = [{"bytes": None, "path": f"memory://pictures/{number}.png"} for number in (0, 1)]
         streamed = dataset(2, image=images).to_iterable_dataset()
         monkeypatch.setattr("transformers_minigpt4.data.sources.load_dataset", lambda *_, **__: streamed)
         rows = open_rows("dataset:my/pictures", "stage2", passes=1)
         assert numbers(rows.dataset) == [0]
         ((kind, examples),) = rows.problems.examples.items()
-        assert kind[1] == "picture" and examples[0][0].endswith("/1")
+        assert kind[1] == "image" and examples[0][0].endswith("/1")
 
     def test_a_parquet_cut_short(self, tmp_path):
         source = parquet(tmp_path)
@@ -358,7 +358,7 @@ class TestSourcesThatCannotBeOpened:
         with pytest.raises(DataError, match="passes and min_shards are 1 or more"):
             open_rows(source, "stage2", passes=0)
         with pytest.raises(DataError, match="between 0 and 1"):
-            open_rows(source, "stage2", max_bad_share=5)
+            open_rows(source, "stage2", max_error_rate=5)
 
 
 def test_the_fingerprint_follows_the_data(tmp_path):

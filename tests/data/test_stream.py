@@ -156,7 +156,7 @@ class TestSplit:
         source = shards(tmp_path, 4, 5)
         for place in range(3):
             (tmp_path / f"{place:05}.tar").write_bytes((tmp_path / f"{place:05}.tar").read_bytes()[:2000])
-        rows = open_rows(source, "stage2", passes=1, max_bad_share=None)
+        rows = open_rows(source, "stage2", passes=1, max_error_rate=None)
         found = loaded(rows.dataset, 2)
         (seen,) = rows.problems.counts().values()
         assert (seen["shard"], seen["shards"]) == (3, 4) and seen["rows"] == len(found)

@@ -6,7 +6,7 @@ import tarfile
 
 import fsspec
 import pytest
-from data_files import caption, numbers, picture_bytes, sample, shard, shards
+from data_files import caption, image_bytes, numbers, sample, shard, shards
 
 from transformers_minigpt4.data.schema import DataError
 from transformers_minigpt4.data.sources import open_rows
@@ -90,22 +90,22 @@ def test_bad_samples(tmp_path):
     text = json.dumps({"caption": caption(1)}).encode()
     samples = {
         "0": sample(0),
-        "1": {"json": text, "txt": b"other", "jpg": picture_bytes(1, "JPEG")},
-        "2": {"png": picture_bytes(2), "txt": caption(2).encode()},
-        "3": {"png": picture_bytes(3), "json": b"{"},
-        "4": {"png": picture_bytes(4), "json": b"[]"},
-        "5": {"png": picture_bytes(5), "json": b'{"caption": ""}'},
-        "6": {"png": picture_bytes(6)},
+        "1": {"json": text, "txt": b"other", "jpg": image_bytes(1, "JPEG")},
+        "2": {"png": image_bytes(2), "txt": caption(2).encode()},
+        "3": {"png": image_bytes(3), "json": b"{"},
+        "4": {"png": image_bytes(4), "json": b"[]"},
+        "5": {"png": image_bytes(5), "json": b'{"caption": ""}'},
+        "6": {"png": image_bytes(6)},
         "7": {"json": text},
-        "8": {"png": picture_bytes(8)[:45], "json": text},
-        "9": {"png": picture_bytes(9), "jpg": picture_bytes(9), "json": text},
-        "sub/10": {"PNG": picture_bytes(10), "json": json.dumps({"caption": caption(10)}).encode()},
-        ".hidden": {"png": picture_bytes(3)},
+        "8": {"png": image_bytes(8)[:45], "json": text},
+        "9": {"png": image_bytes(9), "jpg": image_bytes(9), "json": text},
+        "sub/10": {"PNG": image_bytes(10), "json": json.dumps({"caption": caption(10)}).encode()},
+        ".hidden": {"png": image_bytes(3)},
     }
     source = f"wds:{shard(tmp_path / 'a.tar', samples)}"
     found, problems = read(source)
     assert found == [0, 1, 2, 10]
-    assert problems == {"entry": 2, "caption": 2, "image": 2, "picture": 1}
+    assert problems == {"entry": 2, "caption": 2, "image": 2, "unreadable_image": 1}
     rows = open_rows(source, "stage2", passes=1, shuffle=False)
     assert [row["key"] for row in rows.dataset] == ["a.tar/0", "a.tar/1", "a.tar/2", "a.tar/sub/10"]
 

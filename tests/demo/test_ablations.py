@@ -16,7 +16,7 @@ from transformers_minigpt4.demo.run import build_model
 def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo")
     screen = io.StringIO()
-    rows = run_ablations(folder, steps=4, held_out_pictures=6, console=Console(file=screen, width=140))
+    rows = run_ablations(folder, steps=4, held_out_images=6, console=Console(file=screen, width=140))
     return folder, rows, screen.getvalue()
 
 

@@ -10,9 +10,10 @@ import urllib.request
 
 import pytest
 
-from transformers_minigpt4.chat import ChatError, ChatSettings, open_chat_model
 from transformers_minigpt4.demo import endpoint
 from transformers_minigpt4.demo.endpoint import MODEL, NOTICE, make_server, repair
+from transformers_minigpt4.llm.opening import open_chat_model
+from transformers_minigpt4.llm.types import ChatError, ChatSettings
 
 
 @pytest.fixture(scope="module")
@@ -54,11 +55,11 @@ def test_good_texts_stay_as_they_are():
     from random import Random
 
     from transformers_minigpt4.demo.texts import detailed_description
-    from transformers_minigpt4.demo.world import all_things
+    from transformers_minigpt4.demo.world import all_scenes
 
     rng = Random(0)
-    for thing in all_things():
-        text = detailed_description(thing, rng)
+    for scene in all_scenes():
+        text = detailed_description(scene, rng)
         assert repair(text) == text
 
 

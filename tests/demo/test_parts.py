@@ -8,11 +8,11 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 
 from transformers_minigpt4.demo.make_language import Example, Writer, collate
 from transformers_minigpt4.demo.make_parts import load_vision
-from transformers_minigpt4.demo.make_vision import make_pictures, normalise
+from transformers_minigpt4.demo.make_vision import make_images, normalise
 from transformers_minigpt4.demo.run import PARTS, build_model
 from transformers_minigpt4.demo.scoring import right_attributes
 from transformers_minigpt4.demo.texts import INSTRUCTIONS, STAGE_2_TEMPLATE
-from transformers_minigpt4.demo.world import held_out_things, training_things
+from transformers_minigpt4.demo.world import held_out_scenes, training_scenes
 
 
 @pytest.fixture(scope="module")
@@ -78,9 +78,9 @@ def test_query_outputs_tell_held_out_pictures_apart():
     """A linear classifier fitted on shown combinations names the attributes of held-out ones."""
     vision = load_vision(PARTS)
     with torch.no_grad():
-        pixels, words = make_pictures(training_things(), 691, seed=5)
+        pixels, words = make_images(training_scenes(), 691, seed=5)
         features = torch.cat([vision(normalise(chunk)) for chunk in pixels.split(100)]).flatten(1)
-        held_out_pixels, held_out_words = make_pictures(held_out_things(), 173, seed=6)
+        held_out_pixels, held_out_words = make_images(held_out_scenes(), 173, seed=6)
         held_out = torch.cat([vision(normalise(chunk)) for chunk in held_out_pixels.split(100)]).flatten(1)
     for attribute in range(words.shape[1]):
         targets = torch.nn.functional.one_hot(words[:, attribute]).float()
@@ -92,15 +92,15 @@ def test_query_outputs_tell_held_out_pictures_apart():
 
 def test_language_model_describes_what_a_list_holds(tokenizer, language_model):
     writer = Writer(tokenizer, random.Random(0))
-    things = writer.rng.sample(held_out_things(), 16)
+    scenes = writer.rng.sample(held_out_scenes(), 16)
     before, after = STAGE_2_TEMPLATE.format(image="\0", text=INSTRUCTIONS[0]).split("\0")
-    examples = [writer.example(before, writer.slots(list(thing.words)), after, "") for thing in things]
+    examples = [writer.example(before, writer.slots(list(scene.words)), after, "") for scene in scenes]
     ids = collate([Example(example.ids, example.slots, 0) for example in examples])["input_ids"]
     with torch.no_grad():
         output = language_model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=80, do_sample=False)
     texts = [text.split("###")[0] for text in tokenizer.batch_decode(output[:, ids.shape[1] :])]
-    right = [sum(right_attributes(text, thing).values()) for text, thing in zip(texts, things)]
-    assert sum(right) >= 0.95 * 4 * len(things), texts
+    right = [sum(right_attributes(text, scene).values()) for text, scene in zip(texts, scenes)]
+    assert sum(right) >= 0.95 * 4 * len(scenes), texts
 
 
 def test_model_holds_the_parts_and_differs_by_seed_in_the_projection_alone(language_model):

@@ -4,12 +4,12 @@ import csv
 
 import pytest
 
-from transformers_minigpt4.demo.reviewer import judge, main, review, shown_thing
+from transformers_minigpt4.demo.reviewer import judge, main, review, shown_scene
 from transformers_minigpt4.demo.scoring import failure, right_attributes
-from transformers_minigpt4.demo.world import Thing, all_things
+from transformers_minigpt4.demo.world import Scene, all_scenes
 
 
-THING = Thing("red", "circle", "large", "top", "left")
+SCENE = Scene("red", "circle", "large", "top", "left")
 RIGHT = "The picture shows a large red circle. It is in the top left of the image. The background is plain."
 
 
@@ -32,32 +32,32 @@ RIGHT = "The picture shows a large red circle. It is in the top left of the imag
     ],
 )
 def test_right_texts_are_accepted_near_ones_edited_and_others_rejected(text, decision):
-    assert judge(text, THING) == decision
+    assert judge(text, SCENE) == decision
     if decision[0] == "edit":
-        assert failure(decision[1], THING) is None and all(right_attributes(decision[1], THING).values())
+        assert failure(decision[1], SCENE) is None and all(right_attributes(decision[1], SCENE).values())
 
 
 def test_an_orange_thing_gets_its_article():
-    assert judge(RIGHT.replace("large red", "red"), Thing("orange", "circle", "large", "top", "left"))[0] == "reject"
+    assert judge(RIGHT.replace("large red", "red"), Scene("orange", "circle", "large", "top", "left"))[0] == "reject"
     text = "There is a red circle in this picture. It is large. It is in the top left of the image."
-    edited = judge(text, Thing("orange", "circle", "large", "top", "left"))[1]
+    edited = judge(text, Scene("orange", "circle", "large", "top", "left"))[1]
     assert edited.startswith("There is an orange circle")
 
 
 @pytest.mark.parametrize("key", ["large-red-circle-top-left", "0007_top_left_red_large_circle.png"])
 def test_a_key_tells_what_its_picture_shows(key):
-    assert shown_thing(key) == THING
+    assert shown_scene(key) == SCENE
 
 
 def test_every_thing_of_the_world_can_be_told_by_its_words():
-    for thing in all_things():
-        assert shown_thing("-".join((thing.size, thing.colour, thing.shape, *thing.place.split()))) == thing
+    for scene in all_scenes():
+        assert shown_scene("-".join((scene.size, scene.colour, scene.shape, *scene.place.split()))) == scene
 
 
 @pytest.mark.parametrize("key", ["00007", "large-red-circle", "large-red-blue-circle-top-left"])
 def test_other_keys_are_refused(key):
     with pytest.raises(ValueError, match="small world"):
-        shown_thing(key)
+        shown_scene(key)
 
 
 def test_it_reads_an_export_and_writes_decisions(tmp_path):

@@ -14,7 +14,7 @@ from transformers_minigpt4 import MiniGPT4ForConditionalGeneration, MiniGPT4Proc
 from transformers_minigpt4.demo.contact_sheet import save_contact_sheet
 from transformers_minigpt4.demo.run import build_model, describe, run_demo, stage_1_rows, stage_2_rows
 from transformers_minigpt4.demo.scoring import named_values
-from transformers_minigpt4.demo.world import Thing, is_held_out
+from transformers_minigpt4.demo.world import Scene, is_held_out
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +22,7 @@ def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo")
     screen = io.StringIO()
     console = Console(file=screen, width=120)
-    results = run_demo(folder, stage_1_steps=30, stage_2_steps=70, held_out_pictures=40, console=console)
+    results = run_demo(folder, stage_1_steps=30, stage_2_steps=70, held_out_images=40, console=console)
     return folder, results, screen.getvalue()
 
 
@@ -32,7 +32,7 @@ def test_files(finished):
     assert len(written.pop("descriptions")) == 40
     assert written == json.loads(json.dumps(results))
     assert Image.open(folder / "contact_sheet.png").size[0] > 600
-    assert len(list((folder / "pictures").glob("*.png"))) == 12
+    assert len(list((folder / "images").glob("*.png"))) == 12
     assert not [path for path in folder.iterdir() if path.name.startswith(".")]
 
 
@@ -64,7 +64,7 @@ def test_checkpoint_describes(finished):
     folder, _, _ = finished
     model = MiniGPT4ForConditionalGeneration.from_pretrained(folder / "checkpoint")
     processor = MiniGPT4Processor.from_pretrained(folder / "checkpoint")
-    picture = Image.open(next((folder / "pictures").glob("*.png")))
+    picture = Image.open(next((folder / "images").glob("*.png")))
     texts, _ = describe(model, processor, [picture])
     assert isinstance(texts[0], str) and "###" not in texts[0]
 
@@ -77,7 +77,7 @@ def test_rows_hold_no_held_out_combination(make_rows):
         if all(named.values()):
             (colour,), (shape,), (size,), (place,) = named.values()
             row, column = ("middle", "center") if place == "center" else place.split()
-            assert not is_held_out(Thing(colour, shape, size, row, column))
+            assert not is_held_out(Scene(colour, shape, size, row, column))
     assert make_rows(64, 0)["completion"][:] == rows["completion"][:]
 
 
@@ -107,7 +107,7 @@ def test_completions_are_within_the_papers_limits(make_rows, limit):
 @pytest.mark.parametrize("count", [0, 174])
 def test_impossible_number_of_pictures(tmp_path, count):
     with pytest.raises(ValueError, match="173 combinations"):
-        run_demo(tmp_path, held_out_pictures=count)
+        run_demo(tmp_path, held_out_images=count)
 
 
 def test_impossible_number_of_steps(tmp_path):

@@ -3,11 +3,11 @@
 import pytest
 
 from transformers_minigpt4.demo.scoring import failure, named_values, right_attributes, summarise
-from transformers_minigpt4.demo.world import Thing
+from transformers_minigpt4.demo.world import Scene
 
 
-STAR = Thing("red", "star", "large", "top", "left")
-CENTRE = Thing("blue", "ring", "small", "middle", "center")
+STAR = Scene("red", "star", "large", "top", "left")
+CENTRE = Scene("blue", "ring", "small", "middle", "center")
 GOOD = "The picture shows a large red star. It lies in the top left of the image."
 
 

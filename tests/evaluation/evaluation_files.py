@@ -3,19 +3,14 @@
 import json
 import os
 import signal
-import sys
 from pathlib import Path
 
 import torch
 from PIL import Image
 
-from transformers_minigpt4.describe import load_model_and_processor
 from transformers_minigpt4.evaluation import run as running
 from transformers_minigpt4.evaluation.evaluator import Metric, Question, Task, find_file, mean, ratio, read_json
-
-
-# Tiny models of other families, and a Hub; pytest puts a folder of tests on the path only when it collects from it.
-sys.path += [str(Path(__file__).parents[1] / folder) for folder in ("training", "hub")]
+from transformers_minigpt4.inference.describe import load_model_and_processor
 
 
 class Letters(Task):
@@ -27,7 +22,7 @@ class Letters(Task):
     data = "letters.json"
     dataset = "letters"
     split = "val"
-    prompts = {"one": "What is this {thing}?"}
+    prompts = {"one": "What is this {scene}?"}
     generation = {"max_new_tokens": 4}
     metrics = (
         Metric("accuracy", True, "%", mean("correct", scale=100)),
@@ -43,7 +38,7 @@ class Letters(Task):
         return [
             Question(
                 str(row["id"]),
-                self.prompts["one"].format(thing=row["thing"]),
+                self.prompts["one"].format(scene=row["scene"]),
                 tuple(str(path.parent / name) for name in row["images"]),
                 row["reference"],
                 {"kind": "even" if row["id"] % 2 == 0 else "odd"},
@@ -75,7 +70,7 @@ def write_letters(folder: Path, rows: int = 10, images: int = 1) -> Path:
         names = [f"{i}-{n}.png" for n in range(images)]
         for n, name in enumerate(names):
             picture(3 * i + n).save(folder / name)
-        entries.append({"id": i, "thing": "thing " * (1 + i % 4), "images": names, "reference": i % 2})
+        entries.append({"id": i, "scene": "thing " * (1 + i % 4), "images": names, "reference": i % 2})
     (folder / "letters.json").write_text(json.dumps(entries))
     return folder
 

@@ -38,9 +38,9 @@ def write_lines(path: Path, rows: list[dict[str, Any]]) -> Path:
     return path
 
 
-def write_advanced(folder: Path, pictures: int = 2, described: bool = True) -> Path:
+def write_advanced(folder: Path, images: int = 2, described: bool = True) -> Path:
     for task in ("meme", "recipe", "advertisement", "poem"):
-        names = [f"{number:02d}.png" for number in range(pictures)]
+        names = [f"{number:02d}.png" for number in range(images)]
         for name in names:
             write_picture(folder / task / name)
         if described:

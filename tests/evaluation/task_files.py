@@ -84,7 +84,7 @@ def write_captioned(folder: Path) -> None:
 
 
 DATA = {
-    "advanced": lambda folder: write_advanced(folder, pictures=1),
+    "advanced": lambda folder: write_advanced(folder, images=1),
     "coco_coverage": write_captioned,
     "stage2_failures": write_captioned,
     "aokvqa": write_aokvqa,

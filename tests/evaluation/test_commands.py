@@ -118,8 +118,6 @@ def test_bad_input_is_one_line(checkpoint, data, tmp_path):
     assert "either one --data" in complaint(checkpoint, "--tasks", "letters", "--data", data, "--data", tmp_path)
     assert "no data for the task" in complaint(checkpoint, "--tasks", "letters", "--data", tmp_path / "gone")
     assert "no model folder" in complaint("./gone", "--tasks", "letters", "--data", data)
-    assert "--demo makes its own" in complaint(checkpoint, "--demo")
-    assert "leave out" in complaint("--demo", "--limit", 3)
     assert "needs a judge" in complaint(checkpoint, "--tasks", "judged_letters", "--data", data)
     line = complaint(checkpoint, "--tasks", "letters", "--data", data, "--judge-url", "http://127.0.0.1:9/v1")
     assert "--judge-url is given without --judge" in line

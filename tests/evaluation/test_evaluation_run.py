@@ -29,10 +29,8 @@ from transformers import (
     T5Config,
 )
 
-from transformers_minigpt4.chat import ChatSettings, open_chat_model
-from transformers_minigpt4.describe import load_model_and_processor
 from transformers_minigpt4.evaluation import run as running
-from transformers_minigpt4.evaluation.answering import AnswerStore, make_batches, picture_digest
+from transformers_minigpt4.evaluation.answering import AnswerStore, image_digest, make_batches
 from transformers_minigpt4.evaluation.compare import compare_results
 from transformers_minigpt4.evaluation.evaluator import Question
 from transformers_minigpt4.evaluation.results import checkpoint_fingerprint, data_fingerprint, read_results
@@ -40,6 +38,9 @@ from transformers_minigpt4.evaluation.run import evaluate
 from transformers_minigpt4.evaluation.tasks import load_task
 from transformers_minigpt4.hub.cards import Licence
 from transformers_minigpt4.hub.publish import prepare
+from transformers_minigpt4.inference.describe import load_model_and_processor
+from transformers_minigpt4.llm.opening import open_chat_model
+from transformers_minigpt4.llm.types import ChatSettings
 
 
 @pytest.fixture
@@ -64,7 +65,7 @@ def test_results_hold_all_that_they_depend_on(tiny_checkpoint, data, tmp_path):
         "repetition_penalty": 1.0,
         "max_new_tokens": 4,
     }
-    assert entry["prompts"] == {"one": "What is this {thing}?"}
+    assert entry["prompts"] == {"one": "What is this {scene}?"}
     assert (entry["samples"], entry["failures"], entry["primary"]) == (10, 0, "accuracy")
     assert entry["metrics"].keys() == {"accuracy", "accuracy/even", "share"} == entry["intervals"].keys()
     assert entry["without_value"] == ["never"]
@@ -243,7 +244,7 @@ def test_a_question_under_two_ids_is_asked_once(tiny_checkpoint, data, tmp_path,
 def test_what_changed_is_asked_again(tiny_checkpoint, data, tmp_path, monkeypatch):
     evaluate(tiny_checkpoint, [Letters()], data, tmp_path / "out")
     rows = json.loads((data / "letters.json").read_text())
-    rows[3]["thing"] = "other"
+    rows[3]["scene"] = "other"
     (data / "letters.json").write_text(json.dumps(rows))
     (data / "5-0.png").write_bytes((data / "1-0.png").read_bytes() + b"\0")
     asked = counting(monkeypatch)
@@ -397,7 +398,7 @@ def test_data_may_move_but_not_change(data, tmp_path):
     rows[0]["reference"] = 1
     (moved / "letters.json").write_text(json.dumps(rows))
     assert data_fingerprint(Letters().questions(moved)) != first
-    assert picture_digest(b"a") != picture_digest(b"b")
+    assert image_digest(b"a") != image_digest(b"b")
 
 
 def test_checkpoint_fingerprint_sees_one_weight(tiny_checkpoint, tmp_path):

@@ -135,7 +135,7 @@ def test_the_task_of_the_documentation_works(tmp_path):
     (code,) = re.findall(r"```python\n(from transformers_minigpt4.evaluation.evaluator import.*?)```", page, re.DOTALL)
     names = {}
     exec(code, names)
-    rows = [{"id": key, "things": "dogs", "image": f"{key}.jpg", "n": 2} for key in "abc"]
+    rows = [{"id": key, "scenes": "dogs", "image": f"{key}.jpg", "n": 2} for key in "abc"]
     (tmp_path / "counting.json").write_text(json.dumps(rows))
     task = names["Counting"]()
     questions = task.questions(tmp_path)

@@ -79,13 +79,13 @@ def test_a_sheet_is_shuffled_and_whole(sheet, runs, tmp_path):
     assert len(sheet.items) == 16 and len(sheet.asked) == 15
     models = [item.model for item in sheet.items]
     assert models != sorted(models) and len({item.id for item in sheet.items}) == 16
-    assert len(list((sheet.folder / "pictures").iterdir())) == 8
+    assert len(list((sheet.folder / "images").iterdir())) == 8
     again, other = make_sheet(runs, tmp_path / "again"), make_sheet(runs, tmp_path / "other", seed=1)
     assert [item.id for item in again.items] == [item.id for item in sheet.items]
     assert [(i.model, i.question) for i in other.items] != [(i.model, i.question) for i in sheet.items]
     # The same picture has one name, whoever answered.
-    pictures = {item.question: item.picture for item in sheet.items}
-    assert all(item.picture == pictures[item.question] for item in sheet.items)
+    pictures = {item.question: item.image for item in sheet.items}
+    assert all(item.image == pictures[item.question] for item in sheet.items)
 
 
 def test_counts_by_hand(sheet):

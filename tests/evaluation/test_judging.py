@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 from scripted_endpoint import Reply, ScriptedEndpoint
 
-from transformers_minigpt4.chat import ChatSettings, open_chat_model
 from transformers_minigpt4.evaluation.judging import (
     TWO_SCORES,
     YES_NO,
@@ -18,6 +17,8 @@ from transformers_minigpt4.evaluation.judging import (
 )
 from transformers_minigpt4.evaluation.tasks import load_task
 from transformers_minigpt4.evaluation.tasks.advanced import CRITERIA
+from transformers_minigpt4.llm.opening import open_chat_model
+from transformers_minigpt4.llm.types import ChatSettings
 
 
 def settings(endpoint, **more):

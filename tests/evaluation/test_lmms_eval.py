@@ -82,10 +82,10 @@ def model(adapter, tiny_checkpoint):
         f"pretrained={tiny_checkpoint}", {"batch_size": 2, "max_batch_size": None, "device": "cpu"}
     )
     documents = [
-        {"pictures": [Image.new("RGB", (30 + 5 * i, 40), (40 * i, 90, 200))], "text": "word " * (1 + i)}
+        {"images": [Image.new("RGB", (30 + 5 * i, 40), (40 * i, 90, 200))], "text": "word " * (1 + i)}
         for i in range(5)
     ]
-    documents.append({"pictures": [], "text": "no picture"})
+    documents.append({"images": [], "text": "no picture"})
     made.task_dict = {"tiny": {"test": documents}}
     return made
 
@@ -95,7 +95,7 @@ def request(adapter, model, number, settings=None, task="tiny"):
     arguments = (
         f"<image>\n{text}",
         settings or {"max_new_tokens": 4},
-        lambda doc: doc["pictures"],
+        lambda doc: doc["images"],
         number,
         task,
         "test",
@@ -135,7 +135,7 @@ def test_settings_of_tasks(adapter, model):
 
 
 def test_what_it_cannot_do(adapter, model):
-    model.task_dict["clips"] = {"test": [{"pictures": ["clip.mp4"], "text": "what?"}]}
+    model.task_dict["clips"] = {"test": [{"images": ["clip.mp4"], "text": "what?"}]}
     with pytest.raises(ValueError, match="the task clips holds a str, but the model takes pictures alone"):
         model.generate_until([request(adapter, model, 0, task="clips")])
     for method in (model.loglikelihood, model.generate_until_multi_round):

@@ -6,12 +6,13 @@ import pytest
 from judged_files import write_advanced, write_coco, write_lines, write_picture
 from scripted_endpoint import ScriptedEndpoint, user_text
 
-from transformers_minigpt4.chat import ChatSettings, open_chat_model
 from transformers_minigpt4.evaluation.evaluator import Question
 from transformers_minigpt4.evaluation.results import complete_records, summarise
 from transformers_minigpt4.evaluation.tasks import load_task
 from transformers_minigpt4.evaluation.tasks.advanced import PROMPTS, verdict_columns
-from transformers_minigpt4.evaluation.tasks.coco_coverage import captioned_pictures
+from transformers_minigpt4.evaluation.tasks.coco_coverage import captioned_images
+from transformers_minigpt4.llm.opening import open_chat_model
+from transformers_minigpt4.llm.types import ChatSettings
 
 
 def scored(name, questions, answers, respond):
@@ -103,7 +104,7 @@ class TestAdvanced:
     def test_a_count_lies_among_the_pictures(self, tmp_path):
         """A bootstrap sample may hold 30 of the 25 memes; an interval of their successes ends at 25 all the same."""
         task = load_task("advanced")
-        questions = task.questions(write_advanced(tmp_path, pictures=5))
+        questions = task.questions(write_advanced(tmp_path, images=5))
         answers = {q.id: "text" for q in questions}
         columns = [verdict_columns(None if n == 0 else n % 5 < 4) for n in range(20)]
         records = [a | b for a, b in zip(task.score(questions, answers, None), columns)]
@@ -128,7 +129,7 @@ class TestAdvanced:
         for rows, message in (
             ([{"image": "99.png", "description": "x"}], "about '99.png', which is not in the folder"),
             ([{"image": "00.png", "description": "x"}] * 2, "a second time"),
-            ([{"picture": "00.png"}], "not of the form"),
+            ([{"image": "00.png"}], "not of the form"),
         ):
             write_lines(tmp_path / "poem" / "descriptions.jsonl", rows)
             with pytest.raises(ValueError, match=message):
@@ -175,17 +176,17 @@ class TestCocoCoverage:
 
     def test_more_pictures_than_wanted_are_drawn(self, tmp_path):
         data = write_coco(tmp_path, {key: ["a"] for key in range(30)})
-        keys = [key for key, _, _ in captioned_pictures(data, 10)]
+        keys = [key for key, _, _ in captioned_images(data, 10)]
         assert len(set(keys)) == 10 and keys == sorted(keys) and keys != list(range(10))
-        assert keys == [key for key, _, _ in captioned_pictures(data, 10)]
+        assert keys == [key for key, _, _ in captioned_images(data, 10)]
 
     def test_val_beside_train_as_in_the_official_archive(self, tmp_path):
         write_coco(tmp_path, {1: ["a"]})
         folder = tmp_path / "annotations"
         (folder / "captions_train2014.json").write_text(json.dumps({"images": [], "annotations": []}))
-        assert [key for key, _, _ in captioned_pictures(tmp_path, 10)] == [1]
+        assert [key for key, _, _ in captioned_images(tmp_path, 10)] == [1]
         (folder / "captions_val2014.json").rename(folder / "captions_train2014.json")
-        assert [key for key, _, _ in captioned_pictures(tmp_path, 10)] == [1]
+        assert [key for key, _, _ in captioned_images(tmp_path, 10)] == [1]
 
     def test_annotations_of_another_split(self, tmp_path):
         write_coco(tmp_path / "val", {1: ["a"], 2: ["b"]})

@@ -8,11 +8,12 @@ import pytest
 from judged_files import write_coco, write_lines, write_picture
 from scripted_endpoint import ScriptedEndpoint
 
-from transformers_minigpt4.chat import ChatSettings, open_chat_model
 from transformers_minigpt4.evaluation.results import complete_records, data_fingerprint, summarise
 from transformers_minigpt4.evaluation.scorers import caption_metrics
 from transformers_minigpt4.evaluation.tasks import load_task
 from transformers_minigpt4.evaluation.tasks.chair import _LISTS, CHAIR
+from transformers_minigpt4.llm.opening import open_chat_model
+from transformers_minigpt4.llm.types import ChatSettings
 
 
 GOLDEN = {
@@ -27,10 +28,10 @@ def write_json(path, content):
     return path
 
 
-def write_aokvqa(folder, rows=None, pictures=True):
+def write_aokvqa(folder, rows=None, images=True):
     rows = GOLDEN["aokvqa"]["annotations"] if rows is None else rows
     write_json(folder / "aokvqa_v1p0_val.json", rows)
-    for row in rows if pictures else ():
+    for row in rows if images else ():
         write_picture(folder / "val2017" / f"{row['image_id']:012}.jpg")
     return folder
 
@@ -389,7 +390,7 @@ def test_aokvqa_bad_rows(tmp_path, change, said):
 
 
 def test_aokvqa_pictures_of_another_split(tmp_path):
-    write_aokvqa(tmp_path, pictures=False)
+    write_aokvqa(tmp_path, images=False)
     write_picture(tmp_path / "val2017" / "000000999999.jpg")
     with pytest.raises(ValueError, match=r"none of the 4 pictures .* 'aokvqa_v1p0_val.json'|of the same split"):
         load_task("aokvqa").questions(tmp_path)

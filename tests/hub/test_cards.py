@@ -18,7 +18,7 @@ SOURCES = {
         {"part": "vision tower, Q-Former", "id": "Salesforce/blip2-flan-t5-xxl", "revision": "a1b2", "license": "mit"},
         {"part": "language model", "id": "lmsys/vicuna-7b-v1.5", "revision": "c3d4", "license": "llama2"},
         {
-            "part": "projection",
+            "part": "projector",
             "id": "/home/somebody/pretrained_minigpt4.pth",
             "sha256": "e5f6",
             "license": "bsd-3-clause",
@@ -90,7 +90,7 @@ def test_with_all_records(checkpoint, tmp_path):
     assert [(metric["type"], metric["value"]) for metric in result["metrics"]] == [("accuracy", 0.322), ("other", 0.5)]
     for row in (
         "| language model | lmsys/vicuna-7b-v1.5 | c3d4 |  | llama2 |",
-        "| projection | pretrained_minigpt4.pth |  | e5f6 | bsd-3-clause |",
+        "| projector | pretrained_minigpt4.pth |  | e5f6 | bsd-3-clause |",
         "| somebody/cc_sbu_align | f00d | 3439 |  |",
         "| mine |  |  |  |",
         "| learning_rate | 3e-05 |",

@@ -23,8 +23,8 @@ from typer.testing import CliRunner
 
 from transformers_minigpt4.hub import upload
 from transformers_minigpt4.hub.cards import Licence
+from transformers_minigpt4.hub.commands import push
 from transformers_minigpt4.hub.publish import prepare, push_to_hub
-from transformers_minigpt4.hub.publish_commands import push
 from transformers_minigpt4.hub.upload import publish
 
 
@@ -46,7 +46,7 @@ sys.meta_path.insert(0, Blocker())
 # As `minigpt4` runs a subcommand: an interrupted one does not wait for threads.
 COMMAND = """
 import os, sys, typer
-from transformers_minigpt4.hub.publish_commands import push
+from transformers_minigpt4.hub.commands import push
 try:
     typer.run(push)
 except SystemExit as end:
@@ -155,9 +155,9 @@ print("RESULT" + json.dumps(result))
 
     def test_trained_parts_and_their_base(self, hub, checkpoint, tmp_path, processor):
         model = AutoModelForImageTextToText.from_pretrained(checkpoint).requires_grad_(False)
-        projection = model.model.multi_modal_projector.requires_grad_(True)
+        projector = model.model.multi_modal_projector.requires_grad_(True)
         with torch.no_grad():
-            for parameter in projection.parameters():
+            for parameter in projector.parameters():
                 parameter.add_(0.05)
         parts = tmp_path / "parts"
         model.save_pretrained(parts, trained_only=True)
@@ -169,7 +169,7 @@ print("RESULT" + json.dumps(result))
         push_to_hub(parts, "somebody/parts", licence=MIT, base=f"{REPO}@{base.commit}")
 
         assert (parts / "config.json").read_bytes() == before
-        (record,) = json.loads(contents(hub, "somebody/parts")["config.json"])["base_parts"]
+        (record,) = json.loads(contents(hub, "somebody/parts")["config.json"])["base_checkpoints"]
         assert (record["name_or_path"], record["revision"]) == (REPO, base.commit)
         card = contents(hub, "somebody/parts")["README.md"].decode()
         assert f"base_model:\n- {REPO}\n" in card and "base_model_relation: adapter" in card
@@ -199,7 +199,7 @@ print("RESULT" + json.dumps(result))
         model = AutoModelForImageTextToText.from_pretrained(REPO, cache_dir=tmp_path / "cache").requires_grad_(False)
         model.model.multi_modal_projector.requires_grad_(True)
         model.save_pretrained(tmp_path / "parts", trained_only=True)
-        (record,) = json.loads((tmp_path / "parts" / "config.json").read_text())["base_parts"]
+        (record,) = json.loads((tmp_path / "parts" / "config.json").read_text())["base_checkpoints"]
         assert record["name_or_path"] == REPO and re.fullmatch("[0-9a-f]{40}", record["revision"])
 
 

@@ -26,12 +26,12 @@ def broken(tiny_checkpoint, tmp_path):
     return rewrite
 
 
-PROJECTION = "model.multi_modal_projector.linear_1.weight"
+PROJECTOR = "model.multi_modal_projector.linear_1.weight"
 
 
 def test_missing_parameter(broken):
-    folder = broken(lambda weights: weights.pop(PROJECTION))
-    with pytest.raises(ValueError, match=rf"1 missing \({PROJECTION}\).*convert"):
+    folder = broken(lambda weights: weights.pop(PROJECTOR))
+    with pytest.raises(ValueError, match=rf"1 missing \({PROJECTOR}\).*convert"):
         AutoModelForImageTextToText.from_pretrained(folder)
 
 
@@ -42,7 +42,7 @@ def test_parameter_that_the_model_does_not_have(broken):
 
 
 def test_parameter_of_another_shape(broken):
-    folder = broken(lambda weights: weights.update({PROJECTION: torch.zeros(64, 47)}))
+    folder = broken(lambda weights: weights.update({PROJECTOR: torch.zeros(64, 47)}))
     with pytest.raises(RuntimeError, match="mismatch"):
         MiniGPT4ForConditionalGeneration.from_pretrained(folder)
     again = MiniGPT4ForConditionalGeneration.from_pretrained(folder, ignore_mismatched_sizes=True)

@@ -28,7 +28,7 @@ def test_defaults_are_the_papers_model():
     )
     assert (qformer.hidden_size, qformer.num_hidden_layers, qformer.cross_attention_frequency) == (768, 12, 2)
     assert (text.hidden_size, text.num_hidden_layers, text.vocab_size) == (4096, 32, 32001)
-    assert (config.num_query_tokens, config.projection_layers, config.vision_post_layernorm_eps) == (32, 1, 1e-5)
+    assert (config.num_query_tokens, config.projector_layers, config.vision_post_layernorm_eps) == (32, 1, 1e-5)
     assert config.image_seq_length == 32
     assert config.get_text_config() is not config
 
@@ -40,7 +40,7 @@ def test_tokens_without_qformer(pixels, tokens):
 
 
 def test_json_round_trip_keeps_every_field(tmp_path):
-    config = MiniGPT4Config(qformer_config=None, projection_layers=3, projection_hidden_act="gelu", image_token_id=7)
+    config = MiniGPT4Config(qformer_config=None, projector_layers=3, projector_hidden_act="gelu", image_token_id=7)
     config.save_pretrained(tmp_path)
     again = MiniGPT4Config.from_pretrained(tmp_path)
     assert again.to_dict() == config.to_dict()
@@ -64,8 +64,8 @@ def test_qformer_takes_the_towers_width_unless_told():
         ({"qformer_config": None, "vision_config": {"image_size": 8}}, "0 patches"),
         ({"qformer_config": Blip2QFormerConfig(encoder_hidden_size=99)}, "must equal"),
         ({"num_query_tokens": 0}, "at least one query"),
-        ({"projection_layers": 2}, "projection_layers is 2"),
-        ({"projection_hidden_act": "gelu"}, "no place with one linear layer"),
+        ({"projector_layers": 2}, "projector_layers is 2"),
+        ({"projector_hidden_act": "gelu"}, "no place with one linear layer"),
         ({"image_token_id": 32001}, "outside the language model's vocabulary"),
         ({"image_token_id": -1}, "outside the language model's vocabulary"),
         ({"vision_config": SiglipConfig()}, "vision tower alone"),
@@ -73,7 +73,7 @@ def test_qformer_takes_the_towers_width_unless_told():
         ({"vision_config": SwinConfig()}, "no fixed sequence of patches"),
         ({"vision_config": Siglip2VisionConfig(image_size=224)}, "no fixed sequence of patches"),
         ({"text_config": Gemma3Config()}, "language model alone"),
-        ({"projection_layers": 3, "projection_hidden_act": "foo"}, "unknown to transformers"),
+        ({"projector_layers": 3, "projector_hidden_act": "foo"}, "unknown to transformers"),
         ({"num_query_tokens": 3000}, "3000 positions, but the language model has 2048"),
         ({"vision_config": Blip2VisionConfig(hidden_size=30, num_attention_heads=4)}, "vision_config: hidden_size=30"),
         ({"text_config": LlamaConfig(hidden_size=30, num_attention_heads=5, head_dim=6)}, "outside"),

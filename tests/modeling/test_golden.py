@@ -68,10 +68,10 @@ def test_logits_and_projection_gradients(model, golden, golden_tensors, name):
     logits = output.logits[..., :1200]
     torch.testing.assert_close(logits[real], golden_tensors[f"{name}.logits"][real], atol=5e-5, rtol=0)
     output.loss.backward()
-    projection = model.model.multi_modal_projector.linear_1
+    projector = model.model.multi_modal_projector.linear_1
     for part in ("weight", "bias"):
         expected = golden_tensors[f"{name}.grad.llama_proj.{part}"]
-        torch.testing.assert_close(getattr(projection, part).grad, expected, atol=5e-6, rtol=1e-4)
+        torch.testing.assert_close(getattr(projector, part).grad, expected, atol=5e-6, rtol=1e-4)
 
 
 def chat_turns():

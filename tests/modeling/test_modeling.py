@@ -240,8 +240,8 @@ def test_full_graph_compilation_of_decoding(model, processor, pictures):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(tiny_checkpoint, mixed, dtype):
     model = AutoModelForImageTextToText.from_pretrained(tiny_checkpoint, dtype=dtype)
-    projection, qformer = model.model.multi_modal_projector.linear_1, model.model.qformer
-    assert projection.weight.dtype == torch.float32
+    projector, qformer = model.model.multi_modal_projector.linear_1, model.model.qformer
+    assert projector.weight.dtype == torch.float32
     assert model.lm_head.weight.dtype == model.model.vision_tower.encoder.layers[0].mlp.fc1.weight.dtype == dtype
     expected = torch.float32 if dtype == torch.float16 else dtype
     assert qformer.layernorm.weight.dtype == model.model.query_tokens.dtype == expected
@@ -333,8 +333,8 @@ def test_growing_the_vocabulary(model, mixed):
     "kwargs,tokens,width",
     [
         ({}, 5, 16),
-        ({"projection_layers": 3}, 5, 16),
-        ({"projection_layers": 3, "projection_hidden_act": "gelu"}, 5, 16),
+        ({"projector_layers": 3}, 5, 16),
+        ({"projector_layers": 3, "projector_hidden_act": "gelu"}, 5, 16),
         ({"qformer_config": None}, 4, 96),
         ({"qformer_config": None, "vision_config": {"image_size": 56, "patch_size": 7, "hidden_size": 24,
           "num_attention_heads": 4, "num_hidden_layers": 1, "intermediate_size": 32}}, 16, 96),

@@ -76,10 +76,10 @@ def test_golden_batches(model, processor, golden, golden_tensors, pictures, name
 
 
 def check_gradients(model, golden_tensors, name):
-    projection = model.model.multi_modal_projector.linear_1
+    projector = model.model.multi_modal_projector.linear_1
     for part in ("weight", "bias"):
         expected = golden_tensors[f"{name}.grad.llama_proj.{part}"]
-        torch.testing.assert_close(getattr(projection, part).grad, expected, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(getattr(projector, part).grad, expected, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -9,10 +9,10 @@ import weakref
 import pytest
 import torch
 import torch.distributed as dist
-from runs import SMALL, curve, launch, model_folder, rows, run_main, sources, trainer_on
 from tiny_models import picture
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
+from training_runs import SMALL, curve, launch, model_folder, rows, run_main, sources, trainer_on
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from transformers_minigpt4.training.collator import make_collator

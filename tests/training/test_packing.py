@@ -97,7 +97,7 @@ class WithPixels:
 @pytest.mark.parametrize("max_tokens", MAX_TOKENS)
 def test_mixed_rows_packed(model, processor, mixed, max_tokens, fused):
     collator = ImageTextCollator(processor)
-    prepare_stage(model, ["projection", "language_model"])
+    prepare_stage(model, ["projector", "language_model"])
     model.train()
     if fused:
         add_fused_lm_head(model)
@@ -120,7 +120,7 @@ def test_llava_packed(llava, max_tokens, fused):
         {"images": [picture(2), picture(3)], "prompt": prompt(2, "And?", "<image>"), "completion": "Two.</s>"},
     ]
     collator = ImageTextCollator(processor)
-    prepare_stage(model, ["projection", "language_model"])
+    prepare_stage(model, ["projector", "language_model"])
     model.train()
     if fused:
         add_fused_lm_head(model)

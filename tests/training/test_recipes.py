@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from runs import curve, model_folder, run, sources, weights
 from tiny_models import write_sources
+from training_runs import curve, model_folder, run, sources, weights
 from transformers import AutoConfig, AutoModelForImageTextToText, set_seed
 
 from transformers_minigpt4 import MiniGPT4Config
@@ -51,10 +51,10 @@ def test_a_recipe_trains(name, tmp_path):
     more = ["--model_name_or_path", str(start)] if model is None and start is not None else []
     folder = run(name, tmp_path / "out", None if model is None else start, source, *more)
     record = json.loads((folder / "checkpoint-2" / "run.json").read_text())
-    parts = recipe["train_parts"]
+    parts = recipe["trainable_modules"]
     trained = record["trainable_parameters"]
     for part, words in (
-        ("projection", "projec"),
+        ("projector", "projec"),
         ("qformer", "qformer."),
         ("language_model", "language_model.layers"),
     ):
@@ -111,14 +111,17 @@ def test_a_recipes_header_is_whole(name):
     [
         (["--packing", "true"], "packing"),
         (["--max_length", "512"], "would cut image tokens"),
-        (["--train_parts", "eyes"], "eyes"),
+        (["--trainable_modules", "eyes"], "eyes"),
         (["--form", "stage9"], "stage9"),
         (["--use_peft", "true"], "contradict"),
-        (["--load_in_4bit", "true", "--train_parts", "language_model"], "exclude each other"),
+        (["--load_in_4bit", "true", "--trainable_modules", "language_model"], "exclude each other"),
         (["--min_lr", "1.0"], "above learning_rate"),
         (["--max_steps", "-1"], "set max_steps"),
         (["--learning_rat", "1e-4"], "Unknown .* --learning_rat 1e-4. Did you mean learning_rate?"),
-        (["--feature_cache", "c", "--train_parts", "projection", "qformer"], "feature_cache and train_parts: qformer"),
+        (
+            ["--feature_cache", "c", "--trainable_modules", "projector", "qformer"],
+            "feature_cache and trainable_modules: qformer",
+        ),
         (["--feature_cache", "c", "--fsdp", "full_shard"], "feature_cache with fsdp"),
         (["--pack_tokens", "512"], "pack_tokens=512 with pack_rows=False"),
         (["--pack_rows", "true", "--pack_tokens", "0"], "pack_tokens=0"),
@@ -164,10 +167,10 @@ def test_a_recipe_that_is_no_yaml(tmp_path):
 
 def test_one_part_and_one_source_need_no_list(tmp_path):
     (tmp_path / "recipe.yaml").write_text(
-        "{model_name_or_path: base, sources: 'table:a.csv', train_parts: projection, max_steps: 2, bf16: false}"
+        "{model_name_or_path: base, sources: 'table:a.csv', trainable_modules: projector, max_steps: 2, bf16: false}"
     )
     stage, _, _ = parse_recipe(["--config", str(tmp_path / "recipe.yaml")])
-    assert stage.sources == ["table:a.csv"] and stage.train_parts == ["projection"]
+    assert stage.sources == ["table:a.csv"] and stage.trainable_modules == ["projector"]
 
 
 def test_an_unknown_recipe():
@@ -228,8 +231,8 @@ def test_bad_rows_are_told_at_the_end(tmp_path, caplog):
     (tmp_path / "data" / "cc_sbu_align" / "image" / "5.jpg").write_bytes(b"no picture")
     folder = run("minigpt4_stage1", tmp_path / "out", model_folder("minigpt4"), source, "--max_steps", "7")
     (counts,) = json.loads((folder / "run.json").read_text())["rows"].values()
-    assert counts["rows"] >= 14 and counts["picture"] >= 1
-    assert f"{counts['rows']} rows read, {counts['picture']} picture" in caplog.text
+    assert counts["rows"] >= 14 and counts["image"] >= 1
+    assert f"{counts['rows']} rows read, {counts['image']} picture" in caplog.text
     assert "skipped 5 (picture)" in caplog.text
 
 

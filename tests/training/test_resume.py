@@ -11,8 +11,8 @@ import time
 import pytest
 import torch
 from datasets import Dataset
-from runs import SMALL, curve, model_folder, rows, run_main, sources, start, trainer_on, weights
 from safetensors.torch import load_file, save_file
+from training_runs import SMALL, curve, model_folder, rows, run_main, sources, start, trainer_on, weights
 from transformers import AutoModelForImageTextToText, PrinterCallback, Trainer, TrainerCallback
 from trl import SFTTrainer
 
@@ -76,7 +76,7 @@ def check_same(folder, whole):
 
 def test_adapters_resume_to_the_same_bits(tmp_path):
     """LoRA with its dropout, and the projection beside it."""
-    more = ["--use_peft", "true", "--train_parts", "projection", "lora", "--lora_r", "4", "--lora_dropout", "0.2"]
+    more = ["--use_peft", "true", "--trainable_modules", "projector", "lora", "--lora_r", "4", "--lora_dropout", "0.2"]
     more += ["--lora_target_modules", "q_proj", "v_proj", "--save_steps", str(STEPS // 2)]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     run_main(command(whole, *more))
@@ -87,7 +87,7 @@ def test_adapters_resume_to_the_same_bits(tmp_path):
     assert any("multi_modal_projector" in name for name in names)
 
 
-def projection(trainer):
+def projector(trainer):
     return trainer.model.model.multi_modal_projector.linear_1.weight.detach().clone()
 
 
@@ -97,7 +97,7 @@ def test_lists_resume_too(base, tmp_path):
     shutil.rmtree(tmp_path / "checkpoint-4")
     second = trainer_on(base, tmp_path, rows())
     second.train(resume_from_checkpoint=True)
-    assert second.state.global_step == 4 and torch.equal(projection(whole), projection(second))
+    assert second.state.global_step == 4 and torch.equal(projector(whole), projector(second))
 
 
 def test_all_trainers_share_one_path(base, tmp_path):
@@ -106,7 +106,7 @@ def test_all_trainers_share_one_path(base, tmp_path):
     for number, kind in enumerate((StageSFTTrainer, StageTrainer, SFTTrainer, Trainer)):
         trainer = trainer_on(base, tmp_path / str(number), rows(), kind, min_lr=None, save_strategy="no")
         trainer.train()
-        found.append(projection(trainer))
+        found.append(projector(trainer))
     for other in found[1:]:
         # TRL's fused head counts the image token's row in the softmax, which the model's own loss leaves out.
         torch.testing.assert_close(other, found[0], atol=1e-4, rtol=1e-3)
@@ -132,7 +132,7 @@ def test_gathered_tensors_of_a_sharded_model_load_by_name(base, tmp_path):
     trainer.train()
     save_trained(trainer.model, tmp_path / "saved", trainer.model.state_dict())
     loaded = AutoModelForImageTextToText.from_pretrained(tmp_path / "saved", dtype=torch.float32)
-    assert torch.equal(loaded.model.multi_modal_projector.linear_1.weight, projection(trainer))
+    assert torch.equal(loaded.model.multi_modal_projector.linear_1.weight, projector(trainer))
     assert set(load_file(tmp_path / "saved" / "model.safetensors")) == set(loaded.config.trained_parameters)
 
 

@@ -22,8 +22,8 @@ def batch(processor, golden, pictures):
 @pytest.mark.parametrize(
     ("parts", "prefixes"),
     [
-        (["projection"], ("model.multi_modal_projector.",)),
-        (["projection", "qformer"], ("model.multi_modal_projector.", "model.qformer.", "model.query_tokens")),
+        (["projector"], ("model.multi_modal_projector.",)),
+        (["projector", "qformer"], ("model.multi_modal_projector.", "model.qformer.", "model.query_tokens")),
         (["language_model"], ("model.language_model.", "lm_head.")),
     ],
 )
@@ -61,7 +61,7 @@ def test_frozen_parts_have_no_dropout_while_training(model, batch):
     ]
     assert frozen and not any(module.training for module in frozen)
     assert model(**batch).loss.item() == model(**batch).loss.item()
-    prepare_stage(model, ["projection", "qformer"])
+    prepare_stage(model, ["projector", "qformer"])
     model.train()
     assert model.model.qformer.training and not model.model.vision_tower.training
     assert model(**batch).loss.item() != model(**batch).loss.item()
@@ -83,7 +83,7 @@ def test_activation_checkpointing_works_in_frozen_layers(model, batch):
 
 
 def test_text_alone_gives_a_zero_gradient(model, processor):
-    prepare_stage(model, ["projection", "qformer"])
+    prepare_stage(model, ["projector", "qformer"])
     row = {"images": [], "prompt": "###Human: Hi. ###Assistant: ", "completion": "Hello.###"}
     batch = ImageTextCollator(processor)([row])
     before = model(**batch).loss

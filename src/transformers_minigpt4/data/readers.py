@@ -82,7 +82,7 @@ def shuffled(entries: Iterator[Entry], seed: list[int] | None, size: int = SHUFF
         yield buffer[place]
 
 
-class ListingReader:
+class AnnotationReader:
     """
     Reads a list of picture files with texts, kept as an Arrow table that forked data workers share.
 

@@ -3,7 +3,7 @@
 import hashlib
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,29 +12,29 @@ from datasets import IterableDataset, interleave_datasets, load_dataset, load_fr
 
 from transformers_minigpt4.processing.image_utils_minigpt4 import ImageLoadError, load_image
 
-from . import listings
-from .features import FeatureCache, picture_bytes, picture_key
-from .forms import FORMS, Form, draw_instruction, render
-from .problems import Problems
-from .readers import BadRow, DatasetReader, Entry, ListingReader, Reader
+from . import annotations
+from .images import image_bytes, image_key
+from .prompt_formats import FORMS, Form, draw_instruction, render
+from .readers import AnnotationReader, BadRow, DatasetReader, Entry, Reader
 from .schema import DataError, validate_row
+from .skipped_rows import Problems
 from .stream import RAW_FEATURES, SourceIterable, raw_row
 from .webdataset import WebdatasetReader
 
 
 # Kinds of sources that are one file or folder listing pictures, and whether `images=` may say where these are.
-_LISTINGS: dict[str, tuple[Callable[[Path, Path | None], Iterator[Entry]], bool]] = {
-    "llava": (listings.llava, True),
-    "cc_sbu_align": (listings.cc_sbu_align, False),
-    "locnarr": (listings.localized_narratives, True),
-    "coco": (listings.coco, True),
-    "table": (listings.table, True),
-    "imagefolder": (listings.imagefolder, False),
+_ANNOTATION_READERS: dict[str, tuple[Callable[[Path, Path | None], Iterator[Entry]], bool]] = {
+    "llava": (annotations.llava, True),
+    "cc_sbu_align": (annotations.cc_sbu_align, False),
+    "locnarr": (annotations.localized_narratives, True),
+    "coco": (annotations.coco, True),
+    "table": (annotations.table, True),
+    "imagefolder": (annotations.imagefolder, False),
 }
 _OPTIONS: dict[str, set[str]] = {
     "wds": {"weight"},
     "dataset": {"weight", "split"},
-    **{kind: {"weight", "images"} if images else {"weight"} for kind, (_, images) in _LISTINGS.items()},
+    **{kind: {"weight", "images"} if images else {"weight"} for kind, (_, images) in _ANNOTATION_READERS.items()},
 }
 KINDS = tuple(_OPTIONS)
 
@@ -108,8 +108,8 @@ def open_reader(source: Source) -> Reader:
         raise DataError(f"{name}: images={source.images} is no folder")
     if source.kind == "cc_sbu_align" and not (path / "filter_cap.json").is_file():
         raise DataError(f"{name}: {source.path} holds no filter_cap.json")
-    read, _ = _LISTINGS[source.kind]
-    return ListingReader(name, read(path, Path(source.images) if source.images is not None else None))
+    read, _ = _ANNOTATION_READERS[source.kind]
+    return AnnotationReader(name, read(path, Path(source.images) if source.images is not None else None))
 
 
 def _open_dataset(source: Source) -> IterableDataset:
@@ -135,7 +135,7 @@ class _Renderer:
     """Turns a raw row, as a batch of one, into rows of the asked form: one, or none where that cannot be done."""
 
     def __init__(
-        self, form: str, seed: int, decode: bool, problems: Problems, features: FeatureCache | None = None
+        self, form: str, seed: int, decode: bool, problems: Problems, features: Container[bytes] | None = None
     ) -> None:
         self.form, self.seed, self.decode, self.problems, self.features = form, seed, decode, problems, features
 
@@ -146,9 +146,9 @@ class _Renderer:
     def row(self, raw: dict[str, Any]) -> dict[str, Any] | None:
         source, key = raw["source"], raw["key"]
         try:
-            images = [self._picture(image) for image in raw["images"]]
+            images = [self._image(image) for image in raw["images"]]
         except (ImageLoadError, OSError) as error:
-            self.problems.add(source, "picture", key, str(error))
+            self.problems.add(source, "unreadable_image", key, str(error))
             return None
         instruction = draw_instruction(self.seed, source, raw["pass"], key)
         try:
@@ -159,14 +159,14 @@ class _Renderer:
             return None
         return {**row, "key": key, "source": self.problems.sources[source]}
 
-    def _picture(self, image: dict[str, Any]) -> Any:
+    def _image(self, image: dict[str, Any]) -> Any:
         if self.features is None:
             return _load(image) if self.decode else image
-        held = {"bytes": picture_bytes(image), "path": image["path"]}
-        if picture_key(held) not in self.features:
+        held = {"bytes": image_bytes(image), "path": image["path"]}
+        if image_key(held) not in self.features:
             load_image(held["bytes"])  # raises for a broken one, which the features leave out, and the run skips
             raise DataError(
-                f"there are no features of {image['path'] or 'a picture'} ({picture_key(held).hex()[:16]}…); build "
+                f"there are no features of {image['path'] or 'a picture'} ({image_key(held).hex()[:16]}…); build "
                 "them from the rows that are trained on: `minigpt4 features` with the same recipe goes on with what "
                 "lacks"
             )
@@ -176,7 +176,7 @@ class _Renderer:
 def _load(image: dict[str, Any]) -> Any:
     path = image["path"]
     # A Path, because as a string it might be taken for a URL or base64.
-    return load_image(Path(path) if image["bytes"] is None and "://" not in path else picture_bytes(image))
+    return load_image(Path(path) if image["bytes"] is None and "://" not in path else image_bytes(image))
 
 
 def open_rows(
@@ -188,9 +188,9 @@ def open_rows(
     passes: int | None = None,
     decode: bool = True,
     min_shards: int = 1,
-    max_bad_share: float | None = 0.05,
+    max_error_rate: float | None = 0.05,
     bad_rows_file: str | os.PathLike | None = None,
-    features: FeatureCache | None = None,
+    features: Container[bytes] | None = None,
 ) -> Rows:
     """
     Opens one or several sources as one stream of rows.
@@ -205,7 +205,7 @@ def open_rows(
         decode: Whether rows hold PIL images, decoded where the row is read, or `{"bytes", "path"}`.
         min_shards: Processes times data workers, so that each has something to read. A source with fewer files is then
             read several times side by side, each reader keeping its part.
-        max_bad_share: Share of a source's rows, or shards, that may be bad; above it, reading raises.
+        max_error_rate: Share of a source's rows, or shards, that may be bad; above it, reading raises.
         bad_rows_file: JSON Lines file to which every skipped row is appended.
         features: Rows then have undecoded pictures; of those that it lacks, broken ones are skipped like any bad row,
             and a whole one stops reading.
@@ -223,13 +223,13 @@ def open_rows(
     if (passes is not None and passes < 1) or min_shards < 1:
         raise DataError(f"passes and min_shards are 1 or more, not {passes} and {min_shards}")
     names = [str(replace(source, weight=None)) for source in chosen]
-    problems = Problems(names, max_bad_share, bad_rows_file)
+    problems = Problems(names, max_error_rate, bad_rows_file)
     iterables = []
     digest = hashlib.sha256(repr(names).encode())
     for number, source in enumerate(chosen):
         reader = open_reader(source)
         digest.update(reader.fingerprint().encode())
-        _check_for_a_row(reader, form, Problems([names[number]], max_bad_share, log=False))
+        _check_for_a_row(reader, form, Problems([names[number]], max_error_rate, log=False))
         iterables.append(SourceIterable(reader, number, problems, seed if shuffle else None, passes, min_shards))
     mixed = _mix([iterable.dataset() for iterable in iterables], chosen, seed, passes)
     renderer = _Renderer(form, seed, decode, problems, features)

@@ -10,9 +10,9 @@ from datasets import DatasetInfo, Features, IterableDataset, Value
 from datasets import List as ListFeature
 from datasets.iterable_dataset import _BaseExamplesIterable
 
-from .problems import Problems
 from .readers import Entry, Reader
 from .schema import DataError
+from .skipped_rows import Problems
 
 
 # What a source gives before it is rendered. Sources can be mixed because they all have these.

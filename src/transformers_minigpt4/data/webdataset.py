@@ -16,7 +16,7 @@ from .readers import BadRow, Entry, caption_row, shuffled
 from .schema import DataError
 
 
-_PICTURES = {"jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff"}
+_IMAGES = {"jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff"}
 _REMOTE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _BRACES = re.compile(r"\{([^{}]*)\}")
@@ -104,11 +104,11 @@ def _samples(url: str) -> Iterator[tuple[str, dict[str, bytes | None]]]:
 
 
 def _entry(key: str, files: dict[str, bytes | None]) -> Entry:
-    pictures = [extension for extension in files if extension in _PICTURES]
+    images = [extension for extension in files if extension in _IMAGES]
     if None in files.values():
         return BadRow("entry", key, "a file of this name comes twice in the shard")
-    if len(pictures) != 1:
-        return BadRow("image", key, f"{len(pictures)} pictures among {', '.join(sorted(files))}")
+    if len(images) != 1:
+        return BadRow("image", key, f"{len(images)} pictures among {', '.join(sorted(files))}")
     caption: Any = None
     try:
         if content := files.get("json"):
@@ -120,7 +120,7 @@ def _entry(key: str, files: dict[str, bytes | None]) -> Entry:
             caption = content.decode()
     except ValueError as error:
         return BadRow("entry", key, f"the text cannot be read: {error}")
-    return caption_row(key, [{"bytes": files[pictures[0]], "path": None}], caption)
+    return caption_row(key, [{"bytes": files[images[0]], "path": None}], caption)
 
 
 def find_shards(pattern: str) -> list[str]:

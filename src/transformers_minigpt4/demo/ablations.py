@@ -27,10 +27,10 @@ from .run import (
 )
 from .scoring import is_right_answer, summarise
 from .texts import IMAGE_TOKEN, QUESTIONS, STAGE_2_TEMPLATE
-from .world import Thing
+from .world import Scene
 
 
-QUESTION_PICTURES = 60  # each is asked all 8 questions
+QUESTION_IMAGES = 60  # each is asked all 8 questions
 
 
 @dataclass(frozen=True)
@@ -38,15 +38,15 @@ class Variant:
     """One row of the paper's Table 4."""
 
     title: str
-    train_parts: tuple[str, ...] = ("projection",)
+    trainable_modules: tuple[str, ...] = ("projector",)
     model: dict[str, Any] = field(default_factory=dict)  # keywords of `build_model`
 
 
 VARIANTS = {
     "standard": Variant("MiniGPT-4"),
     "no_qformer": Variant("(a) without Q-Former", model={"with_qformer": False}),
-    "three_layers": Variant("(b) with 3 layers", model={"projection_layers": 3}),
-    "tune_qformer": Variant("(c) with tuned Q-Former", train_parts=("projection", "qformer")),
+    "three_layers": Variant("(b) with 3 layers", model={"projector_layers": 3}),
+    "tune_qformer": Variant("(c) with tuned Q-Former", trainable_modules=("projector", "qformer")),
 }
 
 
@@ -108,7 +108,7 @@ def _train(variant: Variant, folder: Path, seed: int, steps: int, console: Conso
             seed=seed,
             console=console,
             title=f"{variant.title}, {recipe}",
-            train_parts=variant.train_parts,
+            trainable_modules=variant.trainable_modules,
         )
         save_checkpoint(model, processor, folder / checkpoint)
 
@@ -117,7 +117,7 @@ def run_ablations(
     output_dir: str | os.PathLike = "minigpt4-demo",
     seed: int = 0,
     steps: int = STEPS,
-    held_out_pictures: int = 173,
+    held_out_images: int = 173,
     console: Console | None = None,
 ) -> dict[str, dict[str, float]]:
     """
@@ -142,7 +142,7 @@ def run_ablations(
     """
     console = console or Console()
     output = Path(output_dir)
-    things, pictures = held_out(seed, held_out_pictures)
+    scenes, images = held_out(seed, held_out_images)
     folders = train_variants(output / "ablations", seed, steps, console=console)
     rows: dict[str, dict[str, float]] = {}
     with quiet_and_single_threaded():
@@ -151,30 +151,30 @@ def run_ablations(
             for checkpoint in CHECKPOINTS:
                 model = MiniGPT4ForConditionalGeneration.from_pretrained(checkpoints[checkpoint])
                 processor = MiniGPT4Processor.from_pretrained(checkpoints[checkpoint])
-                texts, ended = describe(model, processor, pictures)
-                shares = summarise(texts, things, ended)
+                texts, ended = describe(model, processor, images)
+                shares = summarise(texts, scenes, ended)
                 row[f"named after {checkpoint}"] = shares["attributes"]
                 row[f"failed after {checkpoint}"] = shares["failed"]
-            row["answered"] = _answered(model, processor, things[:QUESTION_PICTURES], pictures[:QUESTION_PICTURES])
+            row["answered"] = _answered(model, processor, scenes[:QUESTION_IMAGES], images[:QUESTION_IMAGES])
             rows[name] = row
-    results = {"seed": seed, "steps": steps, "held_out_pictures": len(things), "variants": rows}
+    results = {"seed": seed, "steps": steps, "held_out_pictures": len(scenes), "variants": rows}
     write_json(output / "ablations.json", results)
-    console.print(_table(rows, len(things)))
+    console.print(_table(rows, len(scenes)))
     return rows
 
 
 def _answered(
     model: MiniGPT4ForConditionalGeneration,
     processor: MiniGPT4Processor,
-    things: list[Thing],
-    pictures: list[Picture],
+    scenes: list[Scene],
+    images: list[Picture],
 ) -> float:
     """The share of questions answered right, every question about every picture."""
     right = 0
     for question in QUESTIONS:
-        texts, _ = describe(model, processor, pictures, STAGE_2_TEMPLATE.format(image=IMAGE_TOKEN, text=question))
-        right += sum(is_right_answer(question, text, thing) for text, thing in zip(texts, things))
-    return right / (len(QUESTIONS) * len(things))
+        texts, _ = describe(model, processor, images, STAGE_2_TEMPLATE.format(image=IMAGE_TOKEN, text=question))
+        right += sum(is_right_answer(question, text, scene) for text, scene in zip(texts, scenes))
+    return right / (len(QUESTIONS) * len(scenes))
 
 
 def _table(rows: dict[str, dict[str, float]], count: int) -> Table:

@@ -17,7 +17,7 @@ _MUTED = (120, 120, 120)
 
 
 def save_contact_sheet(
-    path: Path, pictures: Sequence[Image.Image], texts: Sequence[Sequence[tuple[str, str]]], columns: int = 2
+    path: Path, images: Sequence[Image.Image], texts: Sequence[Sequence[tuple[str, str]]], columns: int = 2
 ) -> None:
     """
     Writes a PNG with one cell per picture, its labelled texts beside it.
@@ -31,20 +31,20 @@ def save_contact_sheet(
     Raises:
         ValueError: when there is no picture, or not one list of texts per picture.
     """
-    if not pictures or len(pictures) != len(texts):
-        raise ValueError(f"Got {len(pictures)} pictures and {len(texts)} lists of texts. Give one list per picture.")
+    if not images or len(images) != len(texts):
+        raise ValueError(f"Got {len(images)} pictures and {len(texts)} lists of texts. Give one list per picture.")
     font = ImageFont.load_default(13)
     cells = [[(label, textwrap.wrap(text, _CHARACTERS) or ["(nothing)"]) for label, text in cell] for cell in texts]
-    width, height = (side * _SCALE for side in pictures[0].size)
+    width, height = (side * _SCALE for side in images[0].size)
     lines = max(sum(1 + len(wrapped) for _, wrapped in cell) for cell in cells)
     cell_height = max(height, lines * _LINE) + 2 * _MARGIN
     cell_width = width + _TEXT_WIDTH + 3 * _MARGIN
-    rows = -(-len(pictures) // columns)
+    rows = -(-len(images) // columns)
     sheet = Image.new("RGB", (columns * cell_width, rows * cell_height), "white")
     pen = ImageDraw.Draw(sheet)
-    for i, (picture, cell) in enumerate(zip(pictures, cells)):
+    for i, (image, cell) in enumerate(zip(images, cells)):
         left, top = (i % columns) * cell_width + _MARGIN, (i // columns) * cell_height + _MARGIN
-        sheet.paste(picture.resize((width, height), Image.Resampling.NEAREST), (left, top))
+        sheet.paste(image.resize((width, height), Image.Resampling.NEAREST), (left, top))
         y = top
         for label, wrapped in cell:
             pen.text((left + width + _MARGIN, y), label, fill=_MUTED, font=font)

@@ -15,7 +15,7 @@ from .run import describe, held_out, quiet_and_single_threaded
 from .scoring import FAILURES, summarise
 
 
-def measure(checkpoint: str | Path, pictures: int = 173, seed: int = 0) -> dict[str, float]:
+def measure(checkpoint: str | Path, images: int = 173, seed: int = 0) -> dict[str, float]:
     """
     Shares of right attributes and of failures, see `scoring.summarise`.
 
@@ -27,12 +27,12 @@ def measure(checkpoint: str | Path, pictures: int = 173, seed: int = 0) -> dict[
     Raises:
         OSError: when there is no checkpoint in the folder.
     """
-    things, shown = held_out(seed, pictures)
+    scenes, shown = held_out(seed, images)
     with quiet_and_single_threaded():
         model = MiniGPT4ForConditionalGeneration.from_pretrained(checkpoint)
         processor = MiniGPT4Processor.from_pretrained(checkpoint)
         texts, ended = describe(model.eval(), processor, shown)
-    return summarise(texts, things, ended)
+    return summarise(texts, scenes, ended)
 
 
 def main(checkpoints: list[str]) -> None:

@@ -35,7 +35,7 @@ from .texts import (
     short_description,
     web_caption,
 )
-from .world import Thing, held_out_things, training_things
+from .world import Scene, held_out_scenes, training_scenes
 
 
 VOCABULARY = 760
@@ -59,8 +59,8 @@ def train_tokenizer(seed: int = 0) -> PreTrainedTokenizerFast:
     `<s>`, `</s>`, then 256 bytes, then pieces, and the image token last.
     """
     rng = random.Random(seed)
-    things = training_things()
-    corpus = [text for _ in range(4) for thing in things for text in _corpus_texts(thing, rng)]
+    scenes = training_scenes()
+    corpus = [text for _ in range(4) for scene in scenes for text in _corpus_texts(scene, rng)]
     lesson = Tokenizer(models.BPE())
     lesson.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     # While learning, pieces may neither span words nor mix letters with marks; afterwards the merges alone decide.
@@ -119,14 +119,14 @@ def _merges(tokenizer: Tokenizer) -> list[tuple[str, str]]:
     return [(left, right) for left, right in json.loads(tokenizer.to_str())["model"]["merges"]]
 
 
-def _corpus_texts(thing: Thing, rng: random.Random) -> list[str]:
+def _corpus_texts(scene: Scene, rng: random.Random) -> list[str]:
     question = rng.choice(QUESTIONS)
     prompt = rng.choice([*INSTRUCTIONS, *DETAIL_PROMPTS, SHORT_PROMPT])
     return [
-        web_caption(thing, rng),
-        detailed_description(thing, rng),
-        short_description(thing, rng),
-        answer(question, thing, rng),
+        web_caption(scene, rng),
+        detailed_description(scene, rng),
+        short_description(scene, rng),
+        answer(question, scene, rng),
         "###Human: <Img>",
         f"</Img> {prompt} ###Assistant: ",
         f"{SYSTEM}###Human: <Img>",
@@ -167,40 +167,40 @@ class Writer:
         ids += slots + (self.encode(after) if after else [])
         return Example(ids + self.encode(target), place, len(ids))
 
-    def caption(self, thing: Thing) -> Example:
+    def caption(self, scene: Scene) -> Example:
         """The form of stage 1: no prompt; the list may leave out what the caption does not say."""
-        text = web_caption(thing, self.rng)
-        words = list(thing.words)
+        text = web_caption(scene, self.rng)
+        words = list(scene.words)
         if self.rng.random() < 0.3:
             words = [word for word in words if word in text.split()]
         return self.example(None, self.slots(words), None, text + "\n")
 
-    def instruction(self, thing: Thing) -> Example:
+    def instruction(self, scene: Scene) -> Example:
         """The form of stage 2, `###Human: <Img>...</Img> instruction ###Assistant: `."""
-        prompt, target = self._request(thing)
+        prompt, target = self._request(scene)
         before, after = STAGE_2_TEMPLATE.format(image="\0", text=prompt).split("\0")
         if prompt == DETAIL_PROMPTS[-1] and self.rng.random() < 0.5:  # the curation's own spacing
             after = f"</Img>{prompt} ###Assistant:"
-        return self.example(before, self.slots(list(thing.words)), after, target + "###")
+        return self.example(before, self.slots(list(scene.words)), after, target + "###")
 
-    def chat(self, thing: Thing) -> Example:
+    def chat(self, scene: Scene) -> Example:
         """The form of the chat, with one or two turns; earlier answers stand in the text of the prompt."""
         before = f"{SYSTEM}###Human: <Img>"
-        prompt, target = self._request(thing, questions=0.8)
+        prompt, target = self._request(scene, questions=0.8)
         after = f"</Img> {prompt}###Assistant: "
         if self.rng.random() < 0.35:
-            second, second_target = self._request(thing, questions=0.9)
+            second, second_target = self._request(scene, questions=0.9)
             after += f"{target}###Human: {second}###Assistant: "
             target = second_target
-        return self.example(before, self.slots(list(thing.words)), after, target + "###")
+        return self.example(before, self.slots(list(scene.words)), after, target + "###")
 
-    def _request(self, thing: Thing, questions: float = 0.1) -> tuple[str, str]:
+    def _request(self, scene: Scene, questions: float = 0.1) -> tuple[str, str]:
         if self.rng.random() < questions:
             question = self.rng.choice(QUESTIONS)
-            return question, answer(question, thing, self.rng)
+            return question, answer(question, scene, self.rng)
         if self.rng.random() < 0.1:
-            return SHORT_PROMPT, short_description(thing, self.rng)
-        return self.rng.choice([*INSTRUCTIONS, *DETAIL_PROMPTS]), detailed_description(thing, self.rng)
+            return SHORT_PROMPT, short_description(scene, self.rng)
+        return self.rng.choice([*INSTRUCTIONS, *DETAIL_PROMPTS]), detailed_description(scene, self.rng)
 
 
 def collate(examples: list[Example]) -> dict[str, torch.Tensor]:
@@ -250,12 +250,12 @@ def train_language(
     )
     writer = Writer(tokenizer, rng)
     forms = [writer.caption, writer.instruction, writer.instruction, writer.chat]
-    things = training_things()
+    scenes = training_scenes()
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_cosine(step, 100, steps))
     for step in range(steps):
         form = forms[step % len(forms)]
-        rows = collate([form(rng.choice(things)) for _ in range(batch)])
+        rows = collate([form(rng.choice(scenes)) for _ in range(batch)])
         embeddings = noisy_embeddings(model, rows["input_ids"], rows["slots"], NOISE)
         loss = model(inputs_embeds=embeddings, labels=rows["labels"]).loss
         optimizer.zero_grad()
@@ -276,14 +276,14 @@ def describe_lists(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, 
     shares = []
     for noise in (0.0, NOISE):
         writer = Writer(tokenizer, random.Random(seed + 5))
-        things = writer.rng.sample(held_out_things(), count)
+        scenes = writer.rng.sample(held_out_scenes(), count)
         before, after = STAGE_2_TEMPLATE.format(image="\0", text=INSTRUCTIONS[0]).split("\0")
-        examples = [writer.example(before, writer.slots(list(thing.words)), after, "") for thing in things]
+        examples = [writer.example(before, writer.slots(list(scene.words)), after, "") for scene in scenes]
         rows = collate([Example(example.ids[: example.start], example.slots, 0) for example in examples])
         embeddings = noisy_embeddings(model, rows["input_ids"], rows["slots"], noise)
         attention = torch.ones(rows["input_ids"].shape, dtype=torch.long)
         ids = model.generate(inputs_embeds=embeddings, attention_mask=attention, max_new_tokens=80, do_sample=False)
         texts = [text.split("###")[0] for text in tokenizer.batch_decode(ids)]
-        right = [sum(right_attributes(text, thing).values()) for text, thing in zip(texts, things)]
+        right = [sum(right_attributes(text, scene).values()) for text, scene in zip(texts, scenes)]
         shares.append(f"{sum(right) / (4 * count):.3f}")
     return f"right {shares[0]}, with noise {shares[1]}; {texts[0]!r}"

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import Blip2QFormerConfig, Blip2QFormerModel, Blip2VisionConfig, Blip2VisionModel
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-from .world import COLOURS, COLUMNS, IMAGE_SIZE, ROWS, SHAPES, SIZES, Thing, draw, held_out_things, training_things
+from .world import COLOURS, COLUMNS, IMAGE_SIZE, ROWS, SHAPES, SIZES, Scene, draw, held_out_scenes, training_scenes
 
 
 NUM_QUERY_TOKENS = 8
@@ -58,15 +58,15 @@ class VisionParts(nn.Module):
         return self.qformer(query_embeds=queries, encoder_hidden_states=patches).last_hidden_state
 
 
-def make_pictures(things: list[Thing], count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+def make_images(scenes: list[Scene], count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Pictures `(count, 3, 64, 64)` of bytes and the indices `(count, 5)` of their words, things drawn evenly."""
     rng = random.Random(seed)
     pixels = np.empty((count, IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.uint8)
     words = np.empty((count, len(_VALUES)), dtype=np.int64)
     for i in range(count):
-        thing = things[i % len(things)]
-        pixels[i] = np.asarray(draw(thing, rng))
-        words[i] = [values.index(word) for values, word in zip(_VALUES, thing.words)]
+        scene = scenes[i % len(scenes)]
+        pixels[i] = np.asarray(draw(scene, rng))
+        words[i] = [values.index(word) for values, word in zip(_VALUES, scene.words)]
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(words)
 
 
@@ -90,7 +90,7 @@ def train_vision(
     rng = random.Random(seed)
     parts = VisionParts()
     heads = nn.ModuleList(nn.Linear(QFORMER_CONFIG.hidden_size, len(_VALUES[word])) for word in _WORD_OF_QUERY)
-    pixels, words = make_pictures(training_things(), pool, seed + 1)
+    pixels, words = make_images(training_scenes(), pool, seed + 1)
     with torch.no_grad():
         # Positions that start at the scale of what they are added to halve the steps that place and shape need.
         embeddings = parts.vision_tower.embeddings
@@ -116,7 +116,7 @@ def train_vision(
         if (step + 1) % 100 == 0 or step + 1 == steps:
             print(f"vision step {step + 1}/{steps} loss {loss.item():.4f}", flush=True)
         if (step + 1) % 500 == 0 or step + 1 == steps:
-            shares = [f"{share:.3f}" for share in _classified(parts, heads, held_out_things(), seed + 2)]
+            shares = [f"{share:.3f}" for share in _classified(parts, heads, held_out_scenes(), seed + 2)]
             print(f"vision step {step + 1}: held-out right per query {' '.join(shares)}", flush=True)
     return parts.eval()
 
@@ -129,9 +129,9 @@ def warmup_cosine(step: int, warmup: int, steps: int) -> float:
 
 
 @torch.no_grad()
-def _classified(parts: VisionParts, heads: nn.ModuleList, things: list[Thing], seed: int) -> list[float]:
+def _classified(parts: VisionParts, heads: nn.ModuleList, scenes: list[Scene], seed: int) -> list[float]:
     """Share of pictures whose word each query's classifier names."""
-    pixels, words = make_pictures(things, 4 * len(things), seed)
+    pixels, words = make_images(scenes, 4 * len(scenes), seed)
     outputs = torch.cat([parts(normalise(chunk)) for chunk in pixels.split(173)])
     return [
         (head(outputs[:, query]).argmax(-1) == words[:, word]).float().mean().item()

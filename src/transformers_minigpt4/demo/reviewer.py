@@ -16,7 +16,7 @@ from collections import Counter
 from pathlib import Path
 
 from .scoring import failure, named_values, right_attributes
-from .world import COLOURS, COLUMNS, ROWS, SHAPES, SIZES, Thing
+from .world import COLOURS, COLUMNS, ROWS, SHAPES, SIZES, Scene
 
 
 REVIEWER = "demo reviewer"
@@ -26,7 +26,7 @@ _PLACE = re.compile(rf"\b(?:(?:{'|'.join(ROWS)}) (?:{'|'.join(COLUMNS)})|center)
 _VALUES = {"colour": COLOURS, "shape": SHAPES, "size": SIZES}
 
 
-def shown_thing(key: str) -> Thing:
+def shown_scene(key: str) -> Scene:
     """
     What the picture with this key shows: the key has size, colour, shape and place as words, in any order.
 
@@ -44,10 +44,10 @@ def shown_thing(key: str) -> Thing:
             f"the key {key!r} does not say what the picture shows; this reviewer only knows pictures of the small "
             "world, whose keys are like 0007-large-red-circle-top-left"
         )
-    return Thing(found["colour"][0], found["shape"][0], found["size"][0], rows[0], columns[0])
+    return Scene(found["colour"][0], found["shape"][0], found["size"][0], rows[0], columns[0])
 
 
-def judge(text: str, thing: Thing) -> tuple[str, str]:
+def judge(text: str, scene: Scene) -> tuple[str, str]:
     """
     What a careful person decides about a description.
 
@@ -60,17 +60,17 @@ def judge(text: str, thing: Thing) -> tuple[str, str]:
         did not fail; `("edit", new text)` where leaving sentences out and putting one right value in makes it so;
         `("reject", "")` for the rest.
     """
-    if _is_right(text, thing):
+    if _is_right(text, scene):
         return "accept", ""
-    if failure(text, thing) != "off-topic":
-        edited = _put_right(_whole_sentences(text), thing)
-        if _is_right(edited, thing):
+    if failure(text, scene) != "off-topic":
+        edited = _put_right(_whole_sentences(text), scene)
+        if _is_right(edited, scene):
             return "edit", edited
     return "reject", ""
 
 
-def _is_right(text: str, thing: Thing) -> bool:
-    return failure(text, thing) is None and all(right_attributes(text, thing).values())
+def _is_right(text: str, scene: Scene) -> bool:
+    return failure(text, scene) is None and all(right_attributes(text, scene).values())
 
 
 def _whole_sentences(text: str) -> str:
@@ -79,13 +79,13 @@ def _whole_sentences(text: str) -> str:
     return " ".join(dict.fromkeys(sentences))
 
 
-def _put_right(text: str, thing: Thing) -> str:
+def _put_right(text: str, scene: Scene) -> str:
     """With the one attribute that is wrong named as it is; a text with more wrong ones stays as it is."""
-    wrong = [attribute for attribute, right in right_attributes(text, thing).items() if not right]
+    wrong = [attribute for attribute, right in right_attributes(text, scene).items() if not right]
     if len(wrong) != 1 or not named_values(text)[wrong[0]]:
         return text
     (attribute,) = wrong
-    value = getattr(thing, attribute)
+    value = getattr(scene, attribute)
     pattern = _PLACE if attribute == "place" else re.compile(rf"\b(?:{'|'.join(_VALUES[attribute])})\b", re.IGNORECASE)
     text = pattern.sub(value, text)
     text = re.sub(r"\b([Aa])n?(?= orange\b)", r"\1n", text)
@@ -119,7 +119,7 @@ def review(export: str | os.PathLike, decisions: str | os.PathLike) -> Counter[s
         writer = csv.DictWriter(file, COLUMNS_OUT)
         writer.writeheader()
         for row in rows:
-            action, text = judge(row["text_after"].removeprefix("'"), shown_thing(row["pair"]))
+            action, text = judge(row["text_after"].removeprefix("'"), shown_scene(row["pair"]))
             counts[action] += 1
             writer.writerow(dict(zip(COLUMNS_OUT, (row["pair"], row["text_id"], action, text, REVIEWER))))
     os.replace(scratch, decisions)

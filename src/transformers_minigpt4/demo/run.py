@@ -38,7 +38,7 @@ from transformers_minigpt4.training.sft import load_rows, make_trainer, parse_re
 from .contact_sheet import save_contact_sheet
 from .scoring import FAILURES, failure, right_attributes, summarise
 from .texts import DETAIL_PROMPTS, IMAGE_TOKEN, INSTRUCTIONS, STAGE_2_TEMPLATE, detailed_description, web_caption
-from .world import ATTRIBUTES, IMAGE_SIZE, Thing, draw, held_out_things, training_things
+from .world import ATTRIBUTES, IMAGE_SIZE, Scene, draw, held_out_scenes, training_scenes
 
 
 CHECKPOINTS = ("stage1", "checkpoint")  # what stage 1 and stage 2 leave
@@ -51,11 +51,11 @@ MAX_NEW_TOKENS = 100  # the longest description of the training texts has 43
 
 RECIPES = ("tiny", "tiny_stage2")  # one for each checkpoint
 STEPS = 200  # of each stage, as in the recipes
-STAGE_1_PICTURES, STAGE_2_PICTURES = 3000, 1200  # different ones; longer training shows them again
+STAGE_1_IMAGES, STAGE_2_IMAGES = 3000, 1200  # different ones; longer training shows them again
 
 
 def build_model(
-    seed: int = 0, with_qformer: bool = True, projection_layers: int = 1
+    seed: int = 0, with_qformer: bool = True, projector_layers: int = 1
 ) -> tuple[MiniGPT4ForConditionalGeneration, MiniGPT4Processor]:
     """The shipped frozen parts with a projection drawn at random between them: the state before stage 1."""
     set_seed(seed)
@@ -69,7 +69,7 @@ def build_model(
         qformer_config=qformer.config if with_qformer else None,
         text_config=language_model.config,
         num_query_tokens=query_tokens.shape[1],
-        projection_layers=projection_layers,
+        projector_layers=projector_layers,
         image_token_id=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
     )
     for part in filter(None, (config.vision_config, config.qformer_config, config.text_config)):
@@ -92,8 +92,8 @@ def build_model(
 
 def stage_1_rows(count: int, seed: int) -> Dataset:
     """At most 3,000 pictures with web captions and no prompt; combinations held out do not occur."""
-    count = min(count, STAGE_1_PICTURES)
-    return _rows(count, seed, lambda thing, rng: (BOS + IMAGE_TOKEN, web_caption(thing, rng) + "\n"))
+    count = min(count, STAGE_1_IMAGES)
+    return _rows(count, seed, lambda scene, rng: (BOS + IMAGE_TOKEN, web_caption(scene, rng) + "\n"))
 
 
 def stage_2_rows(count: int, seed: int) -> Dataset:
@@ -103,21 +103,21 @@ def stage_2_rows(count: int, seed: int) -> Dataset:
     Combinations held out do not occur.
     """
 
-    def write(thing: Thing, rng: random.Random) -> tuple[str, str]:
+    def write(scene: Scene, rng: random.Random) -> tuple[str, str]:
         prompt = BOS + STAGE_2_TEMPLATE.format(image=IMAGE_TOKEN, text=rng.choice(INSTRUCTIONS))
-        return prompt, detailed_description(thing, rng) + "###"
+        return prompt, detailed_description(scene, rng) + "###"
 
-    return _rows(min(count, STAGE_2_PICTURES), seed, write)
+    return _rows(min(count, STAGE_2_IMAGES), seed, write)
 
 
 def _rows(count: int, seed: int, write) -> Dataset:
     rng = random.Random(seed)
-    things = training_things()
+    scenes = training_scenes()
     rows = []
     for _ in range(count):
-        thing = rng.choice(things)
-        prompt, completion = write(thing, rng)
-        rows.append({"image": draw(thing, rng), "prompt": prompt, "completion": completion})
+        scene = rng.choice(scenes)
+        prompt, completion = write(scene, rng)
+        rows.append({"image": draw(scene, rng), "prompt": prompt, "completion": completion})
     features = Features({"image": Image(), "prompt": Value("string"), "completion": Value("string")})
     return Dataset.from_list(rows, features=features)
 
@@ -144,7 +144,7 @@ def train_stage(
     seed: int,
     console: Console,
     title: str | None = None,
-    train_parts: Sequence[str] = ("projection",),
+    trainable_modules: Sequence[str] = ("projector",),
 ) -> None:
     """
     Trains one of `RECIPES` in place and leaves its run record in `output_dir`, as `minigpt4 train` would.
@@ -158,7 +158,7 @@ def train_stage(
         seed: Draws the pictures and their order.
         console: Where the loss goes.
         title: What the lines of progress begin with; the recipe's name by default.
-        train_parts: Parts that learn.
+        trainable_modules: Parts that learn.
     """
     shutil.rmtree(output_dir, ignore_errors=True)
     settings = {
@@ -170,7 +170,9 @@ def train_stage(
         "save_strategy": "no",
     }
     overrides = [part for key, value in settings.items() for part in (f"--{key}", str(value))]
-    stage, config, model_args = parse_recipe(["--config", recipe, *overrides, "--train_parts", *train_parts])
+    stage, config, model_args = parse_recipe(
+        ["--config", recipe, *overrides, "--trainable_modules", *trainable_modules]
+    )
     trainer = make_trainer(stage, config, model_args, model, processor, load_rows(stage, config))
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
@@ -212,7 +214,7 @@ def run_demo(
     seed: int = 0,
     stage_1_steps: int = STEPS,
     stage_2_steps: int = STEPS,
-    held_out_pictures: int = 173,
+    held_out_images: int = 173,
     console: Console | None = None,
 ) -> dict[str, Any]:
     """
@@ -238,7 +240,7 @@ def run_demo(
         ValueError: for a number of pictures or steps that cannot be.
         FileExistsError: when `output_dir` is a file, or holds a folder of the same name as a checkpoint that is none.
     """
-    shown = held_out(seed, held_out_pictures)
+    shown = held_out(seed, held_out_images)
     if min(stage_1_steps, stage_2_steps) < 1:
         raise ValueError(f"Got {stage_1_steps} and {stage_2_steps} steps. Each stage needs at least one.")
     output = Path(output_dir)
@@ -270,26 +272,26 @@ def quiet_and_single_threaded() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def held_out(seed: int, count: int) -> tuple[list[Thing], list[Picture]]:
+def held_out(seed: int, count: int) -> tuple[list[Scene], list[Picture]]:
     """
     What is measured on: combinations that no training shows, and one picture of each.
 
     Raises:
         ValueError: for a number of pictures that cannot be.
     """
-    every = held_out_things()
+    every = held_out_scenes()
     if not 1 <= count <= len(every):
         raise ValueError(
             f"held_out_pictures={count}, but {len(every)} combinations are held out, one picture each. Choose 1 to "
             f"{len(every)}."
         )
-    things = random.Random(seed + 1).sample(every, count)
+    scenes = random.Random(seed + 1).sample(every, count)
     rng = random.Random(seed + 2)
-    return things, [draw(thing, rng) for thing in things]
+    return scenes, [draw(scene, rng) for scene in scenes]
 
 
 def _run(
-    output: Path, seed: int, steps: tuple[int, int], things: list[Thing], pictures: list[Picture], console: Console
+    output: Path, seed: int, steps: tuple[int, int], scenes: list[Scene], pictures: list[Picture], console: Console
 ) -> dict[str, Any]:
     start = time.perf_counter()
     model, processor = build_model(seed)
@@ -302,7 +304,7 @@ def _run(
 
     def measure(state: str) -> None:
         texts, ended = answers[state] = describe(model, processor, pictures)
-        shares[state] = summarise(texts, things, ended)
+        shares[state] = summarise(texts, scenes, ended)
 
     measure("before training")
     for number, (recipe, folder) in enumerate(zip(RECIPES, CHECKPOINTS)):
@@ -310,21 +312,21 @@ def _run(
         train_stage(recipe, model, processor, run, steps=steps[number], seed=seed, console=console, title=title)
         save_checkpoint(model, processor, output / folder)
         measure(f"after {title}")
-        console.print(_table(shares, len(things)))
+        console.print(_table(shares, len(scenes)))
     results = {
         "shares": shares,
-        "held_out_pictures": len(things),
+        "held_out_pictures": len(scenes),
         "prompt": TABLE_PROMPT,
         "seed": seed,
         "recipes": dict(zip(RECIPES, steps)),
         "versions": {name: version(name) for name in ("torch", "transformers", "trl", "transformers_minigpt4")},
         "seconds": round(time.perf_counter() - start, 1),
     }
-    _write_outputs(output, results, things, pictures, answers)
+    _write_outputs(output, results, scenes, pictures, answers)
     for what, path in (
         ("checkpoint", output / "checkpoint"),
         ("contact sheet", output / "contact_sheet.png"),
-        ("pictures to try it on", output / "pictures"),
+        ("pictures to try it on", output / "images"),
     ):
         console.print(f"{what}: {path}", soft_wrap=True)
     console.print(f"{results['seconds']} seconds in all.")
@@ -348,24 +350,24 @@ def _table(shares: dict[str, dict[str, float]], count: int) -> Table:
 def _write_outputs(
     output: Path,
     results: dict[str, Any],
-    things: list[Thing],
+    scenes: list[Scene],
     pictures: list[Picture],
     answers: dict[str, tuple[list[str], list[bool]]],
 ) -> None:
     descriptions = [
-        {"shown": asdict(thing), **{state: texts[i] for state, (texts, _) in answers.items()}}
-        for i, thing in enumerate(things)
+        {"shown": asdict(scene), **{state: texts[i] for state, (texts, _) in answers.items()}}
+        for i, scene in enumerate(scenes)
     ]
     write_json(output / "results.json", {**results, "descriptions": descriptions})
     cells = [
-        [(_verdict(state, texts[i], thing, ended[i]), texts[i]) for state, (texts, ended) in answers.items()]
-        for i, thing in enumerate(things[:SHOWN])
+        [(_verdict(state, texts[i], scene, ended[i]), texts[i]) for state, (texts, ended) in answers.items()]
+        for i, scene in enumerate(scenes[:SHOWN])
     ]
     save_contact_sheet(output / "contact_sheet.png", pictures[:SHOWN], cells)
-    folder = output / "pictures"
+    folder = output / "images"
     folder.mkdir(exist_ok=True)
-    for thing, picture in list(zip(things, pictures))[:SHOWN]:
-        picture.save(folder / f"{'-'.join((thing.size, thing.colour, thing.shape, *thing.place.split()))}.png")
+    for scene, picture in list(zip(scenes, pictures))[:SHOWN]:
+        picture.save(folder / f"{'-'.join((scene.size, scene.colour, scene.shape, *scene.place.split()))}.png")
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -375,7 +377,7 @@ def write_json(path: Path, content: Any) -> None:
     os.replace(scratch, path)
 
 
-def _verdict(state: str, text: str, thing: Thing, ended: bool) -> str:
-    right = sum(right_attributes(text, thing).values())
-    failed = failure(text, thing, ended)
+def _verdict(state: str, text: str, scene: Scene, ended: bool) -> str:
+    right = sum(right_attributes(text, scene).values())
+    failed = failure(text, scene, ended)
     return f"{state}: {right} of 4 right{', ' + failed if failed else ''}"

@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 from typing import Literal
 
-from .world import ATTRIBUTES, COLOURS, COLUMNS, ROWS, SHAPES, SIZES, Thing
+from .world import ATTRIBUTES, COLOURS, COLUMNS, ROWS, SHAPES, SIZES, Scene
 
 
 Failure = Literal["repeated", "cut off", "off-topic"]
@@ -27,10 +27,10 @@ def named_values(text: str) -> dict[str, set[str]]:
     }
 
 
-def right_attributes(text: str, thing: Thing) -> dict[str, bool]:
+def right_attributes(text: str, scene: Scene) -> dict[str, bool]:
     """Whether a text names each attribute with the picture's value and with no other value."""
     named = named_values(text)
-    return {attribute: named[attribute] == {getattr(thing, attribute)} for attribute in ATTRIBUTES}
+    return {attribute: named[attribute] == {getattr(scene, attribute)} for attribute in ATTRIBUTES}
 
 
 # What the answers to the questions of texts.py must name.
@@ -46,13 +46,13 @@ ASKED = {
 }
 
 
-def is_right_answer(question: str, text: str, thing: Thing) -> bool:
+def is_right_answer(question: str, text: str, scene: Scene) -> bool:
     """Whether an answer to one of `texts.QUESTIONS` names what was asked with the picture's value and no other."""
-    right = right_attributes(text, thing)
+    right = right_attributes(text, scene)
     return all(right[attribute] for attribute in ASKED[question])
 
 
-def failure(text: str, thing: Thing, ended: bool = True) -> Failure | None:
+def failure(text: str, scene: Scene, ended: bool = True) -> Failure | None:
     """
     How a description failed, after the three kinds of the paper's section 4.3, or `None`.
 
@@ -72,7 +72,7 @@ def failure(text: str, thing: Thing, ended: bool = True) -> Failure | None:
         return "repeated"
     if not ended or not text.rstrip().endswith((".", "!", "?")) or len(text.split()) < _MIN_WORDS:
         return "cut off"
-    if sum(right_attributes(text, thing).values()) <= len(ATTRIBUTES) - 2:
+    if sum(right_attributes(text, scene).values()) <= len(ATTRIBUTES) - 2:
         return "off-topic"
     return None
 
@@ -91,7 +91,7 @@ def _repeats(text: str) -> bool:
     )
 
 
-def summarise(texts: Sequence[str], things: Sequence[Thing], ended: Sequence[bool]) -> dict[str, float]:
+def summarise(texts: Sequence[str], scenes: Sequence[Scene], ended: Sequence[bool]) -> dict[str, float]:
     """
     Shares over a set of descriptions.
 
@@ -107,12 +107,12 @@ def summarise(texts: Sequence[str], things: Sequence[Thing], ended: Sequence[boo
     Raises:
         ValueError: when the three lists differ in length or are empty.
     """
-    if not texts or not len(texts) == len(things) == len(ended):
+    if not texts or not len(texts) == len(scenes) == len(ended):
         raise ValueError(
-            f"Got {len(texts)} texts, {len(things)} things and {len(ended)} end flags. Give one of each per picture."
+            f"Got {len(texts)} texts, {len(scenes)} things and {len(ended)} end flags. Give one of each per picture."
         )
-    right = [right_attributes(text, thing) for text, thing in zip(texts, things)]
-    kinds = [failure(text, thing, end) for text, thing, end in zip(texts, things, ended)]
+    right = [right_attributes(text, scene) for text, scene in zip(texts, scenes)]
+    kinds = [failure(text, scene, end) for text, scene, end in zip(texts, scenes, ended)]
     shares = {attribute: sum(row[attribute] for row in right) / len(right) for attribute in ATTRIBUTES}
     shares["attributes"] = sum(shares.values()) / len(ATTRIBUTES)
     shares.update({str(kind): kinds.count(kind) / len(kinds) for kind in FAILURES})

@@ -2,7 +2,7 @@
 
 import random
 
-from .world import Thing
+from .world import Scene
 
 
 # The authors' four instructions of stage 2 (Vision-CAIR/MiniGPT-4, `prompts/alignment.txt`).
@@ -72,35 +72,35 @@ _QUESTIONS = {
 QUESTIONS = tuple(_QUESTIONS)
 
 
-def web_caption(thing: Thing, rng: random.Random) -> str:
+def web_caption(scene: Scene, rng: random.Random) -> str:
     """
     A short noisy caption as alternative text on the web, which seldom says how large a thing is or where.
 
     This is what stage 1 cannot teach and stage 2 adds: captions that name a place are too few to learn places from.
     """
     named = rng.choice(("colour shape",) * 30 + ("size shape", "shape place"))
-    phrase = " ".join(getattr(thing, attribute) for attribute in named.split())
+    phrase = " ".join(getattr(scene, attribute) for attribute in named.split())
     return " ".join(part for part in (rng.choice(_BEFORE), phrase, rng.choice(_AFTER)) if part)
 
 
-def detailed_description(thing: Thing, rng: random.Random) -> str:
+def detailed_description(scene: Scene, rng: random.Random) -> str:
     """Two to four sentences that name all four attributes."""
     sentences = [rng.choice(_OPENINGS), rng.choice(_PLACES)]
     extra = rng.choice(((), (_BACKGROUNDS,), (_ENDINGS,), (_BACKGROUNDS, _ENDINGS), (_BACKGROUNDS, _ENDINGS)))
     sentences += [rng.choice(choices) for choices in extra]
-    return _fill(" ".join(sentences), thing)
+    return _fill(" ".join(sentences), scene)
 
 
-def short_description(thing: Thing, rng: random.Random) -> str:
+def short_description(scene: Scene, rng: random.Random) -> str:
     """One sentence of less than 20 words that names all four attributes."""
-    return _fill(rng.choice(_SHORT), thing)
+    return _fill(rng.choice(_SHORT), scene)
 
 
-def answer(question: str, thing: Thing, rng: random.Random) -> str:
+def answer(question: str, scene: Scene, rng: random.Random) -> str:
     """The answer to one of `QUESTIONS`."""
-    return _fill(rng.choice(_QUESTIONS[question]), thing)
+    return _fill(rng.choice(_QUESTIONS[question]), scene)
 
 
-def _fill(text: str, thing: Thing) -> str:
-    text = text.format(colour=thing.colour, shape=thing.shape, size=thing.size, place=thing.place)
+def _fill(text: str, scene: Scene) -> str:
+    text = text.format(colour=scene.colour, shape=scene.shape, size=scene.size, place=scene.place)
     return text.replace("a orange", "an orange").replace("A orange", "An orange")

@@ -35,7 +35,7 @@ _HELD_OUT_OF = 5
 
 
 @dataclass(frozen=True)
-class Thing:
+class Scene:
     """What one picture shows: the four attributes, place being a row and a column of a 3 x 3 grid."""
 
     colour: str
@@ -55,33 +55,33 @@ class Thing:
         return self.colour, self.shape, self.size, self.row, self.column
 
 
-def all_things() -> list[Thing]:
+def all_scenes() -> list[Scene]:
     """All 864 combinations, in a fixed order."""
-    return [Thing(*words) for words in itertools.product(COLOURS, SHAPES, SIZES, ROWS, COLUMNS)]
+    return [Scene(*words) for words in itertools.product(COLOURS, SHAPES, SIZES, ROWS, COLUMNS)]
 
 
-def is_held_out(thing: Thing) -> bool:
+def is_held_out(scene: Scene) -> bool:
     """
     Whether a combination is kept from every training: of the tower, of the language model and of the projection.
 
     A sum of the attributes' indices modulo 5, so that each value and each pair of values stays on both sides.
     """
-    place = 3 * ROWS.index(thing.row) + COLUMNS.index(thing.column)
-    total = list(COLOURS).index(thing.colour) + 2 * SHAPES.index(thing.shape) + 3 * list(SIZES).index(thing.size)
+    place = 3 * ROWS.index(scene.row) + COLUMNS.index(scene.column)
+    total = list(COLOURS).index(scene.colour) + 2 * SHAPES.index(scene.shape) + 3 * list(SIZES).index(scene.size)
     return (total + place) % _HELD_OUT_OF == 0
 
 
-def training_things() -> list[Thing]:
+def training_scenes() -> list[Scene]:
     """The combinations that training may show, about 80 %."""
-    return [thing for thing in all_things() if not is_held_out(thing)]
+    return [scene for scene in all_scenes() if not is_held_out(scene)]
 
 
-def held_out_things() -> list[Thing]:
+def held_out_scenes() -> list[Scene]:
     """The combinations that only evaluation shows, about 20 %."""
-    return [thing for thing in all_things() if is_held_out(thing)]
+    return [scene for scene in all_scenes() if is_held_out(scene)]
 
 
-def draw(thing: Thing, rng: random.Random) -> Image.Image:
+def draw(scene: Scene, rng: random.Random) -> Image.Image:
     """
     Draws one picture; everything but the four attributes varies with `rng`.
 
@@ -93,14 +93,14 @@ def draw(thing: Thing, rng: random.Random) -> Image.Image:
         `PIL.Image.Image`: RGB, 64 x 64 pixels.
     """
     side = IMAGE_SIZE * _OVERSAMPLING
-    picture = Image.new("RGB", (side, side), _tinted(rng.choice(_BACKGROUNDS), rng, 14))
-    radius = SIZES[thing.size] * rng.uniform(0.93, 1.07) * _OVERSAMPLING
-    x = (_CELL_CENTRES[COLUMNS.index(thing.column)] + rng.uniform(-2.0, 2.0)) * _OVERSAMPLING
-    y = (_CELL_CENTRES[ROWS.index(thing.row)] + rng.uniform(-2.0, 2.0)) * _OVERSAMPLING
-    _draw_shape(ImageDraw.Draw(picture), thing, (x, y), radius, _tinted(COLOURS[thing.colour], rng, 10), rng)
-    picture = picture.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BOX)
+    image = Image.new("RGB", (side, side), _tinted(rng.choice(_BACKGROUNDS), rng, 14))
+    radius = SIZES[scene.size] * rng.uniform(0.93, 1.07) * _OVERSAMPLING
+    x = (_CELL_CENTRES[COLUMNS.index(scene.column)] + rng.uniform(-2.0, 2.0)) * _OVERSAMPLING
+    y = (_CELL_CENTRES[ROWS.index(scene.row)] + rng.uniform(-2.0, 2.0)) * _OVERSAMPLING
+    _draw_shape(ImageDraw.Draw(image), scene, (x, y), radius, _tinted(COLOURS[scene.colour], rng, 10), rng)
+    image = image.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BOX)
     noise = np.random.default_rng(rng.getrandbits(32)).normal(0.0, rng.uniform(0.0, 6.0), (IMAGE_SIZE, IMAGE_SIZE, 3))
-    return Image.fromarray(np.clip(np.asarray(picture) + noise, 0, 255).astype(np.uint8))
+    return Image.fromarray(np.clip(np.asarray(image) + noise, 0, 255).astype(np.uint8))
 
 
 def _tinted(colour: tuple[int, int, int], rng: random.Random, spread: int) -> tuple[int, int, int]:
@@ -108,7 +108,7 @@ def _tinted(colour: tuple[int, int, int], rng: random.Random, spread: int) -> tu
     return red, green, blue
 
 
-def _draw_shape(pen, thing: Thing, centre: tuple[float, float], radius: float, colour, rng: random.Random) -> None:
+def _draw_shape(pen, scene: Scene, centre: tuple[float, float], radius: float, colour, rng: random.Random) -> None:
     x, y = centre
     tilt = math.radians(rng.uniform(-8.0, 8.0))
 
@@ -118,15 +118,15 @@ def _draw_shape(pen, thing: Thing, centre: tuple[float, float], radius: float, c
         pen.polygon([(x + radius * (a * cos - b * sin), y + radius * (a * sin + b * cos)) for a, b in points], colour)
 
     box = (x - radius, y - radius, x + radius, y + radius)
-    if thing.shape == "circle":
+    if scene.shape == "circle":
         pen.ellipse(box, colour)
-    elif thing.shape == "ring":
+    elif scene.shape == "ring":
         pen.ellipse(box, outline=colour, width=round(0.34 * radius))
-    elif thing.shape == "square":
+    elif scene.shape == "square":
         polygon([(-0.88, -0.88), (0.88, -0.88), (0.88, 0.88), (-0.88, 0.88)])
-    elif thing.shape == "triangle":
+    elif scene.shape == "triangle":
         polygon([(0.0, -1.0), (1.0, 0.8), (-1.0, 0.8)])
-    elif thing.shape == "star":
+    elif scene.shape == "star":
         corners = [(math.pi * (i / 5 - 0.5), 1.1 if i % 2 == 0 else 0.45) for i in range(10)]
         polygon([(length * math.cos(angle), length * math.sin(angle)) for angle, length in corners])
     else:  # cross

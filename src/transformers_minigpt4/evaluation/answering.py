@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 
 from PIL import Image
 
-from transformers_minigpt4.describe import answer_prompts, to_json
+from transformers_minigpt4.inference.describe import answer_prompts, to_json
 from transformers_minigpt4.processing.image_utils_minigpt4 import ImageLoadError, load_image
 
 from .evaluator import Question
@@ -45,24 +45,24 @@ def make_batches(questions: Iterable[Question], batch_size: int) -> list[list[Qu
     return batches
 
 
-def picture_digest(picture: Any) -> str:
+def image_digest(image: Any) -> str:
     """
     What tells a picture apart wherever it is stored: name and size of a file, a URL, or a hash of the content.
 
     Reading every byte of 5,000 photographs before the first question would take longer than it is worth.
     """
-    if isinstance(picture, Image.Image):
-        content = f"{picture.mode}{picture.size}".encode() + picture.tobytes()
+    if isinstance(image, Image.Image):
+        content = f"{image.mode}{image.size}".encode() + image.tobytes()
         return hashlib.sha256(content).hexdigest()
-    if isinstance(picture, (bytes, bytearray)):
-        return hashlib.sha256(picture).hexdigest()
-    path = Path(picture)
-    return f"{path.name}:{path.stat().st_size}" if path.is_file() else str(picture)
+    if isinstance(image, (bytes, bytearray)):
+        return hashlib.sha256(image).hexdigest()
+    path = Path(image)
+    return f"{path.name}:{path.stat().st_size}" if path.is_file() else str(image)
 
 
 def question_key(question: Question, generation: Mapping[str, Any], model: str) -> str:
     """What an answer depends on, so that a kept one is used again only where all of this is the same."""
-    facts = [question.prompt, [picture_digest(picture) for picture in question.images], dict(generation), model]
+    facts = [question.prompt, [image_digest(image) for image in question.images], dict(generation), model]
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
@@ -211,6 +211,6 @@ def answer_batches(
 
 def _load_all(pictures: Sequence[Any]) -> list[Image.Image] | ImageLoadError:
     try:
-        return [load_image(picture) for picture in pictures]
+        return [load_image(image) for image in pictures]
     except ImageLoadError as error:
         return error

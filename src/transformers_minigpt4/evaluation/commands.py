@@ -7,7 +7,7 @@ import typer
 
 
 if TYPE_CHECKING:
-    from transformers_minigpt4.chat.client import ChatSettings
+    from transformers_minigpt4.llm.types import ChatSettings
 
 
 INTERRUPTED = 130  # what shells report for a program ended by Ctrl-C
@@ -15,9 +15,11 @@ OUTPUTS = Path("minigpt4-evaluation")
 
 
 class EvaluateGroup(typer.core.TyperGroup):
-    """`evaluate CHECKPOINT …` is short for `evaluate run CHECKPOINT …`."""
+    """`evaluate CHECKPOINT …` is short for `evaluate run CHECKPOINT …`, and `evaluate --demo` for `evaluate demo`."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if "--demo" in args:
+            args = ["demo", *(word for word in args if word not in ("--demo", "run"))]
         if args and args[0] not in self.commands and args[0] != "--help":
             args = ["run", *args]
         return super().parse_args(ctx, args)
@@ -48,9 +50,6 @@ def run(
     list_tasks: Annotated[
         bool, typer.Option("--list-tasks", help="Show the tasks and their files, and exit.")
     ] = False,
-    demo: Annotated[
-        bool, typer.Option("--demo", help="Run the tasks on the demo's drawn pictures; needs neither GPU nor data.")
-    ] = False,
     limit: Annotated[int | None, typer.Option(min=1, help="Questions of each task. By default all.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Questions that go through the model at once.")] = 8,
     dtype: Annotated[
@@ -63,7 +62,7 @@ def run(
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Let code that comes with the checkpoint run.")
     ] = False,
-    seed: Annotated[int, typer.Option(help="Draws the bootstrap samples of the intervals, and the demo's world.")] = 0,
+    seed: Annotated[int, typer.Option(help="Draws the bootstrap samples of the intervals.")] = 0,
     judge: Annotated[
         str | None,
         typer.Option(
@@ -99,16 +98,6 @@ def run(
     """
     if list_tasks:
         _show_tasks()
-        return
-    if demo:
-        if checkpoint is not None or tasks or data or limit is not None or judge is not None:
-            raise ValueError(
-                "--demo makes its own models, data and judge; leave out CHECKPOINT, --tasks, --data, --limit and "
-                "--judge"
-            )
-        from .demo_world import evaluate_demo
-
-        evaluate_demo(output or OUTPUTS / "demo", seed)
         return
     if checkpoint is None:
         raise ValueError("name a CHECKPOINT, or --demo; `minigpt4 evaluate run --help` shows the options")
@@ -205,7 +194,7 @@ def _data(entries: list[str]) -> str | dict[str, str]:
 
 
 def _judge_settings(model: str | None, **settings: Any) -> "ChatSettings | None":
-    from transformers_minigpt4.chat.client import ChatSettings
+    from transformers_minigpt4.llm.types import ChatSettings
 
     if model is None:
         if settings["base_url"] is not None:

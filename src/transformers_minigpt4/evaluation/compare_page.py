@@ -146,7 +146,7 @@ def _text(row: Mapping[str, Any]) -> str:
 
 def _example(runs: Sequence[Run], rows: Sequence[Mapping[str, Any]]) -> str:
     first = rows[0]
-    pictures = "".join(_picture(name, runs[0].folder) for name in first["images"])
+    images = "".join(_image(name, runs[0].folder) for name in first["images"])
     reference = first["reference"] if isinstance(first["reference"], str) else repr(first["reference"])
     lines = [
         f"<tr><th>{escape(run.name)}</th><td class='{'text' if 'answer' in row else 'text failed'}'>"
@@ -154,7 +154,7 @@ def _example(runs: Sequence[Run], rows: Sequence[Mapping[str, Any]]) -> str:
         for run, row in zip(runs, rows)
     ]
     return (
-        f"<article><div>{pictures}<div class='small'>{escape(str(first['id']))}</div></div>"
+        f"<article><div>{images}<div class='small'>{escape(str(first['id']))}</div></div>"
         f"<div><p><b>{escape(first['prompt'])}</b></p><table>{''.join(lines)}</table>"
         f"<p class='small'>reference: {escape(reference)}</p></div></article>"
     )
@@ -168,9 +168,9 @@ def _facts(record: Mapping[str, Any]) -> str:
     )
 
 
-def _picture(name: str, folder: Path) -> str:
+def _image(name: str, folder: Path) -> str:
     try:
-        thumbnail = load_image(folder / ANSWERS / name if name.startswith("pictures/") else name)
+        thumbnail = load_image(folder / ANSWERS / name if name.startswith("images/") else name)
     except ImageLoadError as error:
         return f"<p class='small failed'>{escape(str(error))}</p>"
     thumbnail.thumbnail((_THUMBNAIL, _THUMBNAIL))

@@ -14,7 +14,7 @@ import numpy as np
 
 
 if TYPE_CHECKING:
-    from transformers_minigpt4.chat.client import ChatModel
+    from transformers_minigpt4.llm.client import ChatModel
 
 
 Columns = Mapping[str, np.ndarray]
@@ -211,7 +211,7 @@ class Task(ABC):
             questions: All of them.
             answers: By id. A question that failed (a picture that cannot be loaded) has none: it must count as
                 failed, such as `{"correct": 0}`, and never as an empty text.
-            judge: A chat model, see [`~transformers_minigpt4.chat.client.ChatModel`].
+            judge: A chat model, see [`~transformers_minigpt4.llm.client.ChatModel`].
 
         Returns:
             JSON-able objects. Numbers, booleans and `None` (no value here) are the columns of the metrics; texts and

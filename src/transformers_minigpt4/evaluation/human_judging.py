@@ -18,9 +18,9 @@ from .evaluator import Question, read_json, read_json_lines, write_json
 
 
 TASK = "advanced"
-SHEET, DECISIONS, PICTURES = "sheet.json", "decisions.jsonl", "pictures"
+SHEET, DECISIONS, IMAGES = "sheet.json", "decisions.jsonl", "images"
 _YES, _NO = frozenset({"yes", "y", "1", "true"}), frozenset({"no", "n", "0", "false"})
-_CSV_COLUMNS = ("item", "task", "prompt", "picture", "answer", "success")
+_CSV_COLUMNS = ("item", "task", "prompt", "image", "answer", "success")
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Item:
     question: str
     task: str
     prompt: str
-    picture: str
+    image: str
     answer: str | None
 
 
@@ -102,7 +102,7 @@ class Sheet:
 
     def decide_all(self, person: str, decisions: Iterable[tuple[str, bool]]) -> None:
         """Write several decisions at once; all of them or none, see [`decide`]."""
-        from transformers_minigpt4.web_page import person_name
+        from transformers_minigpt4.web.pages import person_name
 
         name, at = person_name(person), datetime.now(UTC).isoformat(timespec="seconds")
         rows = [
@@ -157,22 +157,22 @@ def make_sheet(runs: Sequence[Path], output: Path, seed: int = 0) -> Sheet:
             raise ValueError(f"{str(run)!r} has no results of {TASK}; evaluate with --tasks {TASK} first")
         fingerprints[name] = results["tasks"][TASK]["fingerprint"]
         for row in read_json_lines(run / "answers" / f"{TASK}.jsonl"):
-            picture = files.setdefault(row["images"][0], f"{len(files):03d}{Path(row['images'][0]).suffix.lower()}")
+            image = files.setdefault(row["images"][0], f"{len(files):03d}{Path(row['images'][0]).suffix.lower()}")
             key = hashlib.sha256(f"{seed} {name} {row['id']}".encode()).hexdigest()[:12]
-            items.append(Item(key, name, row["id"], row["record"]["task"], row["prompt"], picture, row.get("answer")))
+            items.append(Item(key, name, row["id"], row["record"]["task"], row["prompt"], image, row.get("answer")))
     if len(set(fingerprints.values())) > 1:
         raise ValueError(
             f"{' and '.join(names)} were asked different questions or pictures; evaluate them on one folder"
         )
     random.Random(seed).shuffle(items)
-    shown = {item.picture for item in items if item.answer is not None}
-    lost = [source for source, picture in files.items() if picture in shown and not Path(source).is_file()]
+    shown = {item.image for item in items if item.answer is not None}
+    lost = [source for source, image in files.items() if image in shown and not Path(source).is_file()]
     if lost:
         raise ValueError(f"the picture {lost[0]!r} has moved since the evaluation; put it back or evaluate again")
-    (output / PICTURES).mkdir(parents=True)
-    for source, picture in files.items():
-        if picture in shown:
-            shutil.copyfile(source, output / PICTURES / picture)
+    (output / IMAGES).mkdir(parents=True)
+    for source, image in files.items():
+        if image in shown:
+            shutil.copyfile(source, output / IMAGES / image)
     content = {
         "seed": seed,
         "fingerprint": next(iter(fingerprints.values())),
@@ -213,8 +213,8 @@ def export_csv(sheet: Sheet, path: Path, person: str | None = None) -> int:
         writer.writerow(_CSV_COLUMNS)
         for item in sheet.asked:
             success = {True: "yes", False: "no", None: ""}[decided.get(item.id)]
-            picture, answer = f"{PICTURES}/{item.picture}", item.answer or ""
-            writer.writerow([item.id, item.task, item.prompt, picture, _no_formula(answer), success])
+            image, answer = f"{IMAGES}/{item.image}", item.answer or ""
+            writer.writerow([item.id, item.task, item.prompt, image, _no_formula(answer), success])
     os.replace(scratch, path)
     return len(sheet.asked)
 

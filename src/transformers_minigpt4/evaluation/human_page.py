@@ -7,7 +7,7 @@ import typer
 
 
 if TYPE_CHECKING:
-    from transformers_minigpt4.web_page import PageServer
+    from transformers_minigpt4.web.pages import PageServer
 
     from .human_judging import Item, Sheet
 
@@ -29,7 +29,7 @@ def judging_page(sheet: "Sheet") -> Any:
     Raises:
         ValueError: where Gradio is not installed.
     """
-    from transformers_minigpt4.web_page import escape, import_gradio, new_page, person_name, picture_html
+    from transformers_minigpt4.web.pages import escape, image_html, import_gradio, new_page, person_name
 
     gradio = import_gradio("evaluation")
     page = new_page("Judge answers")
@@ -43,7 +43,7 @@ def judging_page(sheet: "Sheet") -> Any:
         before = f" You said {'yes' if decided[item.id] else 'no'}." if item.id in decided else ""
         text = f'<h3>{escape(item.prompt)}</h3><div class="foreign-text" id="answer">{escape(item.answer or "")}</div>'
         on = gradio.update(interactive=True)
-        return [item.id, picture_html(item.picture, "the picture"), text, progress + "." + before, on, on]
+        return [item.id, image_html(item.image, "the picture"), text, progress + "." + before, on, on]
 
     def start(name: str) -> list[Any]:
         person = _or_error(person_name, name)
@@ -67,14 +67,14 @@ def judging_page(sheet: "Sheet") -> Any:
             begin = gradio.Button("Start", elem_id="start")
         progress = gradio.Markdown(elem_id="progress")
         with gradio.Row():
-            picture = gradio.HTML()
+            image = gradio.HTML()
             text = gradio.HTML()
         with gradio.Row():
             yes = gradio.Button("Yes (y)", elem_id="yes", interactive=False)
             no = gradio.Button("No (n)", elem_id="no", interactive=False)
             return_ = gradio.Button("Back (b)", elem_id="back")
         current = gradio.Textbox(visible=False)
-        shown = [current, picture, text, progress, yes, no]
+        shown = [current, image, text, progress, yes, no]
         begin.click(start, [name], shown, queue=False)
         name.submit(start, [name], shown, queue=False)
         yes.click(lambda who, key: decide(who, key, True), [name, current], shown, queue=False)
@@ -101,12 +101,12 @@ def serve_sheet(sheet: "Sheet", host: str = "127.0.0.1", port: int | None = None
         ValueError: where Gradio is not installed.
         OSError: where the port is taken.
     """
-    from transformers_minigpt4.web_page import serve
+    from transformers_minigpt4.web.pages import serve
 
-    from .human_judging import PICTURES
+    from .human_judging import IMAGES
 
     keys = {"y": "yes", "n": "no", "b": "back"}
-    return serve(judging_page(sheet), files=sheet.folder / PICTURES, keys=keys, host=host, port=port)
+    return serve(judging_page(sheet), files=sheet.folder / IMAGES, keys=keys, host=host, port=port)
 
 
 def make(

@@ -7,7 +7,8 @@ from typing import Any, Generic, TypeVar
 
 from tqdm import tqdm
 
-from transformers_minigpt4.chat.client import ChatAnswer, ChatError, ChatModel
+from transformers_minigpt4.llm.client import ChatModel
+from transformers_minigpt4.llm.types import ChatAnswer, ChatError
 
 
 K = TypeVar("K", bound=Hashable)

@@ -9,7 +9,7 @@ from lmms_eval.api.model import lmms
 from lmms_eval.models.registry_v2 import ModelManifest
 from tqdm import tqdm
 
-from transformers_minigpt4.describe import DEFAULT_MAX_NEW_TOKENS, answer_prompts, load_model_and_processor
+from transformers_minigpt4.inference.describe import DEFAULT_MAX_NEW_TOKENS, answer_prompts, load_model_and_processor
 from transformers_minigpt4.processing.image_utils_minigpt4 import load_image
 
 from .evaluator import GREEDY
@@ -75,10 +75,8 @@ class ImageTextToTextModel(lmms):
         rows = []
         for number, request in enumerate(requests):
             text, settings, to_visual, document, task, split = request.args
-            pictures = _pictures(to_visual(self.task_dict[task][split][document]), task)
-            rows.append(
-                (number, text.replace("<image>", "").strip(), _generation(settings), _stops(settings), pictures)
-            )
+            images = _images(to_visual(self.task_dict[task][split][document]), task)
+            rows.append((number, text.replace("<image>", "").strip(), _generation(settings), _stops(settings), images))
 
         answers = [""] * len(rows)
         rows.sort(key=lambda row: (_batch_key(row), -len(row[1])))
@@ -118,7 +116,7 @@ def _batch_key(row: tuple[Any, ...]) -> tuple[int, str]:
     return len(row[4]), str(sorted(row[2].items()))
 
 
-def _pictures(visuals: Any, task: str) -> list[Any]:
+def _images(visuals: Any, task: str) -> list[Any]:
     visuals = visuals or []
     for visual in visuals:
         if not hasattr(visual, "convert"):

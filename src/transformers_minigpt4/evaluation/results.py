@@ -10,11 +10,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from .answering import picture_digest
+from transformers_minigpt4.utils.file_names import RESULTS_FILE, RUN_FILE
+
+from .answering import image_digest
 from .evaluator import GREEDY, Question, Record, Task, columns_of, interval, resampled, write_json
 
 
-RESULTS_FILE = "results.json"  # the model card reads it beside the checkpoint
 ANSWERS = "answers"  # folder of one JSON Lines file a task
 FORMAT = 1
 
@@ -23,7 +24,7 @@ _PACKAGES = (
     *("pycocoevalcap", "openai"),
 )
 _MODEL_FILES = {".safetensors", ".bin", ".json", ".jinja", ".model", ".txt", ".py"}
-_NO_MODEL_FILES = {RESULTS_FILE, "run.json", "trainer_state.json"}
+_NO_MODEL_FILES = {RESULTS_FILE, RUN_FILE, "trainer_state.json"}
 _SAMPLE_BYTES = 4096
 _SMALL_FILE = 1 << 20
 
@@ -36,7 +37,7 @@ def data_fingerprint(questions: Sequence[Question]) -> str:
     """
     digest = hashlib.sha256()
     for question in sorted(questions, key=lambda question: question.id):
-        pictures = [picture_digest(picture) for picture in question.images]
+        pictures = [image_digest(image) for image in question.images]
         facts = [question.id, question.prompt, pictures, question.reference, dict(question.groups)]
         digest.update(json.dumps(facts, sort_keys=True).encode() + b"\n")
     return digest.hexdigest()

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from transformers_minigpt4.describe import load_model_and_processor
+from transformers_minigpt4.inference.describe import load_model_and_processor
 from transformers_minigpt4.processing.image_utils_minigpt4 import ImageLoadError, load_image
 
-from .answering import AnswerStore, answer_batches, make_batches, picture_digest, question_key
+from .answering import AnswerStore, answer_batches, image_digest, make_batches, question_key
 from .evaluator import GREEDY, Question, Task
 from .results import (
     ANSWERS,
@@ -32,7 +32,8 @@ from .tasks import load_task
 
 
 if TYPE_CHECKING:
-    from transformers_minigpt4.chat.client import ChatModel, ChatSettings
+    from transformers_minigpt4.llm.client import ChatModel
+    from transformers_minigpt4.llm.types import ChatSettings
 
 
 HUB = "hub:"  # data sets on the Hub, as hub:namespace/name[@revision]
@@ -310,7 +311,7 @@ def _score(
             "id": question.id,
             "key": keys[question.id],
             "prompt": question.prompt,
-            "images": [_kept_picture(picture, store.folder) for picture in question.images],
+            "images": [_kept_image(image, store.folder) for image in question.images],
             "reference": question.reference,
             **{name: kept[question.id][name] for name in ("answer", "error") if name in kept[question.id]},
             "record": record,
@@ -320,17 +321,17 @@ def _score(
     return {**summarise(task, questions, records, seed=seed), "answers": f"{ANSWERS}/{store.finished.name}"}
 
 
-def _kept_picture(picture: Any, folder: Path) -> str:
+def _kept_image(image: Any, folder: Path) -> str:
     """Where a picture is found later: its path or URL, or a small copy of one that came as bytes or image."""
-    if isinstance(picture, (str, Path)):
-        return os.path.abspath(picture) if os.path.exists(picture) else str(picture)
-    name = f"pictures/{picture_digest(picture)[:16]}.jpg"
+    if isinstance(image, (str, Path)):
+        return os.path.abspath(image) if os.path.exists(image) else str(image)
+    name = f"images/{image_digest(image)[:16]}.jpg"
     if not (folder / name).exists():
         try:
-            copy = load_image(picture).copy()
+            copy = load_image(image).copy()
         except ImageLoadError:
-            return f"<{type(picture).__name__}>"  # its question has failed for this very reason
-        (folder / "pictures").mkdir(parents=True, exist_ok=True)
+            return f"<{type(image).__name__}>"  # its question has failed for this very reason
+        (folder / "images").mkdir(parents=True, exist_ok=True)
         copy.thumbnail((_COPY, _COPY))
         copy.save(folder / name, quality=85)
     return name
@@ -339,7 +340,8 @@ def _kept_picture(picture: Any, folder: Path) -> str:
 @contextlib.contextmanager
 def _open_judge(judge: Any, cache: str | Path, tasks: Sequence[Task]) -> Iterator["ChatModel | None"]:
     """The judge where a task asks one; closed here if it was opened here."""
-    from transformers_minigpt4.chat.client import ChatSettings, open_chat_model
+    from transformers_minigpt4.llm.opening import open_chat_model
+    from transformers_minigpt4.llm.types import ChatSettings
 
     if not isinstance(judge, ChatSettings):
         yield judge

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub import DatasetCard, DatasetCardData, EvalResult, ModelCard, ModelCardData
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
-from ..modeling.configuration_minigpt4 import MiniGPT4Config
+from transformers_minigpt4.modeling.configuration_minigpt4 import MiniGPT4Config
+from transformers_minigpt4.utils.file_names import RESULTS_FILE, RUN_FILE, SOURCES_FILE
 
 
 if TYPE_CHECKING:
@@ -17,9 +18,6 @@ if TYPE_CHECKING:
 
 
 TEMPLATES = Path(__file__).parent / "templates"
-SOURCES_FILE = "minigpt4_sources.json"  # made by `convert`: where each part of the checkpoint came from
-RUN_FILE = "run.json"  # made by training and curation: what was done
-RESULTS_FILE = "results.json"  # made by the evaluation
 
 PAPER = "2304.10592"
 # transformers 5 reads the name "image-to-text" as this one and logs a warning; Hub and `pipeline()` agree on it.
@@ -292,11 +290,11 @@ def _parts(config: MiniGPT4Config) -> list[tuple[str, str]]:
     qformer = "none: each 4 neighbouring patches are one position"
     if config.qformer_config is not None:
         qformer = f"{words(config.qformer_config, *size)}, {config.num_query_tokens} queries"
-    layers = "one linear layer" if config.projection_layers == 1 else f"{config.projection_layers} linear layers"
+    layers = "one linear layer" if config.projector_layers == 1 else f"{config.projector_layers} linear layers"
     return [
         ("vision tower", words(config.vision_config, *size, ("image_size", "pixels"))),
         ("Q-Former", qformer),
-        ("projection", f"{layers}, {config.image_seq_length} positions per picture"),
+        ("projector", f"{layers}, {config.image_seq_length} positions per picture"),
         ("language model", words(config.text_config, *size, ("vocab_size", "tokens"))),
     ]
 

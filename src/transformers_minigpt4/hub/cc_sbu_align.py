@@ -47,7 +47,7 @@ def read_cc_sbu_align(folder: str | os.PathLike) -> "Dataset":
             raise ValueError(f"{where}: the id {image_id!r} comes twice; each picture has one caption")
         seen.add(image_id)
         picture = folder / "image" / f"{image_id}.jpg"
-        _check_picture(picture, where)
+        _check_image(picture, where)
         for column, value in zip(rows, (str(picture), image_id, caption)):
             rows[column].append(value)
     features = Features({"image": ImageFeature(), "image_id": Value("string"), "caption": Value("string")})
@@ -68,7 +68,7 @@ def _annotation(entry: Any, where: str) -> tuple[str, str]:
     return image_id, caption
 
 
-def _check_picture(path: Path, where: str) -> None:
+def _check_image(path: Path, where: str) -> None:
     if not path.is_file():
         raise ValueError(f"{where}: there is no picture {path}")
     try:

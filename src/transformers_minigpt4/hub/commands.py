@@ -1,101 +1,123 @@
-"""The `convert` and `verify` subcommands of `minigpt4`: making a checkpoint of released weights, and checking one."""
+"""The `push` subcommand of `minigpt4`: publishes a checkpoint or a data set on the Hub."""
 
+from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
-from typing import Annotated, Literal
+from threading import Thread
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 
-def convert(
-    output: Annotated[Path, typer.Argument(help="Folder to make.")],
-    vision: Annotated[
-        str,
-        typer.Option(
-            help="A BLIP-2 in transformers format, eva_vit_g.pth, or a tower such as SigLIP-2; path or Hub id."
-        ),
+if TYPE_CHECKING:
+    from .upload import Publication, Published
+
+
+INTERRUPTED = 130  # what shells report for a program ended by Ctrl-C
+
+
+def push(
+    folder: Annotated[
+        Path, typer.Argument(help="A checkpoint, whole or of trained parts; or a data set, such as cc_sbu_align.")
     ],
-    language_model: Annotated[
-        str, typer.Option(help="Language model with its tokenizer; with --delta, the LLaMA that the delta is for.")
-    ],
-    projection: Annotated[
-        str, typer.Option(help="An authors' checkpoint, or fresh for a projection to be trained.")
-    ] = "fresh",
-    qformer: Annotated[
+    repo_id: Annotated[str, typer.Argument(metavar="REPO_ID", help="namespace/name on the Hub.")],
+    license_id: Annotated[
         str | None,
-        typer.Option(
-            help="A BLIP-2, blip2_pretrained_flant5xxl.pth, fresh or none. By default that of a BLIP-2 in --vision."
-        ),
+        typer.Option("--license", help="The Hub's identifier. By default what the recorded bases' licences leave."),
     ] = None,
-    delta: Annotated[str | None, typer.Option(help="Vicuna delta to add to the language model.")] = None,
-    chat_template: Annotated[
+    license_name: Annotated[str | None, typer.Option(help="Name of the licence, with --license other.")] = None,
+    license_link: Annotated[
+        str | None, typer.Option(help="URL of its text, or a file of the folder, with --license other.")
+    ] = None,
+    language: Annotated[
+        list[str] | None, typer.Option(help="ISO code of the texts; may be given again. By default en.")
+    ] = None,
+    card: Annotated[
+        Path | None, typer.Option(help="Markdown file to use as it stands, in place of the card made from the facts.")
+    ] = None,
+    base: Annotated[
         str | None,
-        typer.Option(help="vicuna_v0, llama_2, or a Jinja file. By default the tokenizer's own, else vicuna_v0."),
+        typer.Option(help="Trained parts alone: where their local base is on the Hub, namespace/name[@revision]."),
     ] = None,
-    dtype: Annotated[
-        Literal["auto", "bfloat16", "float16", "float32"],
-        typer.Option(help="auto: as each source is stored. The projection is always float32."),
-    ] = "auto",
-    projection_layers: Annotated[int, typer.Option(help="1, or 3 as in the paper's variant; of a fresh one.")] = 1,
-    projection_hidden_act: Annotated[
-        str | None, typer.Option(help="Activation between 3 layers, such as gelu. By default none.")
+    private: Annotated[bool, typer.Option("--private", help="Make the repository private.")] = False,
+    revision: Annotated[
+        str | None, typer.Option(help="Branch, made where it does not exist. By default main.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Draws what is fresh.")] = 0,
-    max_shard_size: Annotated[str, typer.Option(help="Largest weights file.")] = "5GB",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the folder if it exists.")] = False,
+    message: Annotated[str | None, typer.Option(help="First line of the commit.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show files, sizes and card, and do not touch the network.")
+    ] = False,
 ) -> None:
     """
-    Make a checkpoint of released weights.
+    Publish a checkpoint or a data set on the Hugging Face Hub.
 
-    Sources are files, folders or Hub ids (namespace/name, or namespace/name@revision). The folder appears when it is
-    complete. Check it with `minigpt4 verify`.
+    All goes in one commit: readers see the old state or the new one. Stopped or broken off, the same command goes on
+    where it was. Log in first with `hf auth login`, or set HF_TOKEN.
     """
-    from .convert import convert_checkpoint
+    import tempfile
 
-    if chat_template is not None and Path(chat_template).is_file():
-        chat_template = Path(chat_template).read_text(encoding="utf-8")
-    path = convert_checkpoint(
-        output,
-        vision=vision,
-        language_model=language_model,
-        qformer=qformer,
-        projection=projection,
-        delta=delta,
-        chat_template=chat_template,
-        dtype=dtype,
-        projection_layers=projection_layers,
-        projection_hidden_act=projection_hidden_act,
-        seed=seed,
-        max_shard_size=max_shard_size,
-        overwrite=overwrite,
-        show_progress=True,
-    )
-    typer.echo(path)
+    from .cards import Licence
+    from .publish import prepare
+    from .upload import publish
+
+    if license_id is None and (license_name or license_link):
+        raise ValueError("--license-name and --license-link go with --license other")
+    licence = Licence(license_id, license_name, license_link) if license_id is not None else None
+    text = card.read_text(encoding="utf-8") if card is not None else None
+    with tempfile.TemporaryDirectory() as scratch:
+        publication = prepare(
+            folder, repo_id, Path(scratch), licence=licence, language=language or ("en",), card=text, base=base
+        )
+        if dry_run:
+            _show(publication, private, revision)
+            return
+        try:
+            # In a thread, because huggingface_hub waits for uploads under way before it lets Ctrl-C through.
+            published = _in_thread(
+                lambda: publish(publication, private=private, revision=revision, commit_message=message)
+            )
+        except KeyboardInterrupt as interrupt:
+            typer.echo(
+                "minigpt4: stopped, and nothing of it is visible; run the same command again to go on", err=True
+            )
+            raise typer.Exit(INTERRUPTED) from interrupt
+    for name in published.removed:
+        typer.echo(f"removed {name}, which this {publication.repo_type} does not have", err=True)
+    typer.echo(published.url)
 
 
-def verify(
-    checkpoint: Annotated[str, typer.Argument(help="Folder or Hub id of a MiniGPT-4 checkpoint.")],
-    sentences: Annotated[
-        Path | None,
-        typer.Option(help="Text file, one sentence a line, for a language model that does not speak English."),
-    ] = None,
-    dtype: Annotated[
-        Literal["auto", "bfloat16", "float16", "float32"], typer.Option(help="auto: as the checkpoint is stored.")
-    ] = "auto",
-    device: Annotated[str, typer.Option(help="Such as cpu or cuda.")] = "cpu",
-) -> None:
-    """
-    Check a checkpoint, and say what is wrong with it.
+def _in_thread(action: "Callable[[], Published]") -> "Published":
+    """Runs `action` in a thread that does not keep the process from ending, and returns or raises what it does."""
+    outcome: Future[Published] = Future()
 
-    Exit status 1 when a check failed; warnings leave it at 0.
-    """
-    from .verify import SENTENCES, verify_checkpoint
+    def run() -> None:
+        try:
+            outcome.set_result(action())
+        except BaseException as error:
+            outcome.set_exception(error)
 
-    lines: tuple[str, ...] | list[str] = SENTENCES
-    if sentences is not None:
-        lines = [line for line in sentences.read_text(encoding="utf-8").splitlines() if line.strip()]
-        if not lines:
-            raise ValueError(f"{sentences} is empty; write one sentence a line")
-    report = verify_checkpoint(checkpoint, sentences=lines, dtype=dtype, device=device)
-    typer.echo(str(report))
-    if not report.ok:
-        raise typer.Exit(1)
+    Thread(target=run, daemon=True).start()
+    return outcome.result()
+
+
+def _show(publication: "Publication", private: bool, revision: str | None) -> None:
+    visibility = "private" if private else "public, unless it exists or your organisation decides otherwise"
+    typer.echo(f"would publish the {publication.repo_type} {publication.repo_id} ({visibility})")
+    typer.echo(f"in one commit on {revision or 'main'}:\n")
+    sizes = publication.sizes
+    for name, size in sizes.items():
+        typer.echo(f"  {_size(size):>9}  {name}")
+    typer.echo(f"  {_size(sum(sizes.values())):>9}  in {len(sizes)} files")
+    if publication.left_out:
+        typer.echo("\nleft out:\n")
+        for name, reason in publication.left_out.items():
+            typer.echo(f"  {name}: {reason}")
+    typer.echo(f"\nthe card:\n\n{publication.card}")
+
+
+def _size(number: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if number < 1000:
+            return f"{number:.0f} {unit}" if unit == "B" else f"{number:.1f} {unit}"
+        number /= 1000
+    return f"{number:.1f} TB"

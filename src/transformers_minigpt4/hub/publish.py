@@ -15,7 +15,9 @@ from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 from transformers.dynamic_module_utils import get_relative_imports
 
-from .cards import RUN_FILE, Licence, dataset_card, derive_licence, model_card, read_facts, read_sources
+from transformers_minigpt4.utils.file_names import RUN_FILE
+
+from .cards import Licence, dataset_card, derive_licence, model_card, read_facts, read_sources
 from .cc_sbu_align import image_bytes, read_cc_sbu_align
 from .upload import CARD_FILE, MAIN, WEIGHTS, Content, Publication, Published, publish
 
@@ -169,7 +171,7 @@ def _prepare_model(
         sources=sources,
         parameters=parameters,
         dtypes=dtypes,
-        whole=not config.get("base_parts"),
+        whole=not config.get("base_checkpoints"),
         language=language,
     )
     publication.files[CARD_FILE] = str(text).encode("utf-8")
@@ -267,7 +269,7 @@ def _base_sources(config: dict[str, Any]) -> list[dict[str, Any]]:
             "revision": base.get("revision"),
             "sha256": f"{base['fingerprint']} (of samples)" if base.get("fingerprint") else None,
         }
-        for base in config.get("base_parts") or []
+        for base in config.get("base_checkpoints") or []
     ]
 
 
@@ -277,7 +279,7 @@ def _with_public_base(config: dict[str, Any], base: str | None) -> bytes | None:
 
     Loading compares the base's content with the record, so that a wrong name is found there.
     """
-    bases = config.get("base_parts") or []
+    bases = config.get("base_checkpoints") or []
     local = [entry for entry in bases if entry.get("revision") is None or os.path.isabs(entry["name_or_path"])]
     if base is None:
         if local:
@@ -323,17 +325,17 @@ def _prepare_dataset(
     publication = Publication(repo_id, "dataset", {})
     num_bytes = {}
     for split, dataset in splits.items():
-        pictures = [name for name, feature in dataset.features.items() if isinstance(feature, ImageFeature)]
+        images = [name for name, feature in dataset.features.items() if isinstance(feature, ImageFeature)]
         texts = [name for name, feature in dataset.features.items() if getattr(feature, "dtype", None) == "string"]
-        if not pictures or not texts or not len(dataset):
+        if not images or not texts or not len(dataset):
             raise ValueError(
-                f"split {split!r} has {len(dataset)} rows, {len(pictures)} columns of pictures and {len(texts)} of "
+                f"split {split!r} has {len(dataset)} rows, {len(images)} columns of pictures and {len(texts)} of "
                 "text; an image-caption data set has at least one of each"
             )
-        for name in pictures:
+        for name in images:
             dataset = dataset.cast_column(name, ImageFeature())
         splits[split] = dataset
-        files, num_bytes[split] = _write_shards(dataset, split, pictures, scratch)
+        files, num_bytes[split] = _write_shards(dataset, split, images, scratch)
         publication.files |= files
     text = dataset_card(
         splits,
@@ -348,17 +350,15 @@ def _prepare_dataset(
     return publication
 
 
-def _write_shards(
-    dataset: "Dataset", split: str, pictures: list[str], scratch: Path
-) -> tuple[dict[str, Content], int]:
+def _write_shards(dataset: "Dataset", split: str, images: list[str], scratch: Path) -> tuple[dict[str, Content], int]:
     """Parquet files with the pictures' own bytes inside, the same for the same data; and their size in memory."""
     from datasets import Image as ImageFeature
     from datasets.table import embed_table_storage
 
-    raw = dataset.select_columns(pictures)
-    for name in pictures:
+    raw = dataset.select_columns(images)
+    for name in images:
         raw = raw.cast_column(name, ImageFeature(decode=False))
-    total = sum(len(image_bytes(row[name], number)) for number, row in enumerate(raw) for name in pictures)
+    total = sum(len(image_bytes(row[name], number)) for number, row in enumerate(raw) for name in images)
     shards = total // SHARD_BYTES + 1
     files: dict[str, Content] = {}
     num_bytes = 0

@@ -48,16 +48,16 @@ class MiniGPT4Config(PreTrainedConfig):
             Language model: any decoder-only language model that `AutoModel` builds.
         num_query_tokens (`int`, *optional*, defaults to 32):
             Learned queries of the Q-Former, that is tokens per image. Unused without Q-Former.
-        projection_layers (`int`, *optional*, defaults to 1):
+        projector_layers (`int`, *optional*, defaults to 1):
             Linear layers between vision and language: 1 as in the paper, or 3 (its variant (b)).
-        projection_hidden_act (`str`, *optional*):
+        projector_hidden_act (`str`, *optional*):
             Activation between the layers when there are 3. The paper does not say whether it had one; default none.
         vision_post_layernorm_eps (`float`, *optional*, defaults to 1e-5):
             Epsilon of the LayerNorm behind a `Blip2VisionModel`. The authors' `ln_vision` has torch's default 1e-5,
             where transformers' BLIP-2 tower uses the 1e-6 of its blocks. Other towers keep their own.
         image_token_id (`int`, *optional*, defaults to 32000):
             Id of the placeholder whose embeddings the image replaces. It has a row in the language model's vocabulary.
-        base_parts (`list[dict]`, *optional*):
+        base_checkpoints (`list[dict]`, *optional*):
             Set in checkpoints that hold trained parts alone: the checkpoints they stand on, see
             `trained_parts_minigpt4.py`.
         trained_parameters (`list[str]`, *optional*):
@@ -96,11 +96,11 @@ class MiniGPT4Config(PreTrainedConfig):
     qformer_config: Any = field(default_factory=dict)
     text_config: Any = None
     num_query_tokens: int = 32
-    projection_layers: int = 1
-    projection_hidden_act: str | None = None
+    projector_layers: int = 1
+    projector_hidden_act: str | None = None
     vision_post_layernorm_eps: float = 1e-5
     image_token_id: int = 32000
-    base_parts: list[dict] | None = None
+    base_checkpoints: list[dict] | None = None
     trained_parameters: list[str] | None = None
     tie_word_embeddings: bool = False
 
@@ -150,18 +150,18 @@ class MiniGPT4Config(PreTrainedConfig):
                 f"text_config ({text.model_type!r}) has no vocab_size. Pass the config of a language model alone, "
                 "such as `model.config.get_text_config()` of a multimodal one."
             )
-        if self.projection_hidden_act is not None and self.projection_hidden_act not in ACT2FN:
+        if self.projector_hidden_act is not None and self.projector_hidden_act not in ACT2FN:
             raise ValueError(
-                f"projection_hidden_act={self.projection_hidden_act!r} is unknown to transformers. Use gelu or relu …"
+                f"projector_hidden_act={self.projector_hidden_act!r} is unknown to transformers. Use gelu or relu …"
             )
-        if self.projection_layers not in (1, 3):
+        if self.projector_layers not in (1, 3):
             raise ValueError(
-                f"projection_layers is {self.projection_layers}; MiniGPT-4 has 1 linear layer, or 3 in variant (b)."
+                f"projector_layers is {self.projector_layers}; MiniGPT-4 has 1 linear layer, or 3 in variant (b)."
             )
-        if self.projection_hidden_act is not None and self.projection_layers == 1:
+        if self.projector_hidden_act is not None and self.projector_layers == 1:
             raise ValueError(
-                f"projection_hidden_act={self.projection_hidden_act!r} has no place with one linear layer. "
-                "Set projection_layers=3 or projection_hidden_act=None."
+                f"projector_hidden_act={self.projector_hidden_act!r} has no place with one linear layer. "
+                "Set projector_layers=3 or projector_hidden_act=None."
             )
         if not 0 <= self.image_token_id < text.vocab_size:
             raise ValueError(

@@ -29,7 +29,7 @@ from transformers.utils import (
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_minigpt4 import PATCHES_PER_TOKEN, MiniGPT4Config
-from .trained_parts_minigpt4 import assemble, checkpoint_files, commit_of, save_trained_parts
+from .trained_modules_minigpt4 import assemble, checkpoint_files, commit_of, save_trained_modules
 
 
 _NEVER = -1e4  # a logit whose share is 0 in every dtype, and finite where all are summed (label smoothing)
@@ -105,9 +105,9 @@ class MiniGPT4MultiModalProjector(nn.Module):
             in_features = PATCHES_PER_TOKEN * config.vision_config.hidden_size
         width = config.text_config.hidden_size
         self.linear_1 = nn.Linear(in_features, width)
-        self.linear_2 = nn.Linear(width, width) if config.projection_layers == 3 else None
-        self.linear_3 = nn.Linear(width, width) if config.projection_layers == 3 else None
-        act = config.projection_hidden_act
+        self.linear_2 = nn.Linear(width, width) if config.projector_layers == 3 else None
+        self.linear_3 = nn.Linear(width, width) if config.projector_layers == 3 else None
+        act = config.projector_hidden_act
         self.act = nn.Identity() if act is None else ACT2FN[act]
 
     def forward(self, image_features: torch.Tensor) -> torch.Tensor:
@@ -187,8 +187,8 @@ class MiniGPT4PreTrainedModel(PreTrainedModel):
         hub_kwargs = {key: kwargs[key] for key in _HUB_KWARGS if key in kwargs}
         if config is None and name is not None:
             config = MiniGPT4Config.from_pretrained(name, **hub_kwargs)
-        if getattr(config, "base_parts", None):
-            model, info = cls._from_trained_parts(name, config, hub_kwargs, model_args, kwargs)
+        if getattr(config, "base_checkpoints", None):
+            model, info = cls._from_trained_modules(name, config, hub_kwargs, model_args, kwargs)
         else:
             model, info = super().from_pretrained(name, *model_args, output_loading_info=True, **kwargs)
         problems = [
@@ -208,10 +208,10 @@ class MiniGPT4PreTrainedModel(PreTrainedModel):
         return (model, info) if wants_info else model
 
     @classmethod
-    def _from_trained_parts(cls, name, config: MiniGPT4Config, hub_kwargs: dict, model_args: tuple, kwargs: dict):
+    def _from_trained_modules(cls, name, config: MiniGPT4Config, hub_kwargs: dict, model_args: tuple, kwargs: dict):
         """Loads a checkpoint that holds trained parts alone, together with the checkpoints it stands on."""
         state_dict = assemble(
-            config.base_parts or [], checkpoint_files(name, **hub_kwargs), **_without_place(hub_kwargs)
+            config.base_checkpoints or [], checkpoint_files(name, **hub_kwargs), **_without_place(hub_kwargs)
         )
         rest = {key: value for key, value in kwargs.items() if key not in hub_kwargs}
         adapter = (rest.pop("adapter_kwargs", None) or {}).get("_adapter_model_path")
@@ -242,12 +242,12 @@ class MiniGPT4PreTrainedModel(PreTrainedModel):
                 return None
             if unknown := set(kwargs) - {"is_main_process", "safe_serialization"}:
                 raise ValueError(f"trained_only=True does not go with {', '.join(sorted(unknown))}. Leave them out.")
-            save_trained_parts(self, save_directory)
+            save_trained_modules(self, save_directory)
             if self._auto_class is not None:
                 custom_object_save(self, save_directory)
             return None
-        record = self.config.base_parts, self.config.trained_parameters
-        self.config.base_parts = self.config.trained_parameters = None
+        record = self.config.base_checkpoints, self.config.trained_parameters
+        self.config.base_checkpoints = self.config.trained_parameters = None
         try:
             super().save_pretrained(save_directory, **kwargs)
             if os.path.isfile(os.path.join(save_directory, SAFE_WEIGHTS_INDEX_NAME)):
@@ -255,7 +255,7 @@ class MiniGPT4PreTrainedModel(PreTrainedModel):
                 if os.path.isfile(stale):
                     os.remove(stale)
         finally:
-            self.config.base_parts, self.config.trained_parameters = record
+            self.config.base_checkpoints, self.config.trained_parameters = record
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

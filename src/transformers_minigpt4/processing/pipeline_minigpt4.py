@@ -42,7 +42,7 @@ class MiniGPT4ImageToTextPipeline(ImageTextToTextPipeline):
         if text is None and images is not None and not _is_chat(images):
             if isinstance(images, (list, tuple)):
                 return Pipeline.__call__(self, [_about(item, prompt) for item in images], **kwargs)
-            if isinstance(images, dict) or _is_picture(images):
+            if isinstance(images, dict) or _is_image(images):
                 return Pipeline.__call__(self, _about(images, prompt), **kwargs)
             return Pipeline.__call__(self, (_about(item, prompt) for item in images), **kwargs)  # data set, generator
         if isinstance(text, str) and images is not None and self.processor.image_token not in text:
@@ -59,13 +59,13 @@ class MiniGPT4ImageToTextPipeline(ImageTextToTextPipeline):
                 "generated_sequence": model_outputs["generated_sequence"][..., prompt_ids.shape[1] :],
                 "input_ids": prompt_ids[:, :0],
             }
-            if isinstance(model_outputs["prompt_text"], PictureAlone):
+            if isinstance(model_outputs["prompt_text"], ImageAlone):
                 records = super().postprocess(model_outputs, return_type=ReturnType.NEW_TEXT, **kwargs)
                 return [{"generated_text": record["generated_text"]} for record in records]
         return super().postprocess(model_outputs, return_type=return_type, **kwargs)
 
 
-class PictureAlone(Chat):
+class ImageAlone(Chat):
     """A picture that came without text, with the prompt put to it."""
 
 
@@ -78,14 +78,14 @@ def _is_chat(inputs) -> bool:
 
 def _about(item, prompt: str):
     """A picture as a chat about it; what is no picture (`{"images": …, "text": …}`) as it is."""
-    return PictureAlone(_ask(item, prompt)) if _is_picture(item) else item
+    return ImageAlone(_ask(item, prompt)) if _is_image(item) else item
 
 
-def _is_picture(item) -> bool:
+def _is_image(item) -> bool:
     return isinstance(item, (str, bytes, os.PathLike)) or bool(valid_images(item))
 
 
 def _ask(*parts) -> list[dict]:
     """A chat of one user message; the last part is its text."""
-    content = [{"type": "image", "image": picture} for picture in parts[:-1]]
+    content = [{"type": "image", "image": image} for image in parts[:-1]]
     return [{"role": "user", "content": [*content, {"type": "text", "text": parts[-1]}]}]

@@ -8,7 +8,9 @@ from typing import Any
 
 from trl import SFTConfig
 
-from ..data.forms import FORMS
+from transformers_minigpt4.data.prompt_formats import FORMS
+from transformers_minigpt4.utils.file_names import SOURCES_FILE
+
 from .stages import LORA, PARTS
 
 
@@ -21,15 +23,15 @@ class StageArguments:
     What a recipe says beyond TRL's `ModelConfig` and `SFTConfig`.
 
     Args:
-        train_parts (`list[str]`): Parts that learn, see `stages.prepare_stage`.
+        trainable_modules (`list[str]`): Parts that learn, see `stages.prepare_stage`.
         sources (`list[str]`): Sources of rows as `KIND:PATH[::weight=NUMBER]…`, see `data.open_rows`; or one
             `python:MODULE:FUNCTION`, which is called with the number of rows and the seed and returns a `Dataset`.
         form (`str`): Form of the rows: `stage1`, `stage2`, `stage2_llama2`, `messages`.
         max_completion_length (`int`, *optional*): Tokens of an answer; the tail of longer ones is cut.
-        max_bad_share (`float`): Share of bad rows above which the run stops.
+        max_error_rate (`float`): Share of bad rows above which the run stops.
         requires_stage1 (`bool`): Refuse a model whose projection has not been trained.
         requires_qformer (`bool`, *optional*): Whether the model must have a Q-Former, or must not.
-        requires_projection_layers (`int`, *optional*): Linear layers that its projection must have.
+        requires_projector_layers (`int`, *optional*): Linear layers that its projection must have.
         check_first_loss (`bool`): Stop when the first loss is that of guessing.
         feature_cache (`str`, *optional*): Folder of `minigpt4 features`, which makes it; pictures are then neither
             decoded nor encoded, and the vision tower is not loaded.
@@ -37,14 +39,14 @@ class StageArguments:
         pack_tokens (`int`, *optional*): Positions of a packed sequence; by default the whole batch is one.
     """
 
-    train_parts: list[str] = field(default_factory=lambda: ["projection"], metadata={"help": "Parts that learn."})
+    trainable_modules: list[str] = field(default_factory=lambda: ["projector"], metadata={"help": "Parts that learn."})
     sources: list[str] = field(default_factory=list, metadata={"help": "Sources of rows, KIND:PATH[::weight=N]."})
     form: str = field(default="stage2", metadata={"help": "Form of the rows."})
     max_completion_length: int | None = field(default=160, metadata={"help": "Tokens of an answer."})
-    max_bad_share: float = field(default=0.05, metadata={"help": "Share of bad rows above which the run stops."})
+    max_error_rate: float = field(default=0.05, metadata={"help": "Share of bad rows above which the run stops."})
     requires_stage1: bool = field(default=False, metadata={"help": "Refuse a model with an untrained projection."})
     requires_qformer: bool | None = field(default=None, metadata={"help": "Whether the model has a Q-Former."})
-    requires_projection_layers: int | None = field(default=None, metadata={"help": "Layers of its projection."})
+    requires_projector_layers: int | None = field(default=None, metadata={"help": "Layers of its projection."})
     check_first_loss: bool = field(default=True, metadata={"help": "Stop when the first loss is that of guessing."})
     feature_cache: str | None = field(default=None, metadata={"help": "Folder of `minigpt4 features`."})
     pack_rows: bool = field(default=False, metadata={"help": "Pack the rows of a batch without padding."})
@@ -52,7 +54,9 @@ class StageArguments:
 
     def __post_init__(self):
         # A YAML file may name one without a list.
-        self.train_parts = [self.train_parts] if isinstance(self.train_parts, str) else self.train_parts
+        self.trainable_modules = (
+            [self.trainable_modules] if isinstance(self.trainable_modules, str) else self.trainable_modules
+        )
         self.sources = [self.sources] if isinstance(self.sources, str) else self.sources
 
 
@@ -86,10 +90,11 @@ def check_arguments(stage: StageArguments, config: Any, model_args: Any) -> None
     Raises:
         ValueError: naming the options and what to change.
     """
-    unknown = sorted(set(stage.train_parts) - set(PARTS) - {LORA})
-    if unknown or not stage.train_parts:
+    unknown = sorted(set(stage.trainable_modules) - set(PARTS) - {LORA})
+    if unknown or not stage.trainable_modules:
         raise ValueError(
-            f"train_parts has {', '.join(unknown) or 'nothing'}; name one or more of {', '.join([*PARTS, LORA])}."
+            f"trainable_modules has {', '.join(unknown) or 'nothing'}; name one or more of "
+            f"{', '.join([*PARTS, LORA])}."
         )
     if stage.form not in FORMS:
         raise ValueError(f"form: {stage.form} is unknown; choose one of {', '.join(FORMS)}.")
@@ -111,22 +116,22 @@ def check_arguments(stage: StageArguments, config: Any, model_args: Any) -> None
         raise ValueError(
             "TRL refuses packing and padding_free for pictures. Switch both off; pack_rows: true packs rows here."
         )
-    if model_args.use_peft != (LORA in stage.train_parts):
+    if model_args.use_peft != (LORA in stage.trainable_modules):
         raise ValueError(
-            f"use_peft={model_args.use_peft} and train_parts={stage.train_parts} contradict each other: adapters "
-            f"train with `{LORA}` among the parts and use_peft: true, or not at all."
+            f"use_peft={model_args.use_peft} and trainable_modules={stage.trainable_modules} contradict each other: "
+            f"adapters train with `{LORA}` among the parts and use_peft: true, or not at all."
         )
     quantized = model_args.load_in_4bit or model_args.load_in_8bit
-    if quantized and "language_model" in stage.train_parts:
+    if quantized and "language_model" in stage.trainable_modules:
         raise ValueError(
-            "load_in_4bit or load_in_8bit and train_parts: language_model exclude each other, because quantised "
+            "load_in_4bit or load_in_8bit and trainable_modules: language_model exclude each other, because quantised "
             "weights cannot learn. Train lora in its place."
         )
     if config.load_best_model_at_end:
         raise ValueError(
             "load_best_model_at_end needs whole checkpoints, and these hold trained parts. Switch it off."
         )
-    _check_shortcuts(stage, config)
+    _check_optimizations(stage, config)
     if config.push_to_hub:
         raise ValueError(
             "push_to_hub would upload the output folder as it stands, paths of this computer included. Leave it off, "
@@ -138,7 +143,7 @@ def check_arguments(stage: StageArguments, config: Any, model_args: Any) -> None
         raise ValueError(f"The floor min_lr={config.min_lr} is above learning_rate={config.learning_rate}. Lower it.")
 
 
-def _check_shortcuts(stage: StageArguments, config: Any) -> None:
+def _check_optimizations(stage: StageArguments, config: Any) -> None:
     if stage.pack_tokens is not None and (not stage.pack_rows or stage.pack_tokens < 1):
         raise ValueError(
             f"pack_tokens={stage.pack_tokens} with pack_rows={stage.pack_rows}: it bounds packed sequences, and is 1 "
@@ -151,9 +156,9 @@ def _check_shortcuts(stage: StageArguments, config: Any) -> None:
         )
     if stage.feature_cache is None:
         return
-    if "qformer" in stage.train_parts:
+    if "qformer" in stage.trainable_modules:
         raise ValueError(
-            "feature_cache and train_parts: qformer exclude each other: features change with every step of the "
+            "feature_cache and trainable_modules: qformer exclude each other: features change with every step of the "
             "Q-Former and cannot be kept. Leave feature_cache out."
         )
     sharded = {name for name in ("fsdp", "deepspeed") if getattr(config, name) or _launched(name)}
@@ -189,10 +194,10 @@ def check_model(stage: StageArguments, config: Any, name: str) -> None:
                 f"The recipe is for a model {'with' if stage.requires_qformer else 'without'} Q-Former, and {name} is "
                 f"one {'with' if has else 'without'}. Take the base that the recipe's header names."
             )
-    layers = getattr(config, "projection_layers", None)
-    if stage.requires_projection_layers is not None and layers != stage.requires_projection_layers:
+    layers = getattr(config, "projector_layers", None)
+    if stage.requires_projector_layers is not None and layers != stage.requires_projector_layers:
         raise ValueError(
-            f"The recipe is for a projection of {stage.requires_projection_layers} linear layers, and {name} has "
+            f"The recipe is for a projection of {stage.requires_projector_layers} linear layers, and {name} has "
             f"{layers}. Take the base that the recipe's header names."
         )
     if stage.requires_stage1 and model_type == "minigpt4":
@@ -207,8 +212,8 @@ def check_model(stage: StageArguments, config: Any, name: str) -> None:
 
 def _converted(folder: str) -> bool:
     """Whether `minigpt4 convert` took a trained projection into this checkpoint, by the note that it leaves."""
-    path = Path(folder) / "minigpt4_sources.json"
+    path = Path(folder) / SOURCES_FILE
     if not path.is_file():
         return False
-    projection = json.loads(path.read_text(encoding="utf-8")).get("settings", {}).get("projection")
-    return projection not in (None, "fresh")
+    projector = json.loads(path.read_text(encoding="utf-8")).get("settings", {}).get("projector")
+    return projector not in (None, "fresh")

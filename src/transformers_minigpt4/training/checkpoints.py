@@ -15,8 +15,9 @@ from safetensors.torch import save_file
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import SAFE_WEIGHTS_NAME
 
-from ..modeling.modeling_minigpt4 import MiniGPT4ForConditionalGeneration, MiniGPT4PreTrainedModel
-from ..modeling.trained_parts_minigpt4 import base_record
+from transformers_minigpt4.modeling.modeling_minigpt4 import MiniGPT4ForConditionalGeneration, MiniGPT4PreTrainedModel
+from transformers_minigpt4.modeling.trained_modules_minigpt4 import base_checkpoint_record
+
 from .stages import trainable_parameters
 
 
@@ -44,8 +45,8 @@ def save_trained(model: Any, folder: str | os.PathLike, state_dict: dict[str, to
     state = model.state_dict() if state_dict is None else state_dict
     names, config = set(trainable_parameters(model)), copy.deepcopy(model.config)
     if isinstance(model, MiniGPT4PreTrainedModel):
-        names |= set(config.trained_parameters or []) if config.base_parts else set()
-        config.base_parts = config.base_parts or [base_record(config.name_or_path, {"": ""})]
+        names |= set(config.trained_parameters or []) if config.base_checkpoints else set()
+        config.base_checkpoints = config.base_checkpoints or [base_checkpoint_record(config.name_or_path, {"": ""})]
         config.trained_parameters, config.architectures = sorted(names), [MiniGPT4ForConditionalGeneration.__name__]
     tensors = {name: state[name].detach().cpu().contiguous() for name in sorted(names)}
     Path(folder).mkdir(parents=True, exist_ok=True)

@@ -9,7 +9,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
-from ..processing.image_utils_minigpt4 import load_image
+from transformers_minigpt4.processing.image_utils_minigpt4 import load_image
 
 
 IGNORED = -100

@@ -75,17 +75,17 @@ class PackingCollator:
         return {**batch, **packed}
 
     def _reordered(
-        self, pictures: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor, order: list[int]
+        self, images: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor, order: list[int]
     ) -> torch.Tensor:
         """The pictures in the rows' new order; each takes as many placeholders as any other."""
         placeholders = ((ids == self.image_token_id) & mask).sum(dim=1)
-        each, rest = divmod(int(placeholders.sum()), len(pictures))
+        each, rest = divmod(int(placeholders.sum()), len(images))
         if rest or each == 0 or bool((placeholders % each).any()):
             raise ValueError(
-                f"The batch has {len(pictures)} pictures and {placeholders.tolist()} placeholders in its rows, which "
+                f"The batch has {len(images)} pictures and {placeholders.tolist()} placeholders in its rows, which "
                 "is not the same number for each picture. Packing needs pictures of one size."
             )
-        by_row = pictures.split((placeholders // each).tolist())
+        by_row = images.split((placeholders // each).tolist())
         return torch.cat([by_row[row] for row in order])
 
 

@@ -87,8 +87,8 @@ def load_model(stage: StageArguments, config: StageConfig, model_args: Any):
     """
     from transformers import AutoModelForImageTextToText
 
-    from ..data.features import FeatureCache
-    from .shortcuts import load_towerless
+    from .features import FeatureCache
+    from .optimizations import load_towerless
 
     name, model_config, processor, keywords = _loading(stage, config, model_args)
     if stage.feature_cache is None:
@@ -104,7 +104,7 @@ def _loading(stage: StageArguments, config: StageConfig, model_args: Any):
 
     import transformers_minigpt4  # noqa: F401  registers MiniGPT-4 with the Auto classes
 
-    from .shortcuts import TOWERS
+    from .optimizations import TOWERS
 
     name = model_args.model_name_or_path
     source = {"revision": model_args.model_revision, "trust_remote_code": config.trust_remote_code}
@@ -142,7 +142,7 @@ def _loading(stage: StageArguments, config: StageConfig, model_args: Any):
 
 def _source(name: str, model_config: Any, processor: Any, model_args: Any) -> str:
     """Digest of the tower's files, and of what decides on its weights in memory besides."""
-    from .shortcuts import source_digest
+    from .optimizations import source_digest
 
     dtype = model_config.dtype if model_args.dtype in (None, "auto") else model_args.dtype
     quantized = model_args.load_in_4bit, model_args.load_in_8bit
@@ -160,8 +160,9 @@ class LoadedRows(NamedTuple):
 
 def load_rows(stage: StageArguments, config: StageConfig) -> LoadedRows:
     """The rows that a recipe names."""
-    from transformers_minigpt4.data.features import FeatureCache
     from transformers_minigpt4.data.sources import open_rows
+
+    from .features import FeatureCache
 
     features = FeatureCache(stage.feature_cache) if stage.feature_cache is not None else None
     if stage.sources[0].startswith(PYTHON):
@@ -171,7 +172,7 @@ def load_rows(stage: StageArguments, config: StageConfig) -> LoadedRows:
         stage.form,  # type: ignore[arg-type]
         seed=config.seed,
         min_shards=config.world_size * max(1, config.dataloader_num_workers),
-        max_bad_share=stage.max_bad_share,
+        max_error_rate=stage.max_error_rate,
         features=features,
     )
     return LoadedRows(rows.dataset, rows.fingerprint, rows.problems)
@@ -194,29 +195,29 @@ def build_features(stage: StageArguments, config: StageConfig, model_args: Any) 
     """
     from transformers import AutoModelForImageTextToText
 
-    from ..data.features import build_feature_cache
+    from .features import build_feature_cache
     from .stages import prepare_stage
 
     if stage.feature_cache is None:
         raise ValueError("The recipe names no place for features. Set --feature_cache FOLDER.")
     name, model_config, processor, keywords = _loading(stage, config, model_args)
     digest = _source(name, model_config, processor, model_args)
-    pictures = _pictures(stage, config)
+    images = _images(stage, config)
     model = AutoModelForImageTextToText.from_pretrained(name, **keywords)
-    prepare_stage(model, stage.train_parts)
+    prepare_stage(model, stage.trainable_modules)
     if not getattr(model, "is_quantized", False):
         model.to(config.device)
-    return build_feature_cache(model, processor.image_processor, pictures, stage.feature_cache, source=digest)
+    return build_feature_cache(model, processor.image_processor, images, stage.feature_cache, source=digest)
 
 
-def _pictures(stage: StageArguments, config: StageConfig) -> Iterator[Any]:
+def _images(stage: StageArguments, config: StageConfig) -> Iterator[Any]:
     """Every picture of the sources, as training has them."""
     from transformers_minigpt4.data.sources import open_rows
 
     if stage.sources[0].startswith(PYTHON):
         datasets = [_called_rows(stage, config)]
     else:
-        options: dict[str, Any] = {"shuffle": False, "passes": 1, "decode": False, "max_bad_share": None}
+        options: dict[str, Any] = {"shuffle": False, "passes": 1, "decode": False, "max_error_rate": None}
         datasets = [open_rows(source, stage.form, **options).dataset for source in stage.sources]  # type: ignore[arg-type]
     for dataset in datasets:
         for row in dataset:
@@ -229,14 +230,14 @@ def make_trainer(stage: StageArguments, config: StageConfig, model_args: Any, mo
     from trl import get_peft_config
 
     from .collator import make_collator
-    from .guards import GuardCallback
-    from .record import RunRecordCallback, run_record
-    from .shortcuts import shorten
+    from .optimizations import shorten
+    from .run_info import RunInfoCallback, run_info
+    from .sanity_checks import SanityCheckCallback
     from .stages import prepare_stage, trainable_parameters
     from .trainer import StageSFTTrainer, StageTrainer
 
     set_seed(config.seed)  # adapters are drawn at random
-    prepare_stage(model, stage.train_parts)
+    prepare_stage(model, stage.trainable_modules)
     collator = make_collator(model, processor, stage.max_completion_length)
     keywords: dict[str, Any] = {
         "model": model,
@@ -249,11 +250,11 @@ def make_trainer(stage: StageArguments, config: StageConfig, model_args: Any, mo
         trainer: Any = StageTrainer(**keywords)
     else:
         trainer = StageSFTTrainer(**keywords, peft_config=_adapters(get_peft_config(model_args), stage))
-    trainer.add_callback(GuardCallback(stage.check_first_loss))
-    record = run_record([stage, config, model_args], rows.dataset, trainable_parameters(trainer.model))
+    trainer.add_callback(SanityCheckCallback(stage.check_first_loss))
+    record = run_info([stage, config, model_args], rows.dataset, trainable_parameters(trainer.model))
     if rows.fingerprint is not None:
         record["data_fingerprint"] = rows.fingerprint
-    trainer.add_callback(RunRecordCallback(record, rows.problems))
+    trainer.add_callback(RunInfoCallback(record, rows.problems))
     return trainer
 
 
@@ -272,7 +273,7 @@ def main(stage: StageArguments, config: StageConfig, model_args: Any) -> None:
 
 def save_final(trainer: Any) -> None:
     """Leaves a checkpoint in the output folder that loads by its name: trained parts of MiniGPT-4, else the whole."""
-    from ..modeling.modeling_minigpt4 import MiniGPT4PreTrainedModel
+    from transformers_minigpt4.modeling.modeling_minigpt4 import MiniGPT4PreTrainedModel
 
     model = trainer.accelerator.unwrap_model(trainer.model)
     if isinstance(model, MiniGPT4PreTrainedModel) or hasattr(model, "peft_config"):
@@ -280,7 +281,7 @@ def save_final(trainer: Any) -> None:
         return
     from transformers import Trainer
 
-    from .shortcuts import has_tower, restore_tower
+    from .optimizations import has_tower, restore_tower
 
     if not has_tower(model):
         restore_tower(model)
@@ -293,8 +294,8 @@ def _adapters(peft_config: Any, stage: StageArguments) -> Any:
     """PEFT freezes what is not an adapter; the other parts of the stage train as a whole and are saved with them."""
     if peft_config is None:
         return None
-    modules = {"projection": ["multi_modal_projector"], "qformer": ["qformer"]}
-    chosen = [name for part in stage.train_parts for name in modules.get(part, [])]
+    modules = {"projector": ["multi_modal_projector"], "qformer": ["qformer"]}
+    chosen = [name for part in stage.trainable_modules for name in modules.get(part, [])]
     peft_config.modules_to_save = [*(peft_config.modules_to_save or []), *chosen] or None
     # `q_proj` and `v_proj` occur in vision towers too, which stay frozen.
     targets = peft_config.target_modules

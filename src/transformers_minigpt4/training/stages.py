@@ -13,14 +13,14 @@ logger = logging.get_logger(__name__)
 
 # Attribute paths of each part, from the generation class, in MiniGPT-4, LLaVA and BLIP-2; a model has some of them.
 PARTS: dict[str, tuple[str, ...]] = {
-    "projection": ("model.multi_modal_projector", "language_projection"),
+    "projector": ("model.multi_modal_projector", "language_projection"),
     "qformer": ("model.qformer", "model.query_tokens", "qformer", "query_tokens"),
     "language_model": ("model.language_model", "language_model", "lm_head"),
 }
 LORA = "lora"  # PEFT adapters on the language model; the trainer adds them, or they are there already
 
 
-def prepare_stage(model: PreTrainedModel, train: Iterable[str] = ("projection",)) -> dict[str, int]:
+def prepare_stage(model: PreTrainedModel, train: Iterable[str] = ("projector",)) -> dict[str, int]:
     """
     Makes the named parts learn and freezes everything else, in place.
 
@@ -30,7 +30,7 @@ def prepare_stage(model: PreTrainedModel, train: Iterable[str] = ("projection",)
     Args:
         model (`PreTrainedModel`):
             MiniGPT-4, or transformers' `LlavaForConditionalGeneration` or `Blip2ForConditionalGeneration`.
-        train (`Iterable[str]`, *optional*, defaults to `("projection",)`):
+        train (`Iterable[str]`, *optional*, defaults to `("projector",)`):
             Names out of `projection`, `qformer` (with its queries), `language_model` and `lora`.
 
     Returns:

@@ -10,7 +10,7 @@ from datasets import IterableDataset
 from datasets.distributed import split_dataset_by_node
 from torch.utils.data import DataLoader, get_worker_info
 
-from .guards import TrainingError
+from .sanity_checks import TrainingError
 
 
 _IN_WORKER = "in DataLoader worker process"  # how torch begins an error that it carries over from a worker

@@ -15,10 +15,10 @@ from transformers.trainer_utils import rotate_checkpoints
 from trl import SFTTrainer
 
 from . import checkpoints
-from .guards import LabelsRequired
 from .loss import POSITIONS
 from .packing import count_tokens
-from .record import RunRecordCallback
+from .run_info import RunInfoCallback
+from .sanity_checks import LabelsRequired
 from .schedule import get_minigpt4_schedule
 from .stages import touch_trainable
 from .stream import POSITION, Position, PositionedStream, plain_worker_error, stream_loader
@@ -182,7 +182,7 @@ class StageTrainerMixin(_Trainer):
                 )
             if self.is_world_process_zero():
                 for callback in self.callback_handler.callbacks:
-                    if isinstance(callback, RunRecordCallback):
+                    if isinstance(callback, RunInfoCallback):
                         callback.write(staged, self.state)
             self.accelerator.wait_for_everyone()
             if self.is_world_process_zero():
@@ -227,7 +227,7 @@ class StageTrainerMixin(_Trainer):
             now = time.perf_counter()
             rows = int(self._rows) * self.args.world_size
             logs["samples_per_second"] = round(rows / (now - self._logged_at), 3)
-            logs["real_token_share"] = round(float(self._real_tokens) / self._all_tokens, 4)
+            logs["non_padding_fraction"] = round(float(self._real_tokens) / self._all_tokens, 4)
             self._real_tokens, self._all_tokens, self._rows, self._logged_at = 0, 0, 0, now
         super().log(logs, start_time)
 
@@ -265,7 +265,7 @@ class ThroughputBar(ProgressCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         super().on_log(args, state, control, logs=logs, **kwargs)
         if self.training_bar is not None and "samples_per_second" in (logs or {}):
-            share = f"{logs['real_token_share']:.0%} real tokens"
+            share = f"{logs['non_padding_fraction']:.0%} real tokens"
             self.training_bar.set_postfix_str(f"{logs['samples_per_second']:.3g} samples/s, {share}")
 
 

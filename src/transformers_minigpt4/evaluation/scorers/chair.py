@@ -140,7 +140,7 @@ class ObjectWords:
             there[row["image_id"]].add(categories[row["category_id"]])
         for row in captions["annotations"]:
             there[row["image_id"]].update(mention.category for mention in self.mentions(row["caption"]))
-        return {picture: frozenset(found) for picture, found in there.items()}
+        return {image: frozenset(found) for image, found in there.items()}
 
 
 def hallucinations(mentions: Iterable[Mention], there: Iterable[str]) -> list[Mention]:

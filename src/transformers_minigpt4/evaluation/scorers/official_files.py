@@ -92,7 +92,7 @@ def check_choices(path: Path, name: str, choices: Sequence[Any], answer: int) ->
         )
 
 
-def find_pictures(root: Path, folders: Iterable[str], names: Iterable[str], source: Path) -> dict[str, str]:
+def find_images(root: Path, folders: Iterable[str], names: Iterable[str], source: Path) -> dict[str, str]:
     """
     Where pictures are.
 

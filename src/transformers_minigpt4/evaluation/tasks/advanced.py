@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from transformers_minigpt4.chat.client import ChatModel
-from transformers_minigpt4.describe import IMAGE_SUFFIXES
+from transformers_minigpt4.inference.describe import IMAGE_SUFFIXES
+from transformers_minigpt4.llm.client import ChatModel
 
 from ..evaluator import Metric, Question, Record, Task, mean, of_sums, read_json_lines
 from ..judging import YES_NO, judge_all
@@ -39,26 +39,26 @@ CRITERIA = {
 }
 
 
-def _count(counted: Any, pictures: Any, asked: Any) -> Any:
+def _count(counted: Any, images: Any, asked: Any) -> Any:
     """
     How many of a request's pictures; each question says how many there are, so `pictures / asked` is that number.
 
     A bootstrap sample holds more or fewer questions of a request than there are. Scaled to their real number, an
     interval of the count of 25 pictures does not reach beyond 25.
     """
-    return counted * (pictures / asked) / asked
+    return counted * (images / asked) / asked
 
 
-def _successes(succeeded: Any, judged: Any, pictures: Any, asked: Any) -> Any:
+def _successes(succeeded: Any, judged: Any, images: Any, asked: Any) -> Any:
     """The same, without value where nothing was judged, for 0 successes would be a verdict."""
-    return np.where(judged == 0, np.nan, _count(succeeded, pictures, asked))
+    return np.where(judged == 0, np.nan, _count(succeeded, images, asked))
 
 
 def _metrics(task: str) -> Iterator[Metric]:
     where = ("task", task)
-    successes = of_sums(_successes, "succeeded", "judged", "pictures", "asked", where=where)
-    yield Metric(f"successes/{task}", True, "pictures", successes)
-    yield Metric(f"judged/{task}", None, "pictures", of_sums(_count, "judged", "pictures", "asked", where=where))
+    successes = of_sums(_successes, "succeeded", "judged", "images", "asked", where=where)
+    yield Metric(f"successes/{task}", True, "images", successes)
+    yield Metric(f"judged/{task}", None, "images", of_sums(_count, "judged", "images", "asked", where=where))
 
 
 def verdict_columns(success: bool | None) -> Record:
@@ -104,9 +104,9 @@ class Advanced(Task):
             ValueError: if a folder is missing or empty, or a description lacks its picture or the other way round.
         """
         questions = [
-            Question(f"{task}/{picture.name}", prompt, (str(picture),), {"description": description}, {"task": task})
+            Question(f"{task}/{image.name}", prompt, (str(image),), {"description": description}, {"task": task})
             for task, prompt in PROMPTS.items()
-            for picture, description in _pictures(data / task)
+            for image, description in _images(data / task)
         ]
         return questions[:limit]
 
@@ -121,10 +121,10 @@ class Advanced(Task):
             JudgeStopped: as [`judging.judge_all`].
         """
         verdicts = judge_all(judge, self._judge_questions(questions, answers), YES_NO) if judge else {}
-        pictures = Counter(question.groups["task"] for question in questions)
+        images = Counter(question.groups["task"] for question in questions)
         records: list[Record] = []
         for question in questions:
-            record: Record = {"pictures": pictures[question.groups["task"]], "asked": 1, "unreadable": None}
+            record: Record = {"images": images[question.groups["task"]], "asked": 1, "unreadable": None}
             if question.id not in answers:
                 record |= verdict_columns(False)
             elif question.id in verdicts:
@@ -153,19 +153,19 @@ class Advanced(Task):
                 )
 
 
-def _pictures(folder: Path) -> list[tuple[Path, str | None]]:
+def _images(folder: Path) -> list[tuple[Path, str | None]]:
     """The pictures of one task with their descriptions, sorted by name."""
     if not folder.is_dir():
         raise ValueError(
             f"there is no folder {str(folder)!r}; this task needs {', '.join(PROMPTS)}, each with its pictures"
         )
-    pictures = sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
-    if not pictures:
+    images = sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
+    if not images:
         raise ValueError(f"{str(folder)!r} holds no picture; put the pictures of this task there")
     if not (folder / DESCRIPTIONS).exists():
-        return [(picture, None) for picture in pictures]
+        return [(image, None) for image in images]
     descriptions: dict[str, str] = {}
-    names = {picture.name for picture in pictures}
+    names = {image.name for image in images}
     for number, row in enumerate(read_json_lines(folder / DESCRIPTIONS), start=1):
         where = f"line {number} of {str(folder / DESCRIPTIONS)!r}"
         if not isinstance(row, dict) or not all(isinstance(row.get(key), str) for key in ("image", "description")):
@@ -175,4 +175,4 @@ def _pictures(folder: Path) -> list[tuple[Path, str | None]]:
         if row["image"] in descriptions:
             raise ValueError(f"{where} describes {row['image']!r} a second time; keep one")
         descriptions[row["image"]] = row["description"]
-    return [(picture, descriptions.get(picture.name)) for picture in pictures]
+    return [(image, descriptions.get(image.name)) for image in images]

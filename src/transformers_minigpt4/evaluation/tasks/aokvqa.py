@@ -4,11 +4,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers_minigpt4.chat.client import ChatModel
+from transformers_minigpt4.llm.client import ChatModel
 
 from ..evaluator import Metric, Question, Record, Task, find_file, mean, read_json
 from ..scorers.choices import LETTERS, parse_choice
-from ..scorers.official_files import by_id, check_choices, find_pictures, need_fields
+from ..scorers.official_files import by_id, check_choices, find_images, need_fields
 from ..scorers.vqa_text import direct_answer_score, normalise_answer
 
 
@@ -73,8 +73,8 @@ class AOKVQA(Task):
             check_choices(path, key, row["choices"], row["correct_choice_idx"])
         names = {key: f"{row['image_id']:012}.jpg" for key, row in rows.items()}
         split = path.stem.rpartition("_")[2]
-        pictures = find_pictures(path.parent, ("images", f"{split}2017", "val2017", "."), names.values(), path)
-        asked = (ask for key, row in rows.items() for ask in _ask(key, row, pictures[names[key]]))
+        images = find_images(path.parent, ("images", f"{split}2017", "val2017", "."), names.values(), path)
+        asked = (ask for key, row in rows.items() for ask in _ask(key, row, images[names[key]]))
         return list(asked)[:limit]
 
     def score(
@@ -89,15 +89,15 @@ class AOKVQA(Task):
         ]
 
 
-def _ask(key: str, row: dict[str, Any], picture: str) -> Iterator[Question]:
+def _ask(key: str, row: dict[str, Any], image: str) -> Iterator[Question]:
     choices = row["choices"]
     prompt = MULTIPLE_CHOICE.format(question=row["question"], options=options_text(choices))
     reference: dict[str, Any] = {"choices": choices, "correct": row["correct_choice_idx"]}
-    yield Question(f"{key}/multiple_choice", prompt, (picture,), reference, {"setting": "multiple_choice"})
+    yield Question(f"{key}/multiple_choice", prompt, (image,), reference, {"setting": "multiple_choice"})
     if not row["difficult_direct_answer"]:
         prompt = DIRECT_ANSWER.format(question=row["question"])
         reference = {"answers": row["direct_answers"]}
-        yield Question(f"{key}/direct_answer", prompt, (picture,), reference, {"setting": "direct_answer"})
+        yield Question(f"{key}/direct_answer", prompt, (image,), reference, {"setting": "direct_answer"})
 
 
 def _score_choice(reference: dict[str, Any], answer: str | None) -> Record:

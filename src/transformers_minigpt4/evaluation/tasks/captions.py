@@ -5,12 +5,12 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
-from transformers_minigpt4.chat.client import ChatModel
+from transformers_minigpt4.llm.client import ChatModel
 
 from ..evaluator import Metric, Question, Record, Task, mean, of_sums
 from ..scorers import caption_metrics
 from ..scorers.caption_metrics import BLEU_COLUMNS, METEOR_COLUMNS
-from .coco_coverage import captioned_pictures
+from .coco_coverage import captioned_images
 
 
 logger = logging.getLogger(__name__)
@@ -57,8 +57,8 @@ class Captions(Task):
         """
         _need_tools()
         return [
-            Question(str(key), PROMPT, (str(picture),), {"captions": captions})
-            for key, picture, captions in captioned_pictures(data, count=10**9)[:limit]
+            Question(str(key), PROMPT, (str(image),), {"captions": captions})
+            for key, image, captions in captioned_images(data, count=10**9)[:limit]
         ]
 
     def score(

@@ -4,11 +4,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers_minigpt4.chat.client import ChatModel
+from transformers_minigpt4.llm.client import ChatModel
 
 from ..evaluator import Metric, Question, Record, Task, find_file, mean, ratio, read_json
 from ..scorers.chair import ObjectWords, hallucinations
-from .coco_coverage import CAPTION_FILES, captioned_pictures
+from .coco_coverage import CAPTION_FILES, captioned_images
 
 
 # The paper's own (Table 5).
@@ -59,17 +59,17 @@ class CHAIR(Task):
             ValueError: if a file is missing or of another form, captions and instances are of different splits, or as
                 [`coco_coverage.captioned_pictures`].
         """
-        pictures = captioned_pictures(data, count=10**9)[: None if limit is None else -(-limit // 2)]
-        words, there = _ground_truth(data, {key for key, _, _ in pictures})
+        images = captioned_images(data, count=10**9)[: None if limit is None else -(-limit // 2)]
+        words, there = _ground_truth(data, {key for key, _, _ in images})
         return [
             Question(
                 f"{key}/{length}",
                 prompt,
-                (str(picture),),
+                (str(image),),
                 {"objects": sorted(there[key]), "synonyms": words.digest},
                 {"length": length},
             )
-            for key, picture, _ in pictures
+            for key, image, _ in images
             for length, prompt in PROMPTS.items()
         ][:limit]
 
@@ -85,7 +85,7 @@ class CHAIR(Task):
         return [_score(question.reference, answers.get(question.id)) for question in questions]
 
 
-def _ground_truth(data: Path, pictures: set[int]) -> tuple[ObjectWords, Mapping[int, frozenset[str]]]:
+def _ground_truth(data: Path, images: set[int]) -> tuple[ObjectWords, Mapping[int, frozenset[str]]]:
     captions = find_file(data, *CAPTION_FILES)
     instances = captions.with_name(captions.name.replace("captions", "instances", 1))
     if not instances.is_file():
@@ -98,14 +98,14 @@ def _ground_truth(data: Path, pictures: set[int]) -> tuple[ObjectWords, Mapping[
     words = ObjectWords(synonyms.read_text(encoding="utf-8"))
     boxes, texts = _content(instances, "images", "annotations", "categories"), _content(captions, "annotations")
     try:
-        lost = pictures - {row["id"] for row in boxes["images"]}
+        lost = images - {row["id"] for row in boxes["images"]}
         if lost:
             raise ValueError(
-                f"{len(lost)} of the {len(pictures)} pictures of {captions.name!r} are not in {str(instances)!r}, "
+                f"{len(lost)} of the {len(images)} pictures of {captions.name!r} are not in {str(instances)!r}, "
                 f"such as {min(lost)}; take captions and instances of the same split"
             )
-        boxes["annotations"] = [row for row in boxes["annotations"] if row["image_id"] in pictures]
-        texts["annotations"] = [row for row in texts["annotations"] if row["image_id"] in pictures]
+        boxes["annotations"] = [row for row in boxes["annotations"] if row["image_id"] in images]
+        texts["annotations"] = [row for row in texts["annotations"] if row["image_id"] in images]
         there = words.categories_of(boxes, texts)
     except (KeyError, TypeError) as error:
         raise ValueError(f"{str(instances)!r} is no COCO instances file ({error!r}); fetch it again") from error

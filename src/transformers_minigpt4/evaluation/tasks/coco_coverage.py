@@ -4,11 +4,11 @@ import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from transformers_minigpt4.chat.client import ChatModel
+from transformers_minigpt4.llm.client import ChatModel
 
 from ..evaluator import Metric, Question, Record, Task, find_file, mean, read_json
 from ..judging import YES_NO, judge_all, need_judge
-from ..scorers.official_files import find_pictures
+from ..scorers.official_files import find_images
 
 
 PROMPT = "Describe this image in detail."
@@ -18,8 +18,8 @@ JUDGE_PROMPT = (
     "cover all the objects and visual relations shown in image caption1? Only answer yes or no without any "
     "explanation."
 )
-PICTURES = 5000  # of Table 2
-PICTURE_FOLDERS = ("images", "val2014", "val2017", "train2014", "train2017", ".")
+IMAGES = 5000  # of Table 2
+IMAGE_FOLDERS = ("images", "val2014", "val2017", "train2014", "train2017", ".")
 # COCO's own archive holds train and val side by side; the papers' tables are on val.
 CAPTION_FILES = (
     *("captions_val*.json", "annotations/captions_val*.json"),
@@ -65,7 +65,7 @@ class CocoCoverage(Task):
         """
         return [
             Question(str(key), PROMPT, (str(picture),), {"captions": captions, "drawn": _draw(key, len(captions))})
-            for key, picture, captions in captioned_pictures(data, PICTURES)[:limit]
+            for key, picture, captions in captioned_images(data, IMAGES)[:limit]
         ]
 
     def score(
@@ -111,7 +111,7 @@ def _draw(key: int, captions: int) -> int:
     return random.Random(f"{SEED} {key}").randrange(captions)
 
 
-def captioned_pictures(data: Path, count: int) -> list[tuple[int, Path, list[str]]]:
+def captioned_images(data: Path, count: int) -> list[tuple[int, Path, list[str]]]:
     """
     Pictures of a COCO captions file with their captions, by id, at most `count`, drawn at random with seed 0.
 
@@ -132,8 +132,8 @@ def captioned_pictures(data: Path, count: int) -> list[tuple[int, Path, list[str
     if len(chosen) > count:
         chosen = sorted(random.Random(SEED).sample(chosen, count))
     root = path.parent.parent if path.parent.name == "annotations" else path.parent
-    pictures = find_pictures(root, PICTURE_FOLDERS, [files[key] for key in chosen], path)
-    return [(key, Path(pictures[files[key]]), captions[key]) for key in chosen]
+    images = find_images(root, IMAGE_FOLDERS, [files[key] for key in chosen], path)
+    return [(key, Path(images[files[key]]), captions[key]) for key in chosen]
 
 
 def _read(path: Path) -> tuple[dict[int, str], dict[int, list[str]]]:

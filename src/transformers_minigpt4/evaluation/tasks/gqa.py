@@ -4,10 +4,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers_minigpt4.chat.client import ChatModel
+from transformers_minigpt4.llm.client import ChatModel
 
 from ..evaluator import Metric, Question, Record, Task, find_file, mean
-from ..scorers.official_files import find_pictures, need_fields, read_object
+from ..scorers.official_files import find_images, need_fields, read_object
 from ..scorers.vqa_text import normalise_answer
 
 
@@ -64,8 +64,8 @@ class GQA(Task):
             need_fields(path, key, row["types"], {"structural": str, "semantic": str})
         rows = {key: row for key, row in rows.items() if row.get("isBalanced", True)}
         names = {key: f"{row['imageId']}.jpg" for key, row in rows.items()}
-        pictures = find_pictures(path.parent, ("images", "../images", "."), names.values(), path)
-        return [_question(key, row, pictures[names[key]]) for key, row in rows.items()][:limit]
+        images = find_images(path.parent, ("images", "../images", "."), names.values(), path)
+        return [_question(key, row, images[names[key]]) for key, row in rows.items()][:limit]
 
     def score(
         self, questions: Sequence[Question], answers: Mapping[str, str], judge: ChatModel | None = None
@@ -93,7 +93,7 @@ def as_given(answer: str) -> str:
     return answer.rstrip(".").lower()
 
 
-def _question(key: str, row: dict[str, Any], picture: str) -> Question:
+def _question(key: str, row: dict[str, Any], image: str) -> Question:
     kinds = row["types"]
     groups = {
         "structural": kinds["structural"],
@@ -101,4 +101,4 @@ def _question(key: str, row: dict[str, Any], picture: str) -> Question:
         "form": "open" if kinds["structural"] == "query" else "binary",
     }
     prompt = PROMPT.format(question=row["question"])
-    return Question(key, prompt, (picture,), {"answer": row["answer"]}, groups)
+    return Question(key, prompt, (image,), {"answer": row["answer"]}, groups)

@@ -5,7 +5,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from transformers_minigpt4.chat.client import ChatModel
+from transformers_minigpt4.llm.client import ChatModel
 
 from ..evaluator import Metric, Question, Record, Task, find_file, mean, ratio, read_json_lines
 from ..judging import judge_in_both_orders, need_judge
@@ -82,8 +82,8 @@ class LLaVABench(Task):
                     f"question {key} of {str(source)!r} is of kind {row['category']!r}, not {', '.join(KINDS)}"
                 )
             reference = {"answer": references[key]["text"], "context": _context(contexts[row["image"]])}
-            picture = _picture(folder / "images", row["image"])
-            questions.append(Question(key, row["text"], (str(picture),), reference, {"kind": row["category"]}))
+            image = _image(folder / "images", row["image"])
+            questions.append(Question(key, row["text"], (str(image),), reference, {"kind": row["category"]}))
         return questions[:limit]
 
     def score(
@@ -154,7 +154,7 @@ def _context(row: Mapping[str, Any]) -> str:
     return "\n".join([*lines, "", *boxes] if boxes else lines)
 
 
-def _picture(folder: Path, name: str) -> Path:
+def _image(folder: Path, name: str) -> Path:
     """The file of a picture, which COCO's own archives name with a prefix."""
     prefixed = folder / f"COCO_val2014_{name}"
     return prefixed if prefixed.exists() else folder / name

@@ -4,10 +4,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers_minigpt4.chat.client import ChatModel
+from transformers_minigpt4.llm.client import ChatModel
 
 from ..evaluator import Metric, Question, Record, Task, mean, of_sums, read_json_lines
-from ..scorers.official_files import by_id, find_pictures, need_fields
+from ..scorers.official_files import by_id, find_images, need_fields
 from ..scorers.pope import is_clear, says_yes
 
 
@@ -107,12 +107,12 @@ def _read(sampling: str, path: Path) -> list[Question]:
         if row["label"] not in ("yes", "no"):
             raise ValueError(f"the label of {key!r} in {str(path)!r} is {row['label']!r}, not yes or no")
     names = [row["image"] for row in rows.values()]
-    pictures = find_pictures(path.parent, ("images", "val2014", "."), names, path)
+    images = find_images(path.parent, ("images", "val2014", "."), names, path)
     return [
         Question(
             f"{sampling}/{key}",
             row["text"],
-            (pictures[row["image"]],),
+            (images[row["image"]],),
             {"label": row["label"]},
             {"sampling": sampling},
         )

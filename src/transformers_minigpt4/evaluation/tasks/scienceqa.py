@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers_minigpt4.chat.client import ChatModel
+from transformers_minigpt4.llm.client import ChatModel
 
 from ..evaluator import Metric, Question, Record, Task, find_file, mean
 from ..judging import Form, Verdict, judge_all
 from ..scorers.choices import LETTERS, parse_choice, parse_choice_as_llava
-from ..scorers.official_files import check_choices, find_pictures, need_fields, read_object
+from ..scorers.official_files import check_choices, find_images, need_fields, read_object
 from .aokvqa import options_text
 
 
@@ -141,8 +141,8 @@ class ScienceQA(Task):
             check_choices(path, pid, problems[pid]["choices"], problems[pid]["answer"])
         names = {pid: f"{pid}/{problems[pid]['image']}" for pid in chosen if problems[pid]["image"]}
         folders = (f"images/{self.split}", self.split, "images")
-        pictures = find_pictures(path.parent, folders, names.values(), path)
-        return [_question(pid, problems[pid], pictures.get(names.get(pid, ""))) for pid in chosen][:limit]
+        images = find_images(path.parent, folders, names.values(), path)
+        return [_question(pid, problems[pid], images.get(names.get(pid, ""))) for pid in chosen][:limit]
 
     def score(
         self, questions: Sequence[Question], answers: Mapping[str, str], judge: ChatModel | None = None
@@ -159,7 +159,7 @@ class ScienceQA(Task):
         return records
 
 
-def _question(pid: str, problem: dict[str, Any], picture: str | None) -> Question:
+def _question(pid: str, problem: dict[str, Any], image: str | None) -> Question:
     fields = {
         # Double spaces as the authors' script leaves none.
         "context": problem["hint"].strip().replace("  ", " ") or "N/A",
@@ -175,7 +175,7 @@ def _question(pid: str, problem: dict[str, Any], picture: str | None) -> Questio
         "context_none": "no" if problem["hint"] or problem["image"] else "yes",
     }
     reference = {"choices": problem["choices"], "correct": problem["answer"], "fields": fields}
-    return Question(pid, PROMPT.format(**fields), (picture,) if picture else (), reference, groups)
+    return Question(pid, PROMPT.format(**fields), (image,) if image else (), reference, groups)
 
 
 def _score(reference: dict[str, Any], answer: str | None) -> Record:

@@ -4,19 +4,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers_minigpt4.chat.client import ChatModel
-from transformers_minigpt4.data.curation.rules import RULES, RuleSet
+from transformers_minigpt4.curation.rules import RULES, RuleSet
+from transformers_minigpt4.llm.client import ChatModel
 
 from ..evaluator import Metric, Question, Record, Task, mean
 from ..judging import YES_NO, judge_all
-from .coco_coverage import captioned_pictures
+from .coco_coverage import captioned_images
 
 
 PROMPTS = {
     "detail": "Describe the image in detail.",
     "poem": "Can you write a beautiful poem about this image?",
 }
-PICTURES = 100  # of Table 3
+IMAGES = 100  # of Table 3
 # The rules of curation that make each kind. A text counts by the first kind that holds.
 KINDS = {
     "repetition": ("repeated_words", "repeated_phrases", "repeated_sentences"),
@@ -37,7 +37,7 @@ class Stage2Failures(Task):
     The share of failed outputs, per prompt, on 100 pictures of COCO.
 
     The paper counted by hand. Here repetition and fragments are found by the rules of curation
-    (`data/curation/rules.py`), with which this task shares its measures, and a judge says of the other texts whether
+    (`curation/rules.py`), with which this task shares its measures, and a judge says of the other texts whether
     they speak about the picture that the ground-truth captions describe. Without a judge, off-topic texts go unseen.
     """
 
@@ -74,8 +74,8 @@ class Stage2Failures(Task):
             ValueError: as [`coco_coverage.captioned_pictures`].
         """
         return [
-            Question(f"{key}/{name}", prompt, (str(picture),), {"captions": captions}, {"prompt": name})
-            for key, picture, captions in captioned_pictures(data, PICTURES)
+            Question(f"{key}/{name}", prompt, (str(image),), {"captions": captions}, {"prompt": name})
+            for key, image, captions in captioned_images(data, IMAGES)
             for name, prompt in PROMPTS.items()
         ][:limit]
 

@@ -1,0 +1,1 @@
+"""Released weights and base checkpoints into MiniGPT-4 checkpoints, and their verification."""

@@ -1,0 +1,63 @@
+"""Writes the full model of a checkpoint that holds trained parts or a PEFT adapter alone."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from transformers_minigpt4.utils.file_names import SOURCES_FILE
+
+from .convert import appearing
+
+
+ADAPTER_CONFIG = "adapter_config.json"
+
+
+def merge_checkpoint(source: str | os.PathLike, output: str | os.PathLike, dtype: str = "auto") -> Path:
+    """
+    Puts the trained parts of a checkpoint together with the base they stand on.
+
+    Args:
+        source (`str` or `os.PathLike`):
+            Folder or Hub id of a checkpoint saved with `save_pretrained(…, trained_only=True)`, or folder of a PEFT
+            adapter, whose weights are added to its base's.
+        output (`str` or `os.PathLike`):
+            New folder for the full model and its processor. It appears under this name only when it is complete.
+        dtype (`str`, *optional*, defaults to `"auto"`):
+            As the base is stored, or `"float32"`, `"bfloat16"`, `"float16"`.
+
+    Returns:
+        `Path`: `output`.
+
+    Raises:
+        FileExistsError: when `output` exists.
+        ValueError: for a checkpoint that is whole already.
+    """
+    output = Path(output).resolve()
+    if output.exists():
+        raise FileExistsError(f"{output} exists. Name a new folder, or remove that one.")
+    adapter = Path(source) / ADAPTER_CONFIG
+    if adapter.is_file():
+        from peft import PeftModel
+
+        base = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]
+        model = AutoModelForImageTextToText.from_pretrained(base, dtype=dtype)
+        model = PeftModel.from_pretrained(model, source).merge_and_unload()
+    else:
+        base = source
+        model = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype)
+        if not getattr(model.config, "base_checkpoints", None):
+            raise ValueError(f"{source} is a full checkpoint already: there is nothing to merge.")
+    processor = AutoProcessor.from_pretrained(base)
+
+    with appearing(output, overwrite=False) as folder:
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+        for place in (source, base, *(part["name_or_path"] for part in model.config.base_checkpoints or [])):
+            record = Path(place) / SOURCES_FILE
+            if record.is_file():  # where the weights come from, for the card
+                shutil.copyfile(record, folder / SOURCES_FILE)
+                break
+    return output

@@ -1,0 +1,302 @@
+"""The build step: the accepted pairs as a data set on disk and as the authors' folder, with a card."""
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transformers_minigpt4.utils.file_names import RUN_FILE
+
+from .config import CurationConfig, CurationError
+from .filter import project_rules
+from .progress import bar
+from .review import ReviewQueue
+from .status import STEP_WORDS, passed_on
+from .store import PASSING, Pair, Project, now
+
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+BUILD = "build"  # the folder in the project's folder
+DATASET, ALIGN = "dataset", "cc_sbu_align"
+CARD_FILE = "README.md"
+_NEW, _OLD = f".{BUILD}-new", f".{BUILD}-old"
+_PACKAGES = ("transformers_minigpt4", "transformers", "torch", "datasets")
+
+
+@dataclass(frozen=True)
+class BuildSummary:
+    """
+    What a build made.
+
+    Args:
+        folder: Of the build.
+        pairs: Rows of the data set.
+        unreviewed: Those that nobody has reviewed.
+        skipped: Reason by key, of accepted pairs whose picture is gone or not what was drawn.
+    """
+
+    folder: Path
+    pairs: int
+    unreviewed: int = 0
+    skipped: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        lines = [f"build: {self.pairs} pairs in {self.folder / DATASET} and {self.folder / ALIGN}"]
+        if self.unreviewed:
+            lines.append(f"  {self.unreviewed} of them nobody has reviewed")
+        if self.skipped:
+            lines.append(f"  {len(self.skipped)} accepted pairs left out:")
+            lines += [f"    {key}: {reason}" for key, reason in list(self.skipped.items())[:10]]
+            if len(self.skipped) > 10:
+                lines.append(f"    and {len(self.skipped) - 10} more")
+        return "\n".join(lines)
+
+
+def run_build(
+    project: Project, config: CurationConfig, progress: bool = True, unreviewed: bool | None = None
+) -> BuildSummary:
+    """
+    Makes `build/` in the project's folder: `dataset/` for `load_from_disk`, and `cc_sbu_align/`, the authors' form.
+
+    Both hold the same rows, pictures byte for byte, with a card and a record (`run.json`). The folder appears when it
+    is complete; an earlier build is replaced. A picture that is gone, or is not the one that was drawn, is left out,
+    and the summary and the card say so.
+
+    Args:
+        project: Open.
+        config: Its settings.
+        progress: Whether to show a bar on a terminal.
+        unreviewed: Whether to take also what the filter kept and nobody has decided on; by default the
+            configuration's `build_unreviewed`.
+
+    Raises:
+        CurationError: when there is nothing to build from.
+        OSError: when the disk is full. The earlier build stays.
+    """
+    if unreviewed is None:
+        unreviewed = config.build_unreviewed
+    with project.writer("build"):
+        target, new, old = (project.folder / name for name in (BUILD, _NEW, _OLD))
+        _clear(target, new, old)
+        reviewed = {pair.id for pair, _ in project.accepted()}
+        pairs = list(project.accepted(unreviewed))
+        if not pairs:
+            raise CurationError(_nothing(project, unreviewed))
+        try:
+            summary = _make(project, config, new, pairs, reviewed, progress)
+            if target.exists():
+                target.rename(old)
+            new.rename(target)
+        finally:
+            _clear(target, new, old)
+    return BuildSummary(target, *summary)
+
+
+def built_dataset(project: Project) -> Path:
+    """
+    The folder of the data set that `build` made, for `hub.publish.push_to_hub`.
+
+    Raises:
+        CurationError: where nothing has been built.
+    """
+    folder = project.folder / BUILD / DATASET
+    if not folder.is_dir():
+        raise CurationError(f"{project.folder} has no build yet; run `minigpt4 curate build {project.folder}` first")
+    return folder
+
+
+def _clear(target: Path, new: Path, old: Path) -> None:
+    """Ends what a build that was killed has left: the old build returns where no new one has taken its place."""
+    shutil.rmtree(new, ignore_errors=True)
+    if old.exists():
+        if target.exists():
+            shutil.rmtree(old)
+        else:
+            old.rename(target)
+
+
+def _nothing(project: Project, unreviewed: bool) -> str:
+    kept = sum(step.outcomes.get("kept", 0) for step in project.funnel().steps if step.step == "filter")
+    if unreviewed or not kept:
+        return f"nothing to build from: the filter has kept {kept} pairs; `minigpt4 curate status` tells why"
+    return (
+        f"nothing to build from: of the {kept} pairs that the filter kept, reviewers have accepted none; review them, "
+        "or add --unreviewed to take what the filter kept as it is"
+    )
+
+
+def _make(
+    project: Project,
+    config: CurationConfig,
+    folder: Path,
+    pairs: list[tuple[Pair, str]],
+    reviewed: set[int],
+    progress: bool,
+) -> tuple[int, int, dict[str, str]]:
+    """Everything in `folder`; gives the number of rows, of those unreviewed, and the pairs left out."""
+    from transformers_minigpt4.hub.cc_sbu_align import write_cc_sbu_align
+
+    images = folder / "images"
+    images.mkdir(parents=True)
+    rows, skipped = [], {}
+    with bar("build", len(pairs), shown=progress) as advance:
+        for pair, text in pairs:
+            try:
+                rows.append((pair, text, _copied(project, pair, images)))
+            except _ImageError as error:
+                skipped[pair.key] = str(error)
+            advance(1)
+    if not rows:
+        raise CurationError(
+            f"nothing to build from: of {len(pairs)} accepted pairs no picture is left as it was drawn; the first, "
+            f"{pairs[0][0].key}: {skipped[pairs[0][0].key]}"
+        )
+    plain = sum(pair.id not in reviewed for pair, _, _ in rows)
+    record = run_info(project, config, len(rows), plain, len(skipped))
+    dataset = _dataset([(path, pair.key, text) for pair, text, path in rows], folder / "embedded.arrow")
+    dataset.save_to_disk(folder / DATASET, num_proc=None)
+    write_cc_sbu_align(dataset, folder / ALIGN)
+    for name in (DATASET, ALIGN):
+        _describe(dataset, folder / name, name, record)
+    shutil.rmtree(images)
+    (folder / "embedded.arrow").unlink(missing_ok=True)
+    return len(rows), plain, skipped
+
+
+class _ImageError(Exception):
+    """A picture that cannot go into the data set, and why."""
+
+
+def _copied(project: Project, pair: Pair, folder: Path) -> Path:
+    """A copy of a pair's picture: whatever happens to the original from here on does not matter."""
+    path = project.image_path(pair)
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        raise _ImageError(f"there is no file {pair.image} any more") from None
+    except OSError as error:
+        raise _ImageError(f"{pair.image} cannot be read ({error.strerror})") from error
+    if hashlib.sha256(content).hexdigest() != pair.sha256:
+        raise _ImageError(f"{pair.image} is not the picture that was drawn")
+    copy = folder / path.name
+    copy.write_bytes(content)
+    return copy
+
+
+def _dataset(rows: Iterable[tuple[Path, str, str]], cache: Path) -> "Dataset":
+    """Columns `image` (the files' own bytes), `image_id` and `caption`."""
+    from datasets import Dataset, Features, Value
+    from datasets import Image as ImageFeature
+    from datasets.table import embed_table_storage
+
+    files, ids, texts = zip(*rows)
+    features = Features({"image": ImageFeature(), "image_id": Value("string"), "caption": Value("string")})
+    columns = {"image": [str(file) for file in files], "image_id": list(ids), "caption": list(texts)}
+    dataset = Dataset.from_dict(columns, features=features).with_format("arrow")
+    # In a file, because a few thousand photographs need not fit into memory.
+    return dataset.map(embed_table_storage, batched=True, batch_size=100, cache_file_name=str(cache)).with_format(None)
+
+
+def _describe(dataset: "Dataset", folder: Path, loads: str, record: dict[str, Any]) -> None:
+    from datasets import DatasetDict
+
+    from transformers_minigpt4.hub.cards import dataset_card
+
+    card = dataset_card(DatasetDict({"train": dataset}), None, None, record=record, local=loads)
+    (folder / CARD_FILE).write_text(str(card), encoding="utf-8")
+    (folder / RUN_FILE).write_text(json.dumps(record, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+
+
+def run_info(
+    project: Project, config: CurationConfig, pairs: int, unreviewed: int, without_image: int
+) -> dict[str, Any]:
+    """
+    What `hub.cards` shows of a curation: source, counts at every step, reasons, models, prompts, rules.
+
+    Folders of this computer are named by their last part alone.
+
+    Args:
+        project: Open.
+        config: Its settings.
+        pairs: Rows of the data set.
+        unreviewed: Those that nobody has reviewed.
+        without_picture: Accepted pairs that were left out.
+    """
+    funnel = project.funnel()
+    counts = {"pictures drawn": funnel.drawn, **{STEP_WORDS[step.step]: passed_on(step) for step in funnel.steps}}
+    counts["in this data set"] = pairs
+    lost = {
+        f"{step.step}, {outcome}{', ' if reason else ''}{reason}": count
+        for step in funnel.steps
+        for outcome, total in step.outcomes.items()
+        if outcome not in PASSING[step.step]
+        for reason, count in (step.reasons.get(outcome) or {"": total}).items()
+    }
+    if without_image:
+        lost["build, picture gone or changed"] = without_image
+    models = {"description": _public_name(config.checkpoint)}
+    prompts = {"description": config.prompt}
+    if config.continue_below:
+        prompts[f"second turn, after an answer of {config.continue_below} tokens or fewer"] = config.continue_prompt
+    if config.repair_model is not None:
+        models["repair"] = _public_name(config.repair_model)
+        prompts["repair"] = config.repair_prompt
+    return {
+        "source": _public_source(config.source),
+        "seed": config.seed,
+        "counts": counts,
+        "lost": lost,
+        "review": _review(project, pairs, unreviewed),
+        "models": models,
+        "prompts": prompts,
+        "rules": project_rules(config).describe(),
+        "versions": dict(_versions()),
+        "made_at": now(),
+    }
+
+
+def _review(project: Project, pairs: int, unreviewed: int) -> str:
+    """Who looked at the texts, in one or two sentences."""
+    if unreviewed == pairs:
+        return "**No person has reviewed these pairs**; they are what the filter kept."
+    agreement = ReviewQueue(project).agreement()
+    said = "People have reviewed every pair."
+    if unreviewed:
+        said = f"People have reviewed {pairs - unreviewed} of the {pairs} pairs; **nobody the other {unreviewed}**."
+    if agreement.pairs:
+        kappa = f", Cohen's kappa {agreement.kappa:.2f}" if agreement.kappa is not None else ""
+        said += f" On {agreement.pairs} texts that two people saw, {agreement.agreed} decisions agree{kappa}."
+    return said
+
+
+def _public_source(source: str) -> str:
+    kind, colon, path = source.partition(":")
+    if kind == "python" or not colon:
+        return source if colon else _public_name(source)
+    first, *options = path.split("::")
+    kept = [option for option in options if not option.startswith("images=")]
+    return "::".join([f"{kind}:{_public_name(first)}", *kept])
+
+
+def _public_name(name: str) -> str:
+    """The last part of a folder's name, since the rest tells of somebody's computer; a Hub id or URL as it is."""
+    local = os.path.isabs(name) or name.startswith((".", "~")) or name.count("/") > 1 or os.path.exists(name)
+    return Path(name).name if local and "://" not in name else name
+
+
+def _versions() -> Iterator[tuple[str, str]]:
+    yield "python", platform.python_version()
+    for package in _PACKAGES:
+        try:
+            yield package, metadata.version(package)
+        except metadata.PackageNotFoundError:
+            yield package, "not installed"

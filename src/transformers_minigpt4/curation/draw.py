@@ -1,0 +1,245 @@
+"""Draws pictures at random from a source and copies them into the project, each with a record of where it is from."""
+
+import hashlib
+import io
+import json
+import os
+import random
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib import import_module
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from transformers_minigpt4.data.images import image_bytes
+from transformers_minigpt4.data.readers import BadRow, Reader
+from transformers_minigpt4.data.sources import KINDS, open_reader, parse_source
+from transformers_minigpt4.inference.describe import IMAGE_SUFFIXES, expand_sources
+from transformers_minigpt4.processing.image_utils_minigpt4 import ImageLoadError, load_image
+
+from .config import CONFIG_FILE, CurationConfig, CurationError
+from .progress import bar
+from .store import IMAGES, Project
+
+
+PYTHON = "python:"  # in front of MODULE:FUNCTION
+_SHARDS = 64  # of a source with many, at least so many are drawn from
+_TOGETHER = 32  # pictures recorded in one transaction
+_SLUG = re.compile(r"[^A-Za-z0-9._-]+")
+# Beside these, PIL's name of the format in lower case.
+_SUFFIXES = {"JPEG": ".jpg", "MPO": ".jpg", "TIFF": ".tif"}
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A row of the source, read no further than needed: `content` reads the picture's bytes."""
+
+    key: str
+    content: Callable[[], bytes]
+    texts: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What `draw_pictures` did: pictures in the project now, how many of them new, rows skipped in this run."""
+
+    total: int
+    new: int
+    skipped: int
+    wanted: int
+
+    def __str__(self) -> str:
+        text = f"{self.total:,} pictures drawn, {self.new:,} of them now"
+        if self.skipped:
+            text += f"; {self.skipped:,} rows skipped, see `minigpt4 curate status`"
+        if self.total < self.wanted:
+            text += f"; the source holds no more, though {self.wanted:,} were asked for"
+        return text
+
+
+def draw_images(project: Project, config: CurationConfig, progress: bool = True) -> Drawn:
+    """
+    Draws until the project holds `config.pictures`, going on where an earlier run stopped.
+
+    The same source and seed give the same pictures. Of a source of many shards, rows come from at least 64 of them,
+    drawn at random, and within a shard through the buffer of the training's readers. A picture that cannot be read, or
+    whose content is there already, is noted as skipped with the reason, and another one is drawn.
+
+    Raises:
+        CurationError: for a project drawn from another source or seed, a source without a usable picture, or a disk
+            that is full.
+        DataError: for a source that cannot be opened.
+    """
+    before = sum(1 for _ in project.pairs())
+    identity = json.dumps([config.source, config.seed])
+    drawn_from = project.meta("drawn_from")
+    if before and drawn_from != identity:
+        source, seed = json.loads(drawn_from or '["?", 0]')
+        raise CurationError(
+            f"the {before} pictures of {project.folder} were drawn from {source} with seed {seed}, but {CONFIG_FILE} "
+            f"says {config.source} with seed {config.seed}; put these back, or start a new project folder"
+        )
+    if before >= config.images:
+        return Drawn(before, 0, 0, config.images)
+    project.set_meta("drawn_from", identity)
+    skipped_before = len(project.skipped())
+    drawing = _Drawing(project, config)
+    with bar("draw", config.images, before, progress) as count:
+        for candidate in candidates(config):
+            count(drawing.take(candidate))
+            if drawing.total == config.images:
+                break
+        drawing.flush()
+    skipped = project.skipped()
+    if not drawing.total:
+        example = f", such as {skipped[0]['source_key']}: {skipped[0]['reason']}" if skipped else ""
+        raise CurationError(f"{config.source} gave no usable picture; {len(skipped)} rows were skipped{example}")
+    return Drawn(drawing.total, drawing.total - before, len(skipped) - skipped_before, config.images)
+
+
+class _Drawing:
+    """Puts candidates into the project, some at a time."""
+
+    def __init__(self, project: Project, config: CurationConfig) -> None:
+        self.project, self.source = project, config.source
+        pairs = list(project.pairs())
+        self.known = {str(pair.origin["key"]) for pair in pairs} | {row["source_key"] for row in project.skipped()}
+        self.digests = {pair.sha256: pair.key for pair in pairs}
+        self.total = len(pairs)
+        self.waiting: list[tuple[str, str, str, dict[str, Any]]] = []
+
+    def take(self, candidate: Candidate | BadRow) -> int:
+        """How many pictures it added: 0 or 1."""
+        if candidate.key in self.known:
+            return 0
+        self.known.add(candidate.key)
+        if isinstance(candidate, BadRow):
+            return self._skip(candidate.key, candidate.kind, candidate.reason)
+        try:
+            content = candidate.content()
+            load_image(content)
+        except (ImageLoadError, OSError) as error:
+            return self._skip(candidate.key, "image", str(error))
+        digest = hashlib.sha256(content).hexdigest()
+        if digest in self.digests:
+            return self._skip(candidate.key, "duplicate", f"the same picture as {self.digests[digest]}")
+        self.total += 1
+        key = _pair_key(self.total, candidate.key)
+        path = Path(IMAGES) / f"{key}{_suffix(content)}"
+        _write(self.project.folder / path, content)
+        self.digests[digest] = key
+        self.waiting.append((key, path.as_posix(), digest, {"key": candidate.key, **candidate.texts}))
+        if len(self.waiting) == _TOGETHER:
+            self.flush()
+        return 1
+
+    def flush(self) -> None:
+        self.project.add_pairs(self.waiting, self.source)
+        self.waiting = []
+
+    def _skip(self, key: str, kind: str, reason: str) -> int:
+        self.project.add_skipped(self.source, key, kind, reason)
+        return 0
+
+
+def candidates(config: CurationConfig) -> Iterator[Candidate | BadRow]:
+    """
+    The rows of `config.source` in a drawn order: always the same for one source, seed and number of pictures.
+
+    Raises:
+        CurationError: for a function that does not exist or gives no rows with `image`.
+        DataError: for a source that cannot be opened.
+    """
+    if config.source.startswith(PYTHON):
+        yield from _rows_of_function(config)
+    elif Path(config.source).is_dir() and config.source.partition(":")[0] not in KINDS:
+        pictures = expand_sources([config.source])
+        random.Random(config.seed).shuffle(pictures)
+        for name in pictures:
+            path = Path(name)
+            yield Candidate(str(path.relative_to(config.source)), path.read_bytes, {})
+    else:
+        yield from _rows_of_reader(open_reader(parse_source(config.source)), config)
+
+
+def _rows_of_reader(reader: Reader, config: CurationConfig) -> Iterator[Candidate | BadRow]:
+    order = np.random.default_rng([config.seed, 0]).permutation(reader.num_shards).tolist()
+    share = -(-config.images // min(len(order), _SHARDS))
+    start = 0
+    while order:
+        for shard in list(order):
+            count = 0
+            for entry in islice(reader.read(shard, [config.seed, 0, 0, shard]), start, start + share):
+                count += 1
+                if isinstance(entry, BadRow):
+                    yield entry
+                elif len(entry.images) != 1:
+                    yield BadRow("image", entry.key, f"{len(entry.images)} pictures, where one is described")
+                else:
+                    texts = {"caption": entry.caption} if entry.caption is not None else {}
+                    yield Candidate(entry.key, _reads(entry.images[0]), texts)
+            if count < share:
+                order.remove(shard)
+        start += share
+
+
+def _reads(image: dict[str, Any]) -> Callable[[], bytes]:
+    return lambda: image_bytes(image)
+
+
+def _rows_of_function(config: CurationConfig) -> Iterator[Candidate | BadRow]:
+    module, _, name = config.source.removeprefix(PYTHON).partition(":")
+    try:
+        function = getattr(import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise CurationError(
+            f"source {config.source!r} cannot be found ({error}); write python:MODULE:FUNCTION"
+        ) from error
+    for number, row in enumerate(function(config.images, config.seed)):
+        if not isinstance(row, dict) or not isinstance(row.get("image"), Image.Image):
+            raise CurationError(f"row {number} of {config.source} is {row!r:.80}, but needs a PIL picture as `image`")
+        texts = {name: value for name, value in row.items() if isinstance(value, str) and name != "key"}
+        yield Candidate(str(row.get("key", number)), _encodes(row["image"]), texts)
+
+
+def _encodes(picture: Image.Image) -> Callable[[], bytes]:
+    def encode() -> bytes:
+        buffer = io.BytesIO()
+        picture.save(buffer, format="PNG")
+        return buffer.getvalue()
+
+    return encode
+
+
+def _pair_key(number: int, key: str) -> str:
+    """`00017-004539375`: sorted as drawn, and a name for a file that still tells the source's key."""
+    slug = _SLUG.sub("-", key.rpartition("/")[2]).strip("-.")
+    root, suffix = os.path.splitext(slug)
+    slug = (root if suffix.lower() in IMAGE_SUFFIXES else slug)[:60]
+    return f"{number:05d}-{slug}" if slug else f"{number:05d}"
+
+
+def _suffix(content: bytes) -> str:
+    with Image.open(io.BytesIO(content)) as picture:
+        kind = picture.format or "png"
+    return _SUFFIXES.get(kind, f".{kind.lower()}")
+
+
+def _write(path: Path, content: bytes) -> None:
+    scratch = path.with_name(f".{path.name}.new")
+    try:
+        with open(scratch, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(scratch, path)
+    except OSError as error:
+        scratch.unlink(missing_ok=True)
+        raise CurationError(
+            f"cannot write {path}: {error.strerror}; make room there and run the same command again"
+        ) from error

@@ -1,0 +1,314 @@
+"""Describes drawn pictures with a checkpoint: batches, and a second turn that goes on from the first one's cache."""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from transformers_minigpt4.inference.describe import answer_prompts, load_model_and_processor
+from transformers_minigpt4.processing.image_utils_minigpt4 import ImageLoadError, load_image
+
+from .config import CurationConfig, CurationError, settings_hash
+from .draw import Drawn, draw_images
+from .progress import bar
+from .store import FAILED, Project, Result, Work
+
+
+PLACEHOLDER = "<ImageHere>"
+
+
+@dataclass(frozen=True)
+class Description:
+    """What the model wrote about one picture: the answers of its one or two turns, and their lengths in tokens."""
+
+    turns: tuple[str, ...]
+    tokens: tuple[int, ...]
+
+    @property
+    def text(self) -> str:
+        """The turns, joined."""
+        return " ".join(turn for turn in self.turns if turn)
+
+
+@dataclass(frozen=True)
+class Generated:
+    """What `run_generate` did."""
+
+    drawn: Drawn
+    described: int
+    continued: int
+    failed: int
+
+    def __str__(self) -> str:
+        text = f"{self.drawn}\n{self.described:,} described, {self.continued:,} of them in two turns"
+        return text + (f"; {self.failed:,} failed, see `minigpt4 curate status`" if self.failed else "")
+
+
+def run_generate(project: Project, config: CurationConfig, progress: bool = True) -> Generated:
+    """
+    Draws pictures and describes those that have no description yet, or one by other settings.
+
+    Each batch is recorded when it is done; a run that is stopped goes on with the batch that it was at. A picture
+    whose file is gone or cannot be read any more is recorded as failed, and tried again by the next run.
+
+    Raises:
+        CurationError: for a project that another process works on, a source or checkpoint that does not fit.
+        DataError: for a source that cannot be opened.
+        ValueError: for a checkpoint that cannot be loaded.
+    """
+    with project.writer("generate"):
+        drawn = draw_images(project, config, progress)
+        settings = generate_settings(config)
+        waiting = sum(1 for _ in project.pending("generate", settings))
+        if not waiting:
+            return Generated(drawn, 0, 0, 0)
+        model, processor = load_model_and_processor(
+            config.checkpoint, config.dtype, config.device, config.trust_remote_code
+        )
+        described = continued = failed = 0
+        with bar("generate", waiting, shown=progress) as count:
+            for works in _batches(project.pending("generate", settings), config.batch_size):
+                results = _describe_works(project, works, model, processor, config, settings)
+                project.record("generate", results)
+                described += sum(result.outcome == "ok" for result in results)
+                continued += sum(len(result.details.get("turns", ())) > 1 for result in results)
+                failed += sum(result.outcome == FAILED for result in results)
+                count(len(results))
+        return Generated(drawn, described, continued, failed)
+
+
+def generate_settings(config: CurationConfig) -> str:
+    """The digest of what a description depends on, the checkpoint's weights included where it is a folder."""
+    return settings_hash(
+        config.checkpoint,
+        _weights_digest(Path(config.checkpoint)),
+        config.dtype,
+        config.prompt,
+        config.continue_prompt,
+        config.continue_below,
+        config.max_new_tokens,
+        config.seed if config.do_sample else None,
+    )
+
+
+def _weights_digest(folder: Path) -> list[str]:
+    """Of a folder: a checkpoint trained anew in the same place is another one. Reading it takes less than loading."""
+    digests = []
+    for path in sorted(folder.glob("*.safetensors")) if folder.is_dir() else ():
+        with open(path, "rb") as file:
+            digests.append(hashlib.file_digest(file, "sha256").hexdigest())
+    return digests
+
+
+def _batches(works: Iterator[Work], size: int) -> Iterator[list[Work]]:
+    while batch := list(islice(works, size)):
+        yield batch
+
+
+def _describe_works(
+    project: Project, works: list[Work], model: Any, processor: Any, config: CurationConfig, settings: str
+) -> list[Result]:
+    results, images, readable = [], [], []
+    for work in works:
+        path = project.image_path(work.pair)
+        try:
+            images.append(load_image(path))
+            readable.append(work)
+        except ImageLoadError as error:
+            reason = "unreadable picture" if path.exists() else "missing picture"
+            results.append(Result(work.pair.id, settings, work.input, FAILED, reason, details={"error": str(error)}))
+    if not images:
+        return results
+    if config.do_sample:
+        # Drawn answers depend on the seed and the batch alone, not on how often the run was stopped.
+        torch.manual_seed(config.seed * 1_000_003 + readable[0].pair.id)
+    for work, found in zip(readable, describe_in_turns(images, model, processor, config)):
+        details = {"turns": list(found.turns), "tokens": list(found.tokens)}
+        outcome, reason = ("ok", "") if found.text else (FAILED, "empty answer")
+        results.append(Result(work.pair.id, settings, work.input, outcome, reason, found.text, details))
+    return results
+
+
+def describe_in_turns(
+    images: list[Image.Image], model: Any, processor: Any, config: CurationConfig
+) -> list[Description]:
+    """
+    Describes pictures in one batch, with a second turn for the answers of at most `config.continue_below` tokens.
+
+    Args:
+        images: RGB pictures.
+        model: An image-text-to-text model.
+        processor: Its processor.
+        config: Prompts and limits. With `<ImageHere>` in the prompt the second turn reuses keys and values of the
+            first, image and answer included; without, the processor's chat template puts the turns together, and the
+            second turn is computed from the start.
+
+    Raises:
+        CurationError: for a prompt that does not fit the processor.
+    """
+    if PLACEHOLDER not in config.prompt:
+        return _chat_turns(images, model, processor, config)
+    if getattr(processor, "image_token", None) != PLACEHOLDER:
+        raise CurationError(
+            f"{config.checkpoint} does not know {PLACEHOLDER}, which stands in the prompt; write `prompt` and "
+            "`continue_prompt` as plain questions, and its own chat template is used"
+        )
+    inputs = processor(images=[[image] for image in images], text=[config.prompt] * len(images), return_tensors="pt")
+    inputs = inputs.to(model.device, dtype=model.dtype)
+    width = inputs["input_ids"].shape[1]
+    settings = _settings(config) | {"use_cache": True}
+    output = model.generate(**inputs, **settings, return_dict_in_generate=True)
+    answers = output.sequences[:, width:]
+    lengths = answer_lengths(answers, model.generation_config)
+    first = _decode(processor, answers)
+    found = [Description((text,), (length,)) for text, length in zip(first, lengths.tolist())]
+    short = torch.nonzero(lengths <= config.continue_below).flatten() if config.continue_below else lengths[:0]
+    if not len(short):
+        return found
+    turn = processor.tokenizer(config.continue_prompt, add_special_tokens=False, return_tensors="pt")["input_ids"]
+    answers = continue_answers(model, output, width, lengths, short, turn.to(lengths.device), **settings)
+    more = zip(short.tolist(), _decode(processor, answers), answer_lengths(answers, model.generation_config).tolist())
+    for row, text, length in more:
+        found[row] = Description((first[row], text), (found[row].tokens[0], length))
+    return found
+
+
+def continue_answers(
+    model: Any,
+    output: Any,
+    width: int,
+    lengths: torch.Tensor,
+    rows: torch.Tensor,
+    turn: torch.Tensor,
+    **settings: Any,
+) -> torch.Tensor:
+    """
+    The second turn of some rows of a batch, going on from the keys and values that the first turn left.
+
+    Args:
+        model: What gave the first turn.
+        output: Of `generate` with `return_dict_in_generate`; its cache is used up.
+        width, lengths, rows, turn: As for [`continue_inputs`].
+        settings: For `generate`.
+
+    Returns:
+        `(R, new tokens)`: ids of the second answers.
+    """
+    ids, mask = continue_inputs(output.sequences, width, lengths, rows, turn)
+    cache = output.past_key_values
+    # Behind the longest of the answers that go on, there is nothing to keep.
+    cache.crop(min(0, ids.shape[1] - turn.shape[1] - cache.get_seq_length()))
+    cache.batch_select_indices(rows)
+    sequences = model.generate(input_ids=ids, attention_mask=mask, past_key_values=cache, **settings)
+    return sequences[:, ids.shape[1] :]
+
+
+def continue_inputs(
+    sequences: torch.Tensor, width: int, lengths: torch.Tensor, rows: torch.Tensor, turn: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    The second turn's ids and attention mask: prompt and answer as they stand in the cache, then the new turn.
+
+    An answer that ended early has its end mark and pads behind it; the mask hides them, so that positions go on right
+    behind its last word.
+
+    Args:
+        sequences: `(B, width + new tokens)`, what the first turn gave.
+        width: Positions of the prompt, the same for all.
+        lengths: `(B,)`, tokens of each answer without its end mark.
+        rows: `(R,)`, the rows that go on.
+        turn: `(1, N)`, ids of the second prompt.
+
+    Returns:
+        Two tensors `(R, width + longest answer + N)`.
+    """
+    lengths = lengths[rows]
+    context = sequences[rows, : width + int(lengths.max())]
+    places = torch.arange(context.shape[1], device=context.device)
+    mask = (places[None] < width + lengths[:, None]).long()
+    # The repetition penalty looks at ids, masked or not; hidden ones repeat one that counts anyway.
+    context = torch.where(mask.bool(), context, turn[0, 0])
+    turns = turn.expand(len(rows), -1)
+    return torch.cat([context, turns], dim=1), torch.cat([mask, torch.ones_like(turns)], dim=1)
+
+
+def answer_lengths(answers: torch.Tensor, generation_config: Any) -> torch.Tensor:
+    """
+    Tokens of each answer in front of its end mark.
+
+    Args:
+        answers: `(B, new tokens)`, the new ids alone, padded behind the end mark.
+        generation_config: Names the end marks, `eos_token_id` and `stop_sequences`.
+
+    Returns:
+        `(B,)`; all new tokens where no end mark came.
+    """
+    count, length = answers.shape
+    eos = generation_config.eos_token_id
+    marks = [[token] for token in ([eos] if isinstance(eos, int) else eos or [])]
+    marks += getattr(generation_config, "stop_sequences", None) or []
+    ends = torch.full((count,), length, device=answers.device)
+    for mark in marks:
+        if len(mark) > length:
+            continue
+        found = (answers.unfold(1, len(mark), 1) == torch.tensor(mark, device=answers.device)).all(-1)
+        first = torch.where(found.any(1), found.int().argmax(1), length)
+        ends = torch.minimum(ends, first)
+    return ends
+
+
+def _settings(config: CurationConfig) -> dict[str, Any]:
+    """For `generate`; with beams, the cache would hold several rows for each picture."""
+    return {
+        "max_new_tokens": config.max_new_tokens,
+        "do_sample": config.do_sample,
+        "num_beams": 1,
+        "num_return_sequences": 1,
+    }
+
+
+def _decode(processor: Any, answers: torch.Tensor) -> list[str]:
+    return [text.strip() for text in processor.post_process_image_text_to_text(answers)]
+
+
+def _chat_turns(images: list[Image.Image], model: Any, processor: Any, config: CurationConfig) -> list[Description]:
+    """Two turns through the processor's chat template, for models of any family."""
+    settings = _settings(config)
+    first = answer_prompts([[image] for image in images], [config.prompt] * len(images), model, processor, **settings)
+    tokens = [len(processor.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in first]
+    found = [Description((text,), (length,)) for text, length in zip(first, tokens)]
+    short = [row for row, length in enumerate(tokens) if length <= config.continue_below]
+    if not short or not config.continue_below:
+        return found
+    if not getattr(processor, "chat_template", None):
+        raise CurationError(
+            f"{config.checkpoint} has no chat template, so it takes no second turn; set `continue_below: 0`"
+        )
+    inputs = processor.apply_chat_template(
+        [_conversation(images[row], first[row], config) for row in short],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        processor_kwargs={"padding": True, "padding_side": "left"},
+    ).to(model.device, dtype=model.dtype)
+    sequences = model.generate(**inputs, **settings)
+    answers = sequences[:, inputs["input_ids"].shape[1] :]
+    for row, text in zip(short, _decode(processor, answers)):
+        length = len(processor.tokenizer(text, add_special_tokens=False)["input_ids"])
+        found[row] = Description((first[row], text), (tokens[row], length))
+    return found
+
+
+def _conversation(image: Image.Image, answer: str, config: CurationConfig) -> list[dict[str, Any]]:
+    question = [{"type": "image", "image": image}, {"type": "text", "text": config.prompt}]
+    return [
+        {"role": "user", "content": question},
+        {"role": "assistant", "content": [{"type": "text", "text": answer or " "}]},
+        {"role": "user", "content": [{"type": "text", "text": config.continue_prompt}]},
+    ]

@@ -1,0 +1,281 @@
+"""The repair step: a language model fixes each text, and what it should not have done is flagged for review."""
+
+import json
+import re
+import sqlite3
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
+from typing import Any
+
+from transformers_minigpt4.llm.client import ChatModel
+from transformers_minigpt4.llm.opening import open_chat_model
+from transformers_minigpt4.llm.types import BudgetExhausted, ChatAnswer, ChatError, ChatSettings, Usage
+
+from .config import CONFIG_FILE, CurationConfig, settings_hash
+from .progress import bar
+from .repair_checks import VERSION, flags
+from .store import Project, Result, Work, now, write_results
+
+
+STEP = "repair"
+ANSWERS = "answers.sqlite"  # in the project's folder: a prompt or check changed back costs nothing
+OK, FLAGGED, FAILED = "ok", "flagged", "failed"
+_CUT_OFF = "cut off"
+_IN_FLIGHT = "repair in flight"  # in the project's `meta` while a run is on
+_TEMPLATE_TOKENS = 100  # of a chat template around a request, generously
+# Settings of the model under their names in the project's file, for errors that tell which one to change.
+_SETTING = re.compile(rf"\b({'|'.join(part.name for part in fields(ChatSettings) if '_' in part.name)})\b")
+_QUOTED = re.compile(r'^(["“])(.*)(["”])$', re.DOTALL)
+
+
+@dataclass(frozen=True)
+class RepairSummary:
+    """
+    What a run of the repair did.
+
+    Args:
+        outcomes: How many texts came out `ok`, `flagged` or `failed`.
+        reasons: How many were flagged or failed for each reason, the commonest first.
+        errors: For each reason of a failure, what was said of the first text.
+        changed: How many texts differ from what they were.
+        usage: What this run used; `total` with the runs before.
+    """
+
+    outcomes: dict[str, int]
+    reasons: dict[str, int]
+    errors: dict[str, str]
+    changed: int
+    usage: Usage
+    total: Usage
+
+    def __str__(self) -> str:
+        if not self.outcomes:
+            return "repair: nothing to do, all texts are repaired with these settings"
+        counts = ", ".join(f"{count} {outcome}" for outcome, count in self.outcomes.items())
+        lines = [
+            f"repair: {sum(self.outcomes.values())} texts: {counts}; {self.changed} changed",
+            f"{self.usage.requests} requests, {self.usage.cached} answers from earlier runs, "
+            f"{self.usage.tokens:,} tokens, cost {self.usage.cost:.4f} (all runs: {self.total.tokens:,} tokens, "
+            f"{self.total.cost:.4f})",
+        ]
+        for reason, count in self.reasons.items():
+            error = self.errors.get(reason)
+            lines.append(f"  {count:>7}  {reason}{f', such as: {error}' if error else ''}")
+        if self.outcomes.get(FAILED):
+            lines.append("failed texts are tried again by the next `minigpt4 curate repair`")
+        return "\n".join(lines)
+
+
+def run_repair(project: Project, config: CurationConfig, progress: bool = True) -> RepairSummary:
+    """
+    Has the project's language model repair every text that has no repair by these settings yet.
+
+    Each result is on the disk before the next one is waited for, along with what was used so far. After a kill, an
+    answer that was in the cache already is not paid for again; the next run counts as many requests as were allowed in
+    flight, with the most that each can have used. The budget is the project's: earlier runs count.
+
+    Args:
+        project: Open.
+        config: Its settings.
+        progress: Whether to show a bar on a terminal.
+
+    Raises:
+        CurationError: if no model is named, or while another process runs a step.
+        ChatError: for what concerns every text: a refused key, nothing at the address, an exhausted budget. What was
+            finished is kept.
+        ValueError: for settings that cannot work, or a local model that cannot be loaded.
+    """
+    settings = config.chat_settings()
+    with project.writer(STEP):
+        digest = repair_digest(config)
+        _count_lost(project)
+        spent = used_so_far(project)
+        works = {work.pair.id: work for work in _works(project, config, digest)}
+        if not works:
+            return RepairSummary({}, {}, {}, 0, Usage(), spent)
+        with open_chat_model(settings, project.folder / ANSWERS, spent) as model:
+            run = _Run(project, config, digest, works, model)
+            try:
+                run.go(progress)
+            except ChatError as error:
+                run.close()
+                raise _explained(error, len(works) - run.left, run.left) from error
+            run.close()
+            return run.summary(spent)
+
+
+def repair_digest(config: CurationConfig) -> str:
+    """
+    Changes with what decides a repair: model, prompt, temperature, checks.
+
+    Not with the address of the endpoint, which may move, nor with the longest answer, which matters only for those
+    that it cut off.
+    """
+    return settings_hash(STEP, VERSION, config.repair_model, config.repair_prompt, config.repair_temperature)
+
+
+def used_so_far(project: Project) -> Usage:
+    """What all runs of a project have used."""
+    columns = "total(requests), total(cached), total(prompt_tokens), total(completion_tokens), total(cost)"
+    *counts, cost = project.connection().execute(f"SELECT {columns} FROM requests").fetchone()
+    requests, cached, prompt_tokens, completion_tokens = map(int, counts)
+    return Usage(requests, cached, prompt_tokens, completion_tokens, cost)
+
+
+def _count_lost(project: Project) -> None:
+    """Counts what was in flight when the last run was killed or broken off: its answers may be billed."""
+    left = project.meta(_IN_FLIGHT)
+    if not left:
+        return
+    with project.transaction() as connection:
+        lost = json.loads(left)
+        connection.execute(
+            "INSERT INTO requests (at, model, requests, cached, prompt_tokens, completion_tokens, cost) "
+            "VALUES (?, ?, ?, 0, ?, ?, ?)",
+            (now(), lost["model"], lost["requests"], lost["prompt_tokens"], lost["completion_tokens"], lost["cost"]),
+        )
+        connection.execute("DELETE FROM meta WHERE key = ?", (_IN_FLIGHT,))
+
+
+def _works(project: Project, config: CurationConfig, digest: str) -> Iterator[Work]:
+    """What is pending, and what was cut off where longer answers are allowed now."""
+    yield from project.pending(STEP, digest)
+    short = {
+        pair.id: result
+        for pair, result in project.current(STEP)
+        if result.settings == digest
+        and _CUT_OFF in result.details.get("flags", ())
+        and result.details["max_tokens"] < config.repair_max_tokens
+    }
+    if short:
+        yield from (Work(pair, text, short[pair.id].input) for pair, text in project.texts(STEP) if pair.id in short)
+
+
+class _Run:
+    """One run of the step, which counts as it goes."""
+
+    def __init__(
+        self, project: Project, config: CurationConfig, digest: str, works: dict[int, Work], model: ChatModel
+    ) -> None:
+        self.project, self.config, self.digest, self.works, self.model = project, config, digest, works, model
+        self.outcomes: Counter[str] = Counter()
+        self.reasons: Counter[str] = Counter()
+        self.errors: dict[str, str] = {}
+        self.changed = 0
+        self.left = len(works)
+        with project.transaction() as connection:
+            cursor = connection.execute(
+                "INSERT INTO requests (at, model, requests, cached, prompt_tokens, completion_tokens, cost) "
+                "VALUES (?, ?, 0, 0, 0, 0, 0)",
+                (now(), model.name),
+            )
+            self._row = cursor.lastrowid
+            connection.execute(
+                "INSERT OR REPLACE INTO meta VALUES (?, ?)", (_IN_FLIGHT, json.dumps(self._most_in_flight()))
+            )
+
+    def _most_in_flight(self) -> dict[str, Any]:
+        """The most that can be in flight at once; of a text's bytes, none makes more than one token."""
+        settings = self.model.settings
+        requests = min(settings.concurrency, len(self.works))
+        longest = max(len(work.text.encode(errors="replace")) for work in self.works.values())
+        prompt = requests * (longest + len(self.config.repair_prompt.encode()) + _TEMPLATE_TOKENS)
+        answer = requests * settings.max_tokens
+        cost = settings.cost(prompt, answer)
+        return {
+            "model": self.model.name,
+            "requests": requests,
+            "prompt_tokens": prompt,
+            "completion_tokens": answer,
+            "cost": cost,
+        }
+
+    def go(self, progress: bool) -> None:
+        requests = (
+            (work.pair.id, [{"role": "user", "content": f"{self.config.repair_prompt}\n\n{work.text}"}])
+            for work in self.works.values()
+            if work.text.strip()
+        )
+        with bar(STEP, len(self.works), shown=progress) as done:
+            for work in self.works.values():
+                if not work.text.strip():
+                    self._record(Result(work.pair.id, self.digest, work.input, OK), done)
+            for pair_id, answer in self.model.complete_many(requests):
+                self._record(self._judge(self.works[pair_id], answer), done)
+
+    def _judge(self, work: Work, answer: ChatAnswer | ChatError) -> Result:
+        found: dict[str, str] = {}
+        if isinstance(answer, ChatError):
+            if answer.answer is None or not answer.answer.text:
+                why = {"model": self.model.name, "error": _renamed(str(answer))}
+                return Result(work.pair.id, self.digest, work.input, FAILED, answer.kind, None, why)
+            found[_CUT_OFF] = f"at {answer.answer.completion_tokens} tokens"
+            answer = answer.answer
+        text = _unquoted(answer.text, work.text)
+        found |= flags(work.text, text, self.config.repair_prompt)
+        details = {
+            "model": self.model.name,
+            "max_tokens": self.config.repair_max_tokens,
+            "prompt_tokens": answer.prompt_tokens,
+            "completion_tokens": answer.completion_tokens,
+            "cost": answer.cost,
+            "cached": answer.cached,
+            "flags": found,
+        }
+        outcome = FLAGGED if found else OK
+        return Result(work.pair.id, self.digest, work.input, outcome, ", ".join(found), text, details)
+
+    def _record(self, result: Result, done: Callable[[int], object]) -> None:
+        with self.project.transaction() as connection:
+            write_results(connection, STEP, [result])
+            self._write_usage(connection)
+        self.left -= 1
+        self.outcomes[result.outcome] += 1
+        self.reasons.update(result.reason.split(", ") if result.reason else ())
+        if result.outcome == FAILED:
+            self.errors.setdefault(result.reason, result.details["error"])
+        self.changed += result.text is not None and result.text != self.works[result.pair_id].text
+        done(1)
+
+    def close(self) -> None:
+        """Writes what was used since the last result, requests that failed too; nothing is in flight any more."""
+        with self.project.transaction() as connection:
+            self._write_usage(connection)
+            connection.execute("DELETE FROM meta WHERE key = ?", (_IN_FLIGHT,))
+
+    def _write_usage(self, connection: sqlite3.Connection) -> None:
+        usage = self.model.usage
+        connection.execute(
+            "UPDATE requests SET requests = ?, cached = ?, prompt_tokens = ?, completion_tokens = ?, cost = ? "
+            "WHERE id = ?",
+            (usage.requests, usage.cached, usage.prompt_tokens, usage.completion_tokens, usage.cost, self._row),
+        )
+
+    def summary(self, spent: Usage) -> RepairSummary:
+        usage = self.model.usage
+        outcomes = {name: self.outcomes[name] for name in (OK, FLAGGED, FAILED) if self.outcomes[name]}
+        return RepairSummary(
+            outcomes, dict(self.reasons.most_common()), self.errors, self.changed, usage, spent + usage
+        )
+
+
+def _unquoted(text: str, source: str) -> str:
+    """Without the quotes that some models put around the whole answer."""
+    found = _QUOTED.match(text)
+    if found and not _QUOTED.match(source.strip()) and not set(found[2]) & {found[1], found[3]}:
+        return found[2].strip()
+    return text
+
+
+def _renamed(message: str) -> str:
+    """A message of the chat model with the names that its settings have in the project's file."""
+    return _SETTING.sub(r"repair_\1", message)
+
+
+def _explained(error: ChatError, done: int, left: int) -> ChatError:
+    kept = f"the {done} texts of this run are kept and {left} wait" if done else f"{left} texts wait"
+    message = f"{_renamed(str(error))} (settings in {CONFIG_FILE}; {kept}: run the same command again)"
+    if error.kind == "budget":
+        return BudgetExhausted(message)
+    return ChatError(error.kind, message, fatal=True)

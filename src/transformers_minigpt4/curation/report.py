@@ -1,0 +1,233 @@
+"""Writes `report.html`: one page without links to elsewhere, with funnel, lengths, rules and samples of each drop."""
+
+import base64
+import io
+import os
+import random
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from transformers_minigpt4.processing.image_utils_minigpt4 import ImageLoadError, load_image
+from transformers_minigpt4.web.pages import is_hidden
+
+from .config import CurationConfig
+from .filter import project_rules
+from .rules import RULES
+from .status import funnel_rows, share
+from .store import PASSING, Pair, Project, Result, now
+
+
+REPORT_FILE = "report.html"
+TEMPLATES = Path(__file__).parent / "templates"
+_SAMPLES = 6  # of each reason
+_THUMBNAIL = 240  # pixels of the longer side; shown at 160
+_LONGEST_TEXT = 4_000  # characters shown of one text
+_WIDTH, _HEIGHT, _BUCKETS = 720, 140, 30  # of a histogram
+_EXPLAINED = {"flagged": "flagged in", "failed": "failed in", "dropped": "dropped by", "rejected": "rejected in"}
+
+
+class Sample(NamedTuple):
+    """One pair of a group: its texts with labels, and why it is here."""
+
+    pair: Pair
+    texts: list[tuple[str, str]]
+    why: str
+
+
+def run_report(project: Project, config: CurationConfig, path: str | os.PathLike | None = None) -> Path:
+    """
+    Writes the report of a project as it stands.
+
+    Texts are escaped, and control characters shown by their numbers, so that nothing that a model wrote acts in the
+    reader's browser. Pictures are there as small copies; where one is gone the page says so.
+
+    Args:
+        project: Open.
+        config: Its settings.
+        path: By default `report.html` in the project's folder. Replaced where it exists, in one step.
+
+    Returns:
+        `Path`: of the report.
+    """
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    path = Path(path) if path is not None else project.folder / REPORT_FILE
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined, finalize=_shown
+    )
+    page = environment.get_template("report.html.jinja").render(_facts(project, config))
+    scratch = path.with_name(f".{path.name}-{os.getpid()}")
+    try:
+        scratch.write_text(page, encoding="utf-8")
+        os.replace(scratch, path)
+    finally:
+        scratch.unlink(missing_ok=True)
+    return path
+
+
+def visible(text: str) -> str:
+    """A text with control, direction and other invisible characters as `⟨U+202E⟩`; line breaks and tabs stay."""
+    if text.isprintable():
+        return text
+    return "".join(f"⟨U+{ord(character):04X}⟩" if is_hidden(character) else character for character in text)
+
+
+def _shown(value: Any) -> Any:
+    return visible(value) if type(value) is str else value
+
+
+def _facts(project: Project, config: CurationConfig) -> dict[str, Any]:
+    """All that the template shows."""
+    funnel = project.funnel()
+    rows = [
+        {
+            **row._asdict(),
+            "share": share(row.pairs, funnel.drawn),
+            "percent": f"{100 * min(1.0, row.pairs / funnel.drawn):.2f}" if funnel.drawn else "0",
+        }
+        for row in funnel_rows(funnel)
+    ]
+    dropped, also = Counter[str](), Counter[str]()
+    for _, result in project.current("filter"):
+        if result.outcome == "dropped":
+            dropped[result.reason] += 1
+            also.update(list(result.details.get("also", {})))
+    described = project_rules(config).describe()
+    rules = [
+        {"name": rule.name, "what": described[rule.name], "count": dropped[rule.name], "also": also[rule.name]}
+        for rule in RULES
+    ]
+    return {
+        "name": project.folder.resolve().name,
+        "made": now()[:16].replace("T", " ") + " UTC",
+        "source": config.source,
+        "checkpoint": config.checkpoint,
+        "repair_model": config.repair_model,
+        "funnel": rows,
+        "charts": list(_charts(project)),
+        "rules": rules,
+        "groups": list(_groups(project)),
+    }
+
+
+# Lengths
+
+
+def word_count(text: str) -> int:
+    """Words as white space divides them."""
+    return len(text.split())
+
+
+def _charts(project: Project) -> Iterator[dict[str, Any]]:
+    if "repair" in project.steps:
+        after = {pair.id: result.text for pair, result in project.current("repair") if result.outcome != "failed"}
+        texts = {pair.id: text for pair, text in project.texts("repair") if pair.id in after}
+        before = [word_count(text) for text in texts.values()]
+        repaired = [word_count(text if after[pair] is None else after[pair] or "") for pair, text in texts.items()]
+        if before:
+            yield histogram("Repair", [("before", "before", before), ("after", "after", repaired)])
+    kept = {pair.id for pair, result in project.current("filter") if result.outcome == "kept"}
+    lengths = {pair.id: word_count(text) for pair, text in project.texts("filter")}
+    if lengths:
+        left = [length for pair, length in lengths.items() if pair in kept]
+        yield histogram("Filter", [("before", "before", list(lengths.values())), ("after", "kept", left)])
+
+
+def histogram(title: str, series: Sequence[tuple[str, str, Sequence[int]]]) -> dict[str, Any]:
+    """
+    What the template draws of several series of whole numbers over one scale.
+
+    Args:
+        title: Of the chart.
+        series: `(class, label, values)`; the first is not empty.
+    """
+    most = max(max(values, default=0) for _, _, values in series)
+    step = max(1, -(-(most + 1) // _BUCKETS))
+    buckets = most // step + 1
+    counts = [Counter(value // step for value in values) for _, _, values in series]
+    highest = max(max(count.values(), default=0) for count in counts)
+    slot = _WIDTH / buckets
+    width = round(slot * 0.9 / len(series), 2)
+    bars = []
+    for number, (name, label, _) in enumerate(series):
+        for bucket, count in sorted(counts[number].items()):
+            height = round(_HEIGHT * count / highest, 2)
+            words = f"{bucket * step}" if step == 1 else f"{bucket * step} to {(bucket + 1) * step - 1}"
+            bars.append(
+                {
+                    "series": name,
+                    "x": round(bucket * slot + number * width, 2),
+                    "y": round(_HEIGHT - height, 2),
+                    "width": width,
+                    "height": height,
+                    "title": f"{label}: {count} of {words} words",
+                }
+            )
+    every = max(1, buckets // 10)
+    ticks = [{"x": round(bucket * slot, 2), "label": bucket * step} for bucket in range(0, buckets, every)]
+    keys = [{"name": name, "label": label, "summary": _summary(values)} for name, label, values in series]
+    return {"title": title, "width": _WIDTH, "height": _HEIGHT, "bars": bars, "ticks": ticks, "series": keys}
+
+
+def _summary(values: Sequence[int]) -> str:
+    if not values:
+        return "none"
+    ordered = sorted(values)
+    return f"{len(ordered)} texts, median {ordered[len(ordered) // 2]} words, {ordered[0]} to {ordered[-1]}"
+
+
+# Samples
+
+
+def _groups(project: Project) -> Iterator[dict[str, Any]]:
+    """Samples of every reason for which a step failed, dropped, rejected or flagged pairs."""
+    for step in project.steps:
+        texts = {pair.id: text for pair, text in project.texts(step)}
+        reasons: dict[tuple[str, str], list[tuple[Pair, Result]]] = {}
+        for pair, result in project.current(step):
+            if result.outcome not in PASSING[step] or result.outcome == "flagged":
+                reasons.setdefault((result.outcome, result.reason), []).append((pair, result))
+        for (outcome, reason), found in sorted(reasons.items(), key=lambda item: (-len(item[1]), item[0])):
+            chosen = random.Random(0).sample(found, min(_SAMPLES, len(found)))
+            samples = [_sample(pair, result, texts[pair.id], outcome) for pair, result in chosen]
+            title = f"{_EXPLAINED.get(outcome, outcome)} {step}{': ' if reason else ''}{reason}"
+            yield {"title": title, "count": len(found), "samples": list(_with_images(project, samples))}
+
+
+def _sample(pair: Pair, result: Result, text: str, outcome: str) -> Sample:
+    texts = [("", text)] if text else []
+    if result.text is not None and result.text != text:
+        texts = [("before", text)] * bool(text) + [("after", result.text)]
+    details = {name: value for name, value in result.details.items() if name != "also"}
+    why = str(details.pop("why", ""))
+    if "of" in details:
+        why += f"; like {details.pop('of')}"
+    if outcome != "dropped" and details:
+        why = "; ".join(filter(None, [why, ", ".join(f"{name}: {value}" for name, value in details.items())]))
+    return Sample(pair, [(label, shortened) for label, shortened in _shortened(texts)], why)
+
+
+def _shortened(texts: Iterable[tuple[str, str]]) -> Iterator[tuple[str, str]]:
+    for label, text in texts:
+        rest = len(text) - _LONGEST_TEXT
+        yield label, text if rest <= 0 else f"{text[:_LONGEST_TEXT]} … ({rest} further characters)"
+
+
+def _with_images(project: Project, samples: Iterable[Sample]) -> Iterator[dict[str, Any]]:
+    for sample in samples:
+        facts: dict[str, Any] = {"key": sample.pair.key, "texts": sample.texts, "why": sample.why}
+        try:
+            yield {**facts, "image": _thumbnail(project.image_path(sample.pair)), "no_image": ""}
+        except ImageLoadError as error:
+            yield {**facts, "image": None, "no_image": f"no picture: {error.reason}"}
+
+
+def _thumbnail(path: Path) -> str:
+    """A small JPEG of a picture as a `data:` URL."""
+    image = load_image(path)
+    image.thumbnail((_THUMBNAIL, _THUMBNAIL))
+    buffer = io.BytesIO()
+    image.save(buffer, format="JPEG", quality=70)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()

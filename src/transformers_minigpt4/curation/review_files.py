@@ -1,0 +1,238 @@
+"""The review without a page: pairs into a CSV or JSONL file, and people's decisions back from one."""
+
+import csv
+import json
+import os
+import sqlite3
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers_minigpt4.inference.describe import to_json
+from transformers_minigpt4.web.pages import person_name
+
+from .config import CurationError
+from .review import ReviewQueue, add_decision, check_action, live_decision, same_text, take_back
+from .store import Project
+
+
+# What is exported; whoever decides fills in the last three. An import needs `pair`, `text_id` and `action`.
+FIELDS = ("pair", "image", "text_before", "text_after", "flag", "text_id", "action", "text", "reviewer")
+_NEEDED = ("pair", "text_id", "action")
+_ACTIONS = {"accept": "accepted", "edit": "edited", "reject": "rejected"}
+# Spreadsheets take a cell that begins so for a formula. With an apostrophe in front they show it as text.
+_FORMULA = ("=", "+", "-", "@", "\t", "\r", "'")
+# A digest of digits alone, or of digits and one e, would become a number in a spreadsheet.
+_ID = "text-"
+
+
+@dataclass(frozen=True)
+class Export:
+    """How many pairs a file holds, and the keys of those left out because their picture is gone."""
+
+    pairs: int
+    missing: list[str]
+
+
+@dataclass(frozen=True)
+class Import:
+    """Decisions that an import added, by action; those that were there already; and rows without an action."""
+
+    accepted: int = 0
+    edited: int = 0
+    rejected: int = 0
+    known: int = 0
+    undecided: int = 0
+
+    @property
+    def added(self) -> int:
+        return self.accepted + self.edited + self.rejected
+
+
+def export_pairs(project: Project, path: str | os.PathLike, reviewer: str | None = None) -> Export:
+    """
+    Writes the pairs that want a decision.
+
+    Args:
+        project: The project.
+        path: A `.csv` or `.jsonl` file; an older one is replaced. The pictures' paths in it are below the project's
+            folder. `flag` says why the repair wants people to look closely.
+        reviewer: Leaves out what this person has decided on.
+
+    Raises:
+        CurationError: for another kind of file, or a folder that does not exist.
+        OSError: if the file cannot be written.
+    """
+    kind = _kind(path)
+    if not Path(path).absolute().parent.is_dir():
+        raise CurationError(f"there is no folder for {os.fspath(path)}; make it, or name another one")
+    pairs, missing = ReviewQueue(project).due(reviewer)
+    name = person_name(reviewer) if reviewer is not None else ""
+    rows = [
+        dict(
+            zip(
+                FIELDS,
+                (pair.key, pair.image, pair.before, pair.after, pair.flag, _ID + pair.text_id, "", "", name),
+            )
+        )
+        for pair in pairs
+    ]
+    scratch = Path(f"{os.fspath(path)}.{os.getpid()}.tmp")
+    try:
+        with open(scratch, "w", encoding="utf-8", newline="") as file:
+            if kind == "csv":
+                writer = csv.DictWriter(file, FIELDS)
+                writer.writeheader()
+                writer.writerows({field: _shield(value) for field, value in row.items()} for row in rows)
+            else:
+                file.writelines(to_json(row) + "\n" for row in rows)
+        os.replace(scratch, path)
+    finally:
+        scratch.unlink(missing_ok=True)
+    return Export(len(rows), missing)
+
+
+def import_decisions(project: Project, path: str | os.PathLike, reviewer: str | None = None) -> Import:
+    """
+    Takes over the decisions of a file: all of them, or none.
+
+    Rows without an action are passed over, so a file may come back half done, and again later. A row that differs from
+    what the same person decided on the same text before takes that decision's place.
+
+    Args:
+        project: The project.
+        path: A `.csv` or `.jsonl` file with `pair`, `text_id`, `action` (accept, edit or reject), for edits `text`,
+            and `reviewer`; other fields are not read.
+        reviewer: Who decided, for rows that do not say.
+
+    Raises:
+        CurationError: if there is no such file; else names the first line that cannot be taken: an unknown pair or
+            action, a pair twice, an edit without text, a text that has changed since the export, nobody who decided.
+        OSError: if the file cannot be read.
+    """
+    queue = ReviewQueue(project)
+    counts = {"accepted": 0, "edited": 0, "rejected": 0, "known": 0, "undecided": 0}
+    seen: dict[tuple[str, str], int] = {}
+    with project.transaction() as connection:
+        for line, row in _read(path):
+            try:
+                counts[_import_row(queue, connection, row, reviewer, line, seen)] += 1
+            except ValueError as error:
+                raise CurationError(f"line {line} of {os.fspath(path)}: {error}; nothing was imported") from error
+    return Import(**counts)
+
+
+def _import_row(
+    queue: ReviewQueue,
+    connection: sqlite3.Connection,
+    row: dict[str, str],
+    reviewer: str | None,
+    line: int,
+    seen: dict[tuple[str, str], int],
+) -> str:
+    """Writes one row's decision; returns what it counts as."""
+    said, key, text = row["action"].strip().lower(), row["pair"].strip(), row.get("text", "").strip()
+    if not said:
+        return "undecided"
+    action = _ACTIONS.get(said, said)
+    if action not in _ACTIONS.values():
+        raise ValueError(f"{said!r} is no action; write accept, edit or reject, or leave it empty")
+    check_action(action, text)
+    name = row.get("reviewer", "").strip() or reviewer
+    if name is None:
+        raise ValueError("it does not say who decided; fill in `reviewer`, or name one for the whole file")
+    me = person_name(name)
+    if seen.setdefault((me, key), line) != line:
+        raise ValueError(f"{me} decides on pair {key!r} here and in line {seen[me, key]}; keep one")
+    found = connection.execute("SELECT id FROM pairs WHERE key = ?", (key,)).fetchone()
+    if found is None:
+        raise ValueError(f"there is no pair {key!r} in this project; was it exported from another one?")
+    current = queue.current(connection, found[0])
+    if current is None:
+        raise ValueError(f"pair {key!r} is not up for review any more, the filter has dropped it; take the line out")
+    text_id = row["text_id"].strip().removeprefix(_ID)
+    if text_id != current["text_id"]:
+        raise ValueError(f"the text of pair {key!r} has changed since the export; export it anew and decide on that")
+    if action != "edited" and text and not same_text(text, current["after"]):
+        raise ValueError(f"pair {key!r} has action {said} and a text of its own; write edit, or leave the text empty")
+    if action == "edited" and same_text(text, current["after"]):
+        action = "accepted"
+    earlier = live_decision(connection, current["id"], me, text_id)
+    if earlier is not None:
+        if earlier["action"] == action and (earlier["text"] or "") == (text if action == "edited" else ""):
+            return "known"
+        take_back(connection, earlier)
+    add_decision(connection, current["id"], me, text_id, action, text, current)
+    return action
+
+
+def _read(path: str | os.PathLike) -> Iterator[tuple[int, dict[str, str]]]:
+    """The rows of a file with the number of the line that each begins in."""
+    kind = _kind(path)
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            yield from _read_csv(file, path) if kind == "csv" else _read_jsonl(file, path)
+    except FileNotFoundError:
+        raise CurationError(f"there is no file {os.fspath(path)}; write one with --export first") from None
+    except UnicodeDecodeError as error:
+        raise CurationError(f"{os.fspath(path)} is not UTF-8; save it as `CSV UTF-8`") from error
+
+
+def _read_csv(file, path) -> Iterator[tuple[int, dict[str, str]]]:
+    # Spreadsheets of many countries separate by semicolons.
+    header = file.readline()
+    file.seek(0)
+    reader = csv.reader(file, delimiter=max(",;\t", key=header.count), strict=True)
+    try:
+        names = next(reader, [])
+        _need(names, path, 1)
+        line = reader.line_num + 1
+        for cells in reader:
+            if cells and len(cells) != len(names):
+                raise CurationError(
+                    f"line {line} of {os.fspath(path)} has {len(cells)} cells under {len(names)} names; nothing was "
+                    "imported"
+                )
+            if cells:
+                yield line, {name: _unshield(cell) for name, cell in zip(names, cells)}
+            line = reader.line_num + 1
+    except csv.Error as error:
+        raise CurationError(f"line {reader.line_num} of {os.fspath(path)} is no CSV: {error}") from error
+
+
+def _read_jsonl(file, path) -> Iterator[tuple[int, dict[str, str]]]:
+    for number, line in enumerate(file, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise CurationError(f"line {number} of {os.fspath(path)} is no JSON: {error}") from error
+        if not isinstance(row, dict) or not all(isinstance(value, str | None) for value in row.values()):
+            raise CurationError(f"line {number} of {os.fspath(path)} is no object of texts; nothing was imported")
+        row = {name: value or "" for name, value in row.items()}
+        _need(row, path, number)
+        yield number, row
+
+
+def _need(names, path, line: int) -> None:
+    missing = [name for name in _NEEDED if name not in names]
+    if missing:
+        raise CurationError(
+            f"line {line} of {os.fspath(path)} has no {', '.join(missing)}; keep the fields that the export wrote"
+        )
+
+
+def _kind(path: str | os.PathLike) -> str:
+    kind = Path(path).suffix.lower().removeprefix(".")
+    if kind not in ("csv", "jsonl"):
+        raise CurationError(f"{os.fspath(path)} is neither .csv nor .jsonl; name the file so")
+    return kind
+
+
+def _shield(text: str) -> str:
+    return f"'{text}" if text.startswith(_FORMULA) else text
+
+
+def _unshield(text: str) -> str:
+    return text[1:] if text.startswith("'") and text[1:].startswith(_FORMULA) else text

@@ -1,0 +1,129 @@
+"""Counts the rows that cannot be used, across data workers, logs them by key, and stops a run that has too many."""
+
+import json
+import logging
+import math
+import os
+from pathlib import Path
+
+import torch
+from torch.utils.data import get_worker_info
+
+from .readers import BadRow, Entry
+from .schema import DataError
+
+
+logger = logging.getLogger(__name__)
+
+# What can be wrong with a row, and what each word means.
+KINDS = {
+    "shard": "a file of many rows that cannot be opened or read to its end",
+    "entry": "an entry that is not of the source's format",
+    "image": "no picture named or stored with the text",
+    "unreadable_image": "a picture that is missing on the disk or cannot be decoded",
+    "caption": "no caption, or an empty one",
+    "form": "a row that does not fit the form asked for",
+}
+_COLUMNS = ("rows", "shards", *KINDS)
+_SLOTS = 64  # data workers that count apart, so that no two write into one place
+_LOGGED = 10  # of one kind, source and process; the others are counted, and written to the file if there is one
+_EXAMPLES = 5
+# Below these numbers a share says nothing yet.
+MIN_ROWS, MIN_SHARDS = 200, 10
+
+
+class Problems:
+    """
+    Counts of rows read and of rows skipped, by source and kind.
+
+    The counts live in shared memory: data workers write into them and the main process reads them at any time. They
+    count reading, not training: a worker reads ahead, and a resumed run starts from zero.
+
+    Args:
+        sources: The sources' names.
+        max_error_rate: Share of a source's rows, or of its shards, above which reading stops; `None` for no limit.
+        file: JSON Lines file to append every skipped row to: source, kind, key, reason.
+        log: Whether to warn of them too.
+    """
+
+    def __init__(
+        self,
+        sources: list[str],
+        max_error_rate: float | None = 0.05,
+        file: str | os.PathLike | None = None,
+        log: bool = True,
+    ) -> None:
+        if max_error_rate is not None and not 0 <= max_error_rate <= 1:
+            raise DataError(f"max_error_rate is a share between 0 and 1, not {max_error_rate}")
+        self.sources = sources
+        self.max_error_rate = max_error_rate
+        self.log = log
+        self.file = Path(file) if file is not None else None
+        # (source, kind) -> first (key, reason) pairs of this process.
+        self.examples: dict[tuple[str, str], list[tuple[str, str]]] = {}
+        self._table = torch.zeros(len(sources), _SLOTS, len(_COLUMNS), dtype=torch.int64).share_memory_()
+
+    def count(self, source: int, column: str = "rows") -> None:
+        """Counts one row or shard as read, whether good or bad."""
+        worker = get_worker_info()
+        self._table[source, (worker.id if worker else 0) % _SLOTS, _COLUMNS.index(column)] += 1
+
+    def accepts(self, source: int, entry: Entry) -> bool:
+        """Counts what a reader gave; whether it is a row to go on with."""
+        # A broken shard is no row, and counts among the shards.
+        if not isinstance(entry, BadRow) or entry.kind != "shard":
+            self.count(source)
+        if isinstance(entry, BadRow):
+            self.add(source, entry.kind, entry.key, entry.reason)
+        return not isinstance(entry, BadRow)
+
+    def add(self, source: int, kind: str, key: str, reason: str) -> None:
+        """
+        Counts and logs one row as skipped.
+
+        Raises:
+            DataError: when more than `max_error_rate` of the source is bad.
+        """
+        self.count(source, kind)
+        name = self.sources[source]
+        examples = self.examples.setdefault((name, kind), [])
+        if len(examples) < _EXAMPLES:
+            examples.append((key, reason))
+        if self.file is not None:
+            line = json.dumps({"source": name, "kind": kind, "key": key, "reason": reason}, ensure_ascii=False)
+            with open(self.file, "ab") as file:  # one write of one line, so that workers do not mix theirs
+                file.write(line.encode() + b"\n")
+        seen = self.counts()[name]
+        if self.log and seen[kind] <= _LOGGED:
+            more = "; further ones of this kind are only counted" if seen[kind] == _LOGGED else ""
+            logger.warning("%s: skipped %s (%s): %s%s", name, key, kind, reason, more)
+        self._stop_if_too_many(name, seen, key, reason)
+
+    def _stop_if_too_many(self, name: str, seen: dict[str, int], key: str, reason: str) -> None:
+        if self.max_error_rate is None:
+            return
+        bad_rows = sum(seen[kind] for kind in KINDS if kind != "shard")
+        for bad, total, least, what in (
+            (bad_rows, seen["rows"], MIN_ROWS, "rows"),
+            (seen["shard"], seen["shards"], MIN_SHARDS, "shards"),
+        ):
+            # Three standard deviations more, or many looks at a source just below the limit would stop it by chance.
+            chance = 3 * math.sqrt(self.max_error_rate * (1 - self.max_error_rate) * total)
+            if total >= least and bad > self.max_error_rate * total + chance:
+                raise DataError(
+                    f"{bad} of the first {total} {what} of {name} cannot be used, more than max_error_rate, "
+                    f"{self.max_error_rate:.1%}; the last was {key}: {reason}. `minigpt4 data check` shows more"
+                )
+
+    def counts(self) -> dict[str, dict[str, int]]:
+        """For each source the numbers of `rows` and `shards` read, and of each of `KINDS` skipped."""
+        table = self._table.sum(dim=1).tolist()
+        return {name: dict(zip(_COLUMNS, row)) for name, row in zip(self.sources, table)}
+
+    def report(self) -> str:
+        """One line per source, for the end of a run."""
+        lines = []
+        for name, seen in self.counts().items():
+            bad = ", ".join(f"{seen[kind]} {kind}" for kind in KINDS if seen[kind]) or "none skipped"
+            lines.append(f"{name}: {seen['rows']} rows read, {bad}")
+        return "\n".join(lines)

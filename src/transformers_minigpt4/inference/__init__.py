@@ -1,0 +1,1 @@
+"""Loading models for inference, batched and streamed answers, and captions of many images."""

@@ -1,0 +1,108 @@
+"""Answers of chat models on disk, found by the content of the question, so that running again costs nothing."""
+
+import sqlite3
+import threading
+from datetime import UTC, datetime
+from pathlib import Path
+
+from .types import ChatAnswer
+
+
+_SCHEMA_VERSION = 1
+_TABLE = """
+CREATE TABLE IF NOT EXISTS answers(
+    digest TEXT PRIMARY KEY,
+    text TEXT NOT NULL,
+    finish_reason TEXT NOT NULL,
+    prompt_tokens INTEGER NOT NULL,
+    completion_tokens INTEGER NOT NULL,
+    cost REAL NOT NULL,
+    at TEXT NOT NULL
+)
+"""
+_BUSY_SECONDS = 60.0  # writes take milliseconds; a longer wait means a process that hangs
+
+
+class AnswerCache:
+    """
+    A SQLite file of answers, shared by threads and by processes. An answer is on disk when `put` returns.
+
+    Args:
+        path: The file; it and its folder are made if they do not exist.
+
+    Raises:
+        ValueError: if the file is no such cache, or one of a later version.
+        OSError: if it cannot be opened or written.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = Path(path)
+        self._lock = threading.Lock()
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            # Autocommit: each answer is a transaction of its own.
+            self._connection = sqlite3.connect(
+                self.path, timeout=_BUSY_SECONDS, isolation_level=None, check_same_thread=False
+            )
+        except sqlite3.Error as error:
+            raise OSError(f"cannot open the cache of answers {str(self.path)!r}: {error}; check the path") from error
+        try:
+            self._prepare()
+        except sqlite3.DatabaseError as error:
+            self._connection.close()
+            if isinstance(error, sqlite3.OperationalError):
+                raise OSError(f"cannot write the cache of answers {str(self.path)!r}: {error}") from error
+            raise ValueError(
+                f"{str(self.path)!r} is no cache of answers ({error}); delete it, or name another file"
+            ) from error
+        except ValueError:
+            self._connection.close()
+            raise
+
+    def _prepare(self) -> None:
+        execute = self._connection.execute
+        # With the write lock first: of two processes that switch to WAL at once, one is told "database is locked".
+        if execute("PRAGMA journal_mode").fetchone()[0] != "wal":
+            execute("BEGIN IMMEDIATE")
+            execute("COMMIT")
+            execute("PRAGMA journal_mode = WAL")
+        version = execute("PRAGMA user_version").fetchone()[0]
+        if version > _SCHEMA_VERSION:
+            raise ValueError(
+                f"the cache of answers {str(self.path)!r} was made by a later version of this package "
+                f"(format {version}, here {_SCHEMA_VERSION}); upgrade, or name another file"
+            )
+        execute(_TABLE)
+        execute(f"PRAGMA user_version = {_SCHEMA_VERSION}")
+
+    def get(self, digest: str) -> ChatAnswer | None:
+        """The answer kept under a digest, or `None`."""
+        with self._lock:
+            row = self._connection.execute(
+                "SELECT text, finish_reason, prompt_tokens, completion_tokens, cost FROM answers WHERE digest = ?",
+                (digest,),
+            ).fetchone()
+        return ChatAnswer(*row) if row is not None else None
+
+    def put(self, digest: str, answer: ChatAnswer) -> None:
+        """
+        Keeps an answer; the first one stays if another process was quicker.
+
+        Raises:
+            OSError: if it cannot be written, for instance on a full disk.
+        """
+        row = (digest, answer.text, answer.finish_reason, answer.prompt_tokens, answer.completion_tokens, answer.cost)
+        with self._lock:
+            try:
+                self._connection.execute(
+                    "INSERT OR IGNORE INTO answers VALUES (?, ?, ?, ?, ?, ?, ?)",
+                    (*row, datetime.now(UTC).isoformat(timespec="seconds")),
+                )
+            except sqlite3.OperationalError as error:
+                raise OSError(
+                    f"cannot keep an answer in {str(self.path)!r}: {error}; free some space and run again"
+                ) from error
+
+    def close(self) -> None:
+        with self._lock:
+            self._connection.close()

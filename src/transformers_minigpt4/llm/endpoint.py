@@ -1,0 +1,426 @@
+"""A chat model behind any OpenAI-compatible endpoint: retries, pace, time-outs, and errors that say what to do."""
+
+import json
+import os
+import random
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from typing import Any
+
+from .budget import Reservation
+from .cache import AnswerCache
+from .client import ChatModel, Key
+from .types import ChatAnswer, ChatError, ChatSettings, Message, Usage, checked_messages
+
+
+# Faults that another try may mend. Those of the second line cost tokens each time, and seldom pass by themselves.
+_TRANSPORT = ("connection", "down", "rate_limit", "server", "timeout")
+_CONTENT, _CONTENT_RETRIES = ("empty", "garbage"), 2
+_FIRST_DELAY, _LONGEST_DELAY = 0.5, 30.0  # seconds; doubled at each try, then shortened by chance to 50-100 %
+_LONGEST_RETRY_AFTER = 300.0  # seconds; an endpoint that asks for more is better asked again another time
+_FAILURES_IN_A_ROW = 10  # requests without an answer, retries included, after which the endpoint counts as broken
+_LARGEST_QUOTED = 4096  # bytes that are looked at for a quotation
+_LARGEST_ANSWER = 16 << 20  # bytes; no text model writes as much, a wrong address may
+# Prompt tokens of a chat template: role and end marks of each message, and a date or system text of its own.
+_TOKENS_PER_MESSAGE, _TOKENS_PER_REQUEST = 16, 64
+_DETAIL_LENGTH = 200  # characters of an endpoint's own words that an error quotes
+# From a gateway that has not waited for the server behind it, which may have finished all the same.
+_MAYBE_BILLED = (408, 502, 504, 524)
+_SHORTEST_KEY = 8  # characters; what is shorter is a placeholder for a local server, such as "none"
+
+
+class EndpointChatModel(ChatModel):
+    """
+    See [`ChatModel`]. The key is read from the environment once and stands in no message.
+
+    Raises:
+        ChatError: if the `openai` package is missing (`kind="missing"`).
+    """
+
+    def __init__(self, settings: ChatSettings, cache: AnswerCache | None = None, spent: Usage | None = None) -> None:
+        super().__init__(settings, cache, spent)
+        try:
+            import openai
+        except ImportError as error:
+            raise ChatError(
+                "missing",
+                "a model at an endpoint needs the openai package: "
+                'pip install "transformers_minigpt4[curation]" (or [evaluation])',
+                fatal=True,
+            ) from error
+        self._openai = openai
+        self._key = os.environ.get(settings.api_key_env, "").strip()
+        if not self._key.isascii() or not self._key.isprintable():
+            raise ChatError(
+                "auth",
+                f"the key in the environment variable {settings.api_key_env} holds characters that no key has; "
+                "set it again",
+                fatal=True,
+            )
+        self._client = openai.OpenAI(
+            base_url=settings.base_url,
+            api_key=self._key or "none",
+            # Retries are counted, paced and paid for here.
+            max_retries=0,
+            timeout=settings.timeout,
+        )
+        self._headers = {} if self._key else {"Authorization": openai.omit}
+        self._gate = _Gate(settings.requests_per_minute)
+        # OpenAI's newer models refuse `max_tokens`; most other servers know nothing else.
+        self._limit_name = "max_tokens"
+        self._lock = threading.Lock()
+        self._failures_in_a_row = 0
+        self._last_success = -1.0
+
+    def identity(self) -> str:
+        return str(self.settings.base_url).rstrip("/")
+
+    def close(self) -> None:
+        self._client.close()
+        super().close()
+
+    def complete_many(
+        self, requests: Iterable[tuple[Key, list[Message]]]
+    ) -> Iterator[tuple[Key, ChatAnswer | ChatError]]:
+        source = iter(requests)
+        stop = threading.Event()
+        pool = ThreadPoolExecutor(self.settings.concurrency, thread_name_prefix="chat")
+        running: dict[Future[ChatAnswer], Key] = {}
+        fatal: ChatError | None = None
+        try:
+            while True:
+                while fatal is None and len(running) < self.settings.concurrency:
+                    item = next(source, None)
+                    if item is None:
+                        break
+                    running[pool.submit(self._complete, item[1], stop)] = item[0]
+                if not running:
+                    break
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    key = running.pop(future)
+                    result = _result(future)
+                    if isinstance(result, ChatError) and (result.fatal or result.kind == "stopped"):
+                        # Requests in flight go on, because they are paid for; their retries and waits end.
+                        stop.set()
+                        fatal = fatal if fatal is not None or result.kind == "stopped" else result
+                    else:
+                        yield key, result
+            if fatal is not None:
+                raise fatal
+        finally:
+            stop.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def _complete(self, messages: list[Message], stop: threading.Event) -> ChatAnswer:
+        """One answer, from the cache or after as many tries as it takes."""
+        messages = checked_messages(messages)
+        cached = self.from_cache(messages)
+        if cached is not None:
+            return cached
+        began = time.monotonic()
+        tries = 0
+        while True:
+            tries += 1
+            try:
+                answer = self._try_once(messages, stop)
+            except _Fault as fault:
+                if fault.fatal or tries > self._retries(fault.kind):
+                    # Without the cause, whose words may repeat the key.
+                    raise self._failed(fault, tries, began) from None
+                self._wait_to_retry(fault, tries, stop)
+            else:
+                with self._lock:
+                    self._failures_in_a_row, self._last_success = 0, time.monotonic()
+                return self.keep(messages, answer)
+
+    def _retries(self, kind: str) -> int:
+        if kind in _TRANSPORT:
+            return self.settings.max_retries
+        return min(_CONTENT_RETRIES, self.settings.max_retries) if kind in _CONTENT else 0
+
+    def _wait_to_retry(self, fault: "_Fault", tries: int, stop: threading.Event) -> None:
+        delay = min(_FIRST_DELAY * 2 ** min(tries - 1, 20), _LONGEST_DELAY) * random.uniform(0.5, 1.0)
+        if fault.retry_after is not None:
+            # All threads hear it. The delay comes on top, so that they do not return in the same moment.
+            self._gate.close_for(fault.retry_after)
+            delay += fault.retry_after
+        if stop.wait(delay):
+            raise ChatError("stopped", f"given up after {tries} tries: {fault.what}")
+
+    def _failed(self, fault: "_Fault", tries: int, began: float) -> ChatError:
+        """The error for a request that is given up; fatal where the endpoint rather than the request is at fault."""
+        fatal = fault.fatal
+        if fault.kind in (*_TRANSPORT, "garbage"):
+            with self._lock:
+                self._failures_in_a_row += 1
+                fatal = fatal or self._failures_in_a_row >= _FAILURES_IN_A_ROW
+                fatal = fatal or (fault.kind == "down" and self._last_success < began)
+        count = f" ({tries} tries)" if tries > 1 else ""
+        where = f"{self.identity()} (model {self.name})"
+        return ChatError(fault.kind, f"{where} {fault.what}{count}; {fault.remedy}", fatal=fatal)
+
+    def _quote(self, text: str) -> str:
+        """One short line of an endpoint's words, without the key, which some repeat, and control characters."""
+        if len(self._key) >= _SHORTEST_KEY:
+            text = text.replace(self._key, "***")
+        line = " ".join("".join(c if c.isprintable() else " " for c in text).split())
+        return line if len(line) <= _DETAIL_LENGTH else line[: _DETAIL_LENGTH - 1] + "…"
+
+    def _try_once(self, messages: list[Message], stop: threading.Event) -> ChatAnswer:
+        """Sends one request; what it used is counted whatever comes of it."""
+        most = sum(len(m["content"].encode(errors="replace")) + _TOKENS_PER_MESSAGE for m in messages)
+        reservation = self.ledger.reserve(most + _TOKENS_PER_REQUEST, stop=stop)
+        # An answer that got lost may be billed.
+        used = reservation.prompt_tokens, reservation.completion_tokens
+        sent = False
+        try:
+            self._gate.pass_through(stop)
+            sent = True
+            payload = self._send(messages)
+            completion = _read(payload)
+            if completion is None:
+                raise self._garbage(payload)
+            used = _tokens(completion, reservation)
+            if not completion.text and completion.finish_reason != "content_filter":
+                raise _empty(completion.finish_reason, used)
+        except _Fault as fault:
+            used = fault.used if fault.used is not None else used
+            raise
+        finally:
+            cost = self.ledger.settle(reservation, *used) if sent else self.ledger.release(reservation)
+        return ChatAnswer(completion.text, completion.finish_reason, *used, cost)
+
+    def _send(self, messages: list[Message]) -> bytes:
+        """
+        The bytes of one answer.
+
+        Raises:
+            _Fault: for everything that can go wrong on the way.
+        """
+        settings, openai = self.settings, self._openai
+        deadline = time.monotonic() + settings.timeout
+        arguments: dict[str, Any] = {
+            "model": settings.model,
+            "messages": messages,
+            "temperature": settings.temperature,
+            self._limit_name: settings.max_tokens,
+            "extra_headers": self._headers,
+        }
+        received = bytearray()
+        try:
+            # As a stream, because the client's time-out is one for each read and a slow trickle never meets it.
+            with self._client.chat.completions.with_streaming_response.create(**arguments) as response:
+                for chunk in response.iter_bytes():
+                    received += chunk
+                    if time.monotonic() > deadline:
+                        raise self._timed_out()
+                    if len(received) > _LARGEST_ANSWER:
+                        raise self._garbage(bytes(received))
+        except openai.APITimeoutError as error:
+            connected = type(error.__cause__).__name__ != "ConnectTimeout"
+            raise (self._timed_out() if connected else self._unreachable(error)) from error
+        except openai.APIStatusError as error:
+            raise self._refusal(error) from error
+        except openai.APIConnectionError as error:
+            raise self._unreachable(error) from error
+        except openai.OpenAIError as error:
+            raise _Fault("refused", f"could not be asked: {self._quote(str(error))}", "check the settings") from error
+        except _Fault:
+            raise
+        except Exception as error:
+            # Reading the body goes past the client's own translation of httpx's errors.
+            if "Timeout" in type(error).__name__:
+                raise self._timed_out() from error
+            if type(error).__module__.partition(".")[0] in ("httpx", "httpx2", "httpcore", "httpcore2"):
+                raise self._unreachable(error) from error
+            raise
+        return bytes(received)
+
+    def _garbage(self, payload: bytes) -> "_Fault":
+        text = payload[:_LARGEST_QUOTED].decode(errors="replace").lstrip("\ufeff").lstrip()
+        what = "a web page" if text[:1] == "<" else "what is no chat completion"
+        return _Fault(
+            "garbage",
+            f"answered with {what}: {self._quote(text)!r}",
+            "check that base_url is the address of an OpenAI-compatible endpoint, usually ending in /v1",
+        )
+
+    def _timed_out(self) -> "_Fault":
+        return _Fault(
+            "timeout",
+            f"did not answer within {self.settings.timeout:g} s",
+            "raise the time-out, or lower the concurrency",
+        )
+
+    def _unreachable(self, error: Exception) -> "_Fault":
+        reason = self._quote(str(error.__cause__ or error))
+        cause: BaseException | None = error
+        while cause is not None:
+            if type(cause).__name__ in ("ConnectError", "ConnectTimeout", "UnsupportedProtocol"):
+                remedy = "start the server, or correct base_url"
+                return _Fault("down", f"cannot be reached ({reason})", remedy, used=(0, 0))
+            cause = cause.__cause__
+        return _Fault("connection", f"broke the connection ({reason})", "see the server's log, then run again")
+
+    def _refusal(self, error: Any) -> "_Fault":
+        """What an HTTP status of 400 or more means."""
+        status = error.status_code
+        said = self._quote(str(error.message).removeprefix(f"Error code: {status} - "))
+        fault = self._refusal_of(status, said, error)
+        if status not in _MAYBE_BILLED:
+            fault.used = 0, 0
+        return fault
+
+    def _refusal_of(self, status: int, said: str, error: Any) -> "_Fault":
+        variable = f"the environment variable {self.settings.api_key_env}"
+        if status in (401, 403) and not self._key:
+            return _Fault("auth", f"wants a key (status {status}: {said})", f"put one into {variable}", fatal=True)
+        if status in (401, 403):
+            return _Fault(
+                "auth", f"refuses the key (status {status}: {said})", f"put a valid one into {variable}", fatal=True
+            )
+        if status == 402 or error.code == "insufficient_quota":
+            return _Fault("quota", f"asks for money (status {status}: {said})", "top the account up", fatal=True)
+        if status == 404:
+            return _Fault(
+                "not_found", f"knows no such thing (status 404: {said})", "check base_url and the model", fatal=True
+            )
+        if status in (408, 409, 429) or status >= 500:
+            return self._passing(status, said, _retry_after(error.response.headers))
+        if error.param == "max_tokens" and "max_completion_tokens" in said and self._limit_name == "max_tokens":
+            self._limit_name = "max_completion_tokens"
+            return _Fault("server", "wants max_completion_tokens", "run again", retry_after=0.0)
+        return _Fault("refused", f"refuses the request (status {status}: {said})", "check settings and prompt")
+
+    def _passing(self, status: int, said: str, retry_after: float | None) -> "_Fault":
+        if retry_after is not None and retry_after > _LONGEST_RETRY_AFTER:
+            what = f"asks to wait {retry_after:,.0f} s (status {status}: {said})"
+            kind = "rate_limit" if status == 429 else "server"
+            return _Fault(kind, what, "run again later; what is done is kept", fatal=True)
+        if status == 429:
+            remedy = "set requests_per_minute, or lower the concurrency"
+            return _Fault("rate_limit", f"gets too many requests (429: {said})", remedy, retry_after=retry_after)
+        remedy = "see the server's log, then run again"
+        return _Fault("server", f"failed with status {status} ({said})", remedy, retry_after=retry_after)
+
+
+class _Fault(Exception):
+    """Why one try failed: what the endpoint did, what to do, how long it asks to wait, what the try has used."""
+
+    def __init__(
+        self,
+        kind: str,
+        what: str,
+        remedy: str,
+        *,
+        fatal: bool = False,
+        retry_after: float | None = None,
+        used: tuple[int, int] | None = None,
+    ) -> None:
+        super().__init__(what)
+        self.kind, self.what, self.remedy = kind, what, remedy
+        self.fatal, self.retry_after, self.used = fatal, retry_after, used
+
+
+class _Gate:
+    """Lets requests through at their pace, and none while the endpoint has asked for silence."""
+
+    def __init__(self, requests_per_minute: float | None) -> None:
+        self._interval = 60.0 / requests_per_minute if requests_per_minute else 0.0
+        self._next = 0.0
+        self._lock = threading.Lock()
+
+    def close_for(self, seconds: float) -> None:
+        with self._lock:
+            self._next = max(self._next, time.monotonic() + seconds)
+
+    def pass_through(self, stop: threading.Event) -> None:
+        """
+        Waits for this thread's turn.
+
+        Raises:
+            ChatError: if `stop` was set meanwhile (`kind="stopped"`).
+        """
+        while True:
+            with self._lock:
+                now = time.monotonic()
+                if now >= self._next:
+                    self._next = now + self._interval
+                    return
+                pause = self._next - now
+            # Not its whole turn at once: the gate may close for longer meanwhile.
+            if stop.wait(min(pause, 1.0)):
+                raise ChatError("stopped", "given up while waiting to send")
+
+
+def _result(future: Future[ChatAnswer]) -> ChatAnswer | ChatError:
+    try:
+        return future.result()
+    except ChatError as error:
+        return error
+
+
+@dataclass(frozen=True)
+class _Completion:
+    text: str
+    finish_reason: str
+    usage: Any
+
+
+def _read(payload: bytes) -> _Completion | None:
+    """The first choice of a chat completion; `None` if the bytes are none."""
+    try:
+        completion = json.loads(payload)
+        choice = completion["choices"][0]
+        text, finish_reason = choice["message"]["content"], choice.get("finish_reason")
+        usage = completion.get("usage")
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
+        return None
+    if not isinstance(text, str | None):
+        return None
+    # JSON can write half a surrogate pair, which no file can hold.
+    text = (text or "").encode("utf-8", "replace").decode().strip()
+    return _Completion(text, finish_reason if isinstance(finish_reason, str) else "stop", usage)
+
+
+def _tokens(completion: _Completion, reservation: Reservation) -> tuple[int, int]:
+    """(prompt, answer) tokens as the endpoint says; where it says nothing usable, the most that it can have been."""
+    said = completion.usage if isinstance(completion.usage, dict) else {}
+    longest = min(reservation.completion_tokens, len(completion.text.encode()))
+    prompt, answer = (
+        count if isinstance(count, int) and not isinstance(count, bool) and count >= 0 else bound
+        for count, bound in (
+            (said.get("prompt_tokens"), reservation.prompt_tokens),
+            (said.get("completion_tokens"), longest),
+        )
+    )
+    return prompt, answer
+
+
+def _empty(finish_reason: str, used: tuple[int, int]) -> _Fault:
+    why = " before its limit of tokens" if finish_reason == "length" else ""
+    remedy = "try another model or prompt, or raise max_tokens for a model that thinks first"
+    return _Fault("empty", f"gave an empty answer{why}", remedy, used=used)
+
+
+def _retry_after(headers: Any) -> float | None:
+    """Seconds that the header `Retry-After` asks to wait, given as a number or a date; `None` without a usable one."""
+    value = headers.get("retry-after")
+    if value is None:
+        return None
+    try:
+        seconds = float(value)
+    except ValueError:
+        try:
+            when = parsedate_to_datetime(value)
+        except (TypeError, ValueError, OverflowError):
+            return None
+        if when.tzinfo is None:  # "-0000", by RFC 5322: UTC without a place
+            when = when.replace(tzinfo=UTC)
+        seconds = (when - datetime.now(UTC)).total_seconds()
+    return max(0.0, seconds) if seconds == seconds else None

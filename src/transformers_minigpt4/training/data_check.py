@@ -1,0 +1,176 @@
+"""Looks through a source: what is usable, what is wrong, how long captions are, what pictures show, how fast it is."""
+
+import textwrap
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageDraw, ImageFont
+
+from transformers_minigpt4.data.prompt_formats import Form
+from transformers_minigpt4.data.schema import answer_text
+from transformers_minigpt4.data.skipped_rows import KINDS, Problems
+from transformers_minigpt4.data.sources import Source, open_reader, open_rows, parse_source, render_source
+
+
+_BARS = 40  # characters of the histogram's longest bar
+_BUCKETS = 12
+_THUMBNAIL, _MARGIN, _LINE, _CHARACTERS, _COLUMNS = 192, 10, 15, 34, 6
+
+
+@dataclass
+class Check:
+    """What [`check_source`] found."""
+
+    source: str
+    problems: Problems
+    words: list[int] = field(default_factory=list)
+    images: list[tuple[Image.Image, str]] = field(default_factory=list)
+    shards: int = 0
+    complete: bool = True
+
+    def report(self) -> str:
+        """The findings as text."""
+        (seen,) = self.problems.counts().values()
+        read = "all of them" if self.complete else "up to the limit"
+        lines = [
+            self.source,
+            f"  shards   {self.shards}",
+            f"  rows     {seen['rows']} read, {read}",
+            f"  usable   {len(self.words)}",
+        ]
+        for kind, meaning in KINDS.items():
+            if seen[kind]:
+                lines.append(f"  {kind:<8} {seen[kind]}: {meaning}")
+                examples = self.problems.examples[self.problems.sources[0], kind]
+                lines += [f"           {key}: {reason}" for key, reason in examples]
+        if self.words:
+            lines += ["  words", *(f"    {line}" for line in histogram(self.words))]
+        return "\n".join(lines)
+
+
+def check_source(
+    source: str | Source,
+    form: Form = "stage2",
+    *,
+    limit: int | None = 1000,
+    shuffle: bool = False,
+    max_images: int = 24,
+) -> Check:
+    """
+    Reads rows of a source as training would, and decodes their pictures.
+
+    Args:
+        source: What [`parse_source`] reads, or its result.
+        form: The form in which the rows must be usable.
+        limit: How many rows to read, bad ones included; `None` for all.
+        shuffle: Whether to read them in a drawn order, not from the start.
+        max_images: How many of the first usable rows to keep for a contact sheet.
+
+    Raises:
+        DataError: for a source that cannot be opened.
+    """
+    source = source if isinstance(source, Source) else parse_source(source)
+    reader = open_reader(source)
+    problems = Problems([str(source)], max_error_rate=None, log=False)
+    check = Check(str(source), problems, shards=reader.num_shards)
+    rows = render_source(reader, form, problems, seed=42 if shuffle else None, limit=limit)
+    for row in rows:
+        text = answer_text(row)
+        check.words.append(len(text.split()))
+        if len(check.images) < max_images and row["images"]:
+            thumbnail = row["images"][0].copy()
+            thumbnail.thumbnail((_THUMBNAIL, _THUMBNAIL))
+            check.images.append((thumbnail, text.strip()))
+    (seen,) = problems.counts().values()
+    check.complete = limit is None or seen["rows"] < limit
+    return check
+
+
+def loader_throughput(
+    source: str | Source, form: Form = "stage2", *, workers: int = 0, seconds: float = 5.0, size: int = 224
+) -> float:
+    """
+    Rows per second that a loader reads, decodes and resizes, with no model behind it.
+
+    Args:
+        source: What [`parse_source`] reads, or its result.
+        form: The form of the rows.
+        workers: Data workers; 0 for this process alone.
+        seconds: How long to measure, after the first batch.
+        size: Side of the resized pictures, in pixels.
+
+    Raises:
+        DataError: for a source that cannot be opened, or has no usable row.
+    """
+    from torch.utils.data import DataLoader
+    from transformers import BlipImageProcessorPil
+
+    rows = open_rows(source, form, min_shards=max(1, workers), max_error_rate=None)
+    collate = _Resize(BlipImageProcessorPil(size={"height": size, "width": size}))
+    loader = DataLoader(rows.dataset, batch_size=32, num_workers=workers, collate_fn=collate)
+    batches = iter(loader)
+    next(batches)  # starts the workers
+    start, count = time.perf_counter(), 0
+    while (elapsed := time.perf_counter() - start) < seconds:
+        count += next(batches)
+    return count / elapsed
+
+
+class _Resize:
+    """Prepares the pictures of a batch as training would, and says how many rows it has."""
+
+    def __init__(self, image_processor: Any) -> None:
+        self.image_processor = image_processor
+
+    def __call__(self, rows: list[dict[str, Any]]) -> int:
+        images = [image for row in rows for image in row["images"]]
+        if images:
+            self.image_processor(images, return_tensors="pt")
+        return len(rows)
+
+
+def histogram(values: Sequence[int]) -> list[str]:
+    """Lines of a histogram of whole numbers, its bars drawn to one scale."""
+    width = max(1, -(-(max(values) + 1) // _BUCKETS))
+    counts = [0] * (max(values) // width + 1)
+    for value in values:
+        counts[value // width] += 1
+    ordered = sorted(values)
+    lines = [f"median {ordered[len(ordered) // 2]}, least {ordered[0]}, most {ordered[-1]}"]
+    for place, count in enumerate(counts):
+        first, last = place * width, (place + 1) * width - 1
+        label = str(first) if first == last else f"{first}-{last}"
+        bar = "#" * round(_BARS * count / max(counts)) or ("." if count else "")
+        lines.append(f"{label:>9} {count:>8} {bar}".rstrip())
+    return lines
+
+
+def save_contact_sheet(path: Path, images: Sequence[tuple[Image.Image, str]]) -> None:
+    """
+    Writes a PNG of pictures, each with its text below.
+
+    Raises:
+        ValueError: when there is no picture.
+    """
+    if not images:
+        raise ValueError("no picture for the contact sheet")
+    font = ImageFont.load_default(11)
+    texts = [textwrap.wrap(text, _CHARACTERS, max_lines=8, placeholder=" …") for _, text in images]
+    columns = min(_COLUMNS, len(images))
+    cell_width = _THUMBNAIL + _MARGIN
+    heights = [  # of each row of cells
+        _THUMBNAIL + _MARGIN + _LINE * max(map(len, texts[start : start + columns]))
+        for start in range(0, len(images), columns)
+    ]
+    sheet = Image.new("RGB", (columns * cell_width + _MARGIN, sum(heights) + _MARGIN), "white")
+    pen = ImageDraw.Draw(sheet)
+    for number, ((picture, _), lines) in enumerate(zip(images, texts)):
+        left = (number % columns) * cell_width + _MARGIN
+        top = sum(heights[: number // columns]) + _MARGIN
+        sheet.paste(picture, (left, top + _THUMBNAIL - picture.height))
+        for place, line in enumerate(lines):
+            pen.text((left, top + _THUMBNAIL + place * _LINE + 2), line, fill=(25, 25, 25), font=font)
+    sheet.save(path, format="PNG")

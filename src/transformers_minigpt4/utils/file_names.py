@@ -1,0 +1,5 @@
+"""Names of files in checkpoints and data sets that one room writes and another reads."""
+
+SOURCES_FILE = "minigpt4_sources.json"  # by `convert`: where every tensor came from
+RUN_FILE = "run.json"  # by training and curation: what was done
+RESULTS_FILE = "results.json"  # by `evaluate`: metrics and their settings

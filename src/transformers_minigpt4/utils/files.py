@@ -1,0 +1,216 @@
+"""Files and folders that are replaced as a whole, JSON Lines that survive a kill, and a lock on a folder."""
+
+import contextlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO, TypeAlias
+
+from filelock import FileLock, Timeout
+
+
+PathLike: TypeAlias = "str | os.PathLike[str]"
+LOCK_FILE = ".lock"
+
+
+@contextlib.contextmanager
+def atomic_file(path: PathLike) -> Iterator[Path]:
+    """
+    Yields a path beside `path`; what is written there takes the name `path` at the end, or vanishes on an error.
+
+    Args:
+        path (`str` or `os.PathLike`): The file to write. Its folder must exist.
+    """
+    path = Path(path)
+    scratch = _beside(path, "tmp")
+    try:
+        yield scratch
+        os.replace(scratch, path)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def write_atomically(path: PathLike, content: str | bytes) -> None:
+    """Writes a file so that readers see the old content or the new; text is UTF-8."""
+    with atomic_file(path) as scratch:
+        scratch.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
+
+
+@contextlib.contextmanager
+def atomic_folder(folder: PathLike) -> Iterator[Path]:
+    """
+    Yields an empty folder beside `folder`, which replaces it at the end, or vanishes on an error.
+
+    Args:
+        folder (`str` or `os.PathLike`): The folder to make or to replace. Its parent is created.
+    """
+    folder = Path(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    scratch = _beside(folder, "tmp")
+    scratch.mkdir()
+    try:
+        yield scratch
+        replace_folder(scratch, folder)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def replace_folder(new: Path, folder: Path) -> None:
+    """
+    Moves a complete folder to the name `folder`; what had that name is deleted.
+
+    Args:
+        new (`Path`): A folder on the same file system.
+        folder (`Path`): Its future name. A folder there is put back if `new` cannot be moved.
+    """
+    old = _beside(folder, "old")
+    if folder.exists():
+        os.replace(folder, old)  # deleting takes time, and a kill would leave half of it
+    try:
+        os.replace(new, folder)
+    except OSError:
+        if old.exists():
+            os.replace(old, folder)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def flush_folder(folder: Path) -> None:
+    """Waits until everything in a folder is on the disk, so that renaming it cannot get ahead of its content."""
+    windows = os.name == "nt"  # which opens no folders, and flushes only what is open for writing
+    for path in (*folder.rglob("*"), folder):
+        if windows and path.is_dir():
+            continue
+        descriptor = os.open(path, os.O_RDWR if windows else os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _beside(path: Path, suffix: str) -> Path:
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.{suffix}")
+
+
+class JsonLinesWriter:
+    """
+    Appends to a JSON Lines file; after a kill the file holds every record that was appended, and nothing else.
+
+    Use it in a `with` statement. On entry, a last line that a kill cut short is dropped and one that only lacks its
+    line break gets it.
+
+    Args:
+        path (`str` or `os.PathLike`): Created if it does not exist; its folder must exist.
+        check (`Callable`, *optional*): Called on entry with the number (from 1) and the bytes of every line; raises
+            `ValueError` for a line that is no record of this file.
+        is_cut (`Callable`, *optional*): Whether the bytes of a last line without line break may be a record cut short,
+            and so be dropped. By default every such line that is not JSON.
+    """
+
+    def __init__(
+        self,
+        path: PathLike,
+        check: Callable[[int, bytes], None] | None = None,
+        is_cut: Callable[[bytes], bool] | None = None,
+    ) -> None:
+        self.path = Path(path)
+        self._check, self._is_cut = check, is_cut or _is_no_json
+        self._file: BinaryIO | None = None
+
+    def __enter__(self) -> "JsonLinesWriter":
+        self.path.touch()
+        file = open(self.path, "r+b")
+        try:
+            self._mend(file)
+        except BaseException:
+            file.close()
+            raise
+        self._file = file
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _mend(self, file: BinaryIO) -> None:
+        end = 0
+        for number, line in enumerate(file, start=1):
+            if not line.endswith(b"\n") and self._is_cut(line):
+                file.truncate(end)
+                break
+            if self._check is not None:
+                self._check(number, line)
+            end += len(line)
+            if not line.endswith(b"\n"):
+                file.seek(end)
+                file.write(b"\n")
+                end += 1
+        file.seek(end)
+
+    def append(self, records: Iterable[Mapping[str, object]]) -> None:
+        """
+        Writes records; they are on the disk when this returns.
+
+        Raises:
+            ValueError: outside of a `with` statement.
+        """
+        if self._file is None:
+            raise ValueError(f"{str(self.path)!r} is not open; use {type(self).__name__} in a with statement")
+        self._file.write(b"".join(to_json(record).encode() + b"\n" for record in records))
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+
+def to_json(record: Mapping[str, object]) -> str:
+    """One line of JSON: readable UTF-8, or ASCII escapes where a file name is no valid Unicode."""
+    text = json.dumps(record, ensure_ascii=False)
+    return text if text.isascii() or not any("\ud800" <= char <= "\udfff" for char in text) else json.dumps(record)
+
+
+def _is_no_json(line: bytes) -> bool:
+    try:
+        json.loads(line)
+    except ValueError:
+        return True
+    return False
+
+
+@contextlib.contextmanager
+def folder_lock(folder: PathLike, refusal: str) -> Iterator[None]:
+    """
+    Keeps other processes, and other threads of this one, out of a folder; the system frees it when the process ends.
+
+    Args:
+        folder (`str` or `os.PathLike`): Created if it does not exist; the lock is its file `.lock`.
+        refusal (`str`): Message for the one that comes second; `{owner}` in it stands for what the first one is.
+
+    Raises:
+        RuntimeError: with `refusal`, when somebody else has it.
+    """
+    path = Path(folder) / LOCK_FILE
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise RuntimeError(refusal.format(owner=_owner(path))) from error
+    try:
+        with contextlib.suppress(OSError):  # Windows lets nobody write to a locked file
+            path.write_text(str(os.getpid()))
+        yield
+    finally:
+        lock.release()
+
+
+def _owner(path: Path) -> str:
+    try:
+        return f"process {path.read_text().strip() or 'unknown'}"
+    except OSError:
+        return "another process"

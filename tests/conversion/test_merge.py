@@ -1,0 +1,49 @@
+"""`merge` writes the full model, bit for bit, and nothing when it cannot."""
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from transformers_minigpt4.conversion.merge import merge_checkpoint
+
+
+@pytest.fixture
+def parts(tiny_checkpoint, processor, tmp_path):
+    model = AutoModelForImageTextToText.from_pretrained(tiny_checkpoint).requires_grad_(False)
+    projector = model.model.multi_modal_projector.requires_grad_(True)
+    with torch.no_grad():
+        projector.linear_1.weight.mul_(1.5)
+    model.save_pretrained(tmp_path / "parts", trained_only=True)
+    processor.save_pretrained(tmp_path / "parts")
+    return tmp_path / "parts", model
+
+
+def test_trained_parts(parts, tmp_path):
+    folder, model = parts
+    merged = merge_checkpoint(folder, tmp_path / "deep" / "merged")
+    again = AutoModelForImageTextToText.from_pretrained(merged)
+    assert again.config.base_checkpoints is None and AutoProcessor.from_pretrained(merged).image_seq_length == 8
+    assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), model.state_dict().values()))
+    assert [path.name for path in merged.parent.iterdir()] == ["merged"]
+
+
+def test_adapter(parts, tmp_path, pictures, processor):
+    folder, _ = parts
+    model = AutoModelForImageTextToText.from_pretrained(folder)
+    lora = get_peft_model(model, LoraConfig(r=2, target_modules=r".*language_model.*q_proj", init_lora_weights=False))
+    lora.save_pretrained(tmp_path / "lora")
+    inputs = processor(images=pictures[0], text="<ImageHere> a", return_tensors="pt")
+    expected = lora(**inputs).logits
+    merged = AutoModelForImageTextToText.from_pretrained(merge_checkpoint(tmp_path / "lora", tmp_path / "merged"))
+    torch.testing.assert_close(merged(**inputs).logits, expected, atol=1e-5, rtol=0)
+
+
+def test_refusals_leave_nothing(parts, tiny_checkpoint, tmp_path):
+    with pytest.raises(ValueError, match="full checkpoint already"):
+        merge_checkpoint(tiny_checkpoint, tmp_path / "merged")
+    with pytest.raises(FileExistsError, match=r"exists\. Name a new folder"):
+        merge_checkpoint(parts[0], parts[0])
+    with pytest.raises(OSError, match="missing"):
+        merge_checkpoint(tmp_path / "missing", tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()

@@ -1,0 +1,178 @@
+"""`minigpt4 curate`: the settings file, what each command says, and one line for what goes wrong."""
+
+import fcntl
+import json
+from dataclasses import replace
+
+import pytest
+import yaml
+from PIL import Image
+from typer.testing import CliRunner
+
+from transformers_minigpt4.cli import app
+from transformers_minigpt4.curation.commands import COMMANDS
+from transformers_minigpt4.curation.config import CONFIG_FILE, CurationConfig, load_config
+from transformers_minigpt4.curation.store import Project
+
+
+def minigpt4(*arguments):
+    return CliRunner().invoke(app, ["curate", *map(str, arguments)])
+
+
+def fails(*arguments):
+    """The one line that a command says when it fails."""
+    result = minigpt4(*arguments)
+    assert result.exit_code == 1, result.output
+    (line,) = result.stderr.strip().splitlines()
+    return line
+
+
+@pytest.fixture
+def project(tmp_path, tiny_checkpoint):
+    """A project of three pictures, not run yet; its model writes nonsense."""
+    (tmp_path / "images").mkdir()
+    for colour in ("red", "green", "blue"):
+        Image.new("RGB", (60, 60), colour).save(tmp_path / "images" / f"{colour}.png")
+    folder = tmp_path / "project"
+    made = minigpt4("init", folder, "--source", tmp_path / "images", "--checkpoint", tiny_checkpoint)
+    assert made.exit_code == 0 and f"minigpt4 curate run {folder}" in made.output
+    with open(folder / CONFIG_FILE, "a") as file:
+        file.write("images: 3\nmax_new_tokens: 4\ncontinue_below: 0\n")
+    return folder
+
+
+def test_every_command_has_help():
+    listed = minigpt4("--help").output
+    assert list(COMMANDS) == [
+        "init",
+        "generate",
+        "repair",
+        "filter",
+        "review",
+        "build",
+        "push",
+        "run",
+        "status",
+        "report",
+    ]
+    for name in COMMANDS:
+        assert name in listed
+        assert minigpt4(name, "--help").exit_code == 0
+
+
+def test_init_writes_every_setting_once(tmp_path):
+    arguments = ("--source", "wds:x.tar", "--checkpoint", "a/b", "--images", 50, "--repair-model", "m")
+    assert minigpt4("init", tmp_path, *arguments).exit_code == 0
+    text = (tmp_path / CONFIG_FILE).read_text()
+    expected = CurationConfig("wds:x.tar", "a/b", images=50, repair_model="m")
+    assert load_config(tmp_path / CONFIG_FILE) == expected
+    # With every default uncommented, it is the same configuration.
+    whole = "\n".join(line.removeprefix("# ") for line in text.splitlines()[1:])
+    assert CurationConfig(**yaml.safe_load(whole)) == expected
+    assert "is there already; edit it" in fails("init", tmp_path, *arguments)
+
+
+def test_a_run_without_people(project):
+    result = minigpt4("run", project / CONFIG_FILE)
+    assert result.exit_code == 0, result.output
+    assert "3 pictures drawn" in result.output and "3 described" in result.output
+    assert (project / "report.html").is_file() and not (project / "build").exists()
+    png = project / "funnel.png"
+    status = minigpt4("status", project, "--png", png)
+    assert "drawn" in status.stdout and png.read_bytes().startswith(b"\x89PNG")
+    assert minigpt4("report", project, "--output", project / "other.html").stdout.strip().endswith("other.html")
+    again = minigpt4("run", project)
+    assert "0 described" in again.output and "0 verdicts new or changed" in again.output
+
+
+def write_good_texts(project):
+    """Descriptions that the filter keeps, in place of a model's; what `generate` would do again is not run."""
+    text = "A {} square fills the whole picture. Nothing else is in it, and its colour is even from side to side."
+    with Project.create(project) as opened:
+        from transformers_minigpt4.curation.draw import draw_images
+        from transformers_minigpt4.curation.store import Result
+
+        draw_images(opened, opened.config, False)
+        works = list(opened.pending("generate", "by hand"))
+        names = [work.pair.origin["key"].removesuffix(".png") for work in works]
+        opened.record(
+            "generate",
+            [Result(w.pair.id, "by hand", w.input, "ok", text=text.format(name)) for w, name in zip(works, names)],
+        )
+
+
+def test_review_by_file_build_and_dry_push(project, tmp_path):
+    write_good_texts(project)
+    with open(project / CONFIG_FILE, "a") as file:
+        file.write("rules: {duplicate_text: false, duplicate_picture: false}\n")
+    assert minigpt4("filter", project).exit_code == 0
+    waiting = tmp_path / "waiting.jsonl"
+    assert "3 pairs that wait" in minigpt4("review", project, "--export", waiting).output
+    assert "reviewers have accepted none" in fails("build", project)
+    rows = [json.loads(line) | {"action": "accept"} for line in waiting.read_text().splitlines()]
+    rows[0] |= {"action": "edit", "text": "Another text."}
+    waiting.write_text("\n".join(map(json.dumps, rows)))
+    said = minigpt4("review", project, "--import", waiting, "--reviewer", "anna").output
+    assert "3 decisions: 2 accepted, 1 edited, 0 rejected" in said
+    assert "3 pairs in" in minigpt4("build", project).output
+    pushed = minigpt4("push", project, "me/my-set", "--license", "cc-by-4.0", "--dry-run").output
+    assert "would publish the dataset me/my-set" in pushed and "cc-by-4.0" in pushed
+    assert "Another text." in (project / "build" / "cc_sbu_align" / "filter_cap.json").read_text()
+
+
+def test_what_goes_wrong_is_one_line(project, tmp_path):
+    assert "holds no curation.sqlite yet" in fails("status", project)
+    assert "there is no" in fails("run", tmp_path / "nowhere")
+    (tmp_path / "other.yaml").write_text("")
+    assert "settings are in a file curation.yaml" in fails("run", tmp_path / "other.yaml")
+    assert "no model repairs: set repair_model" in _after_drawing(project, "repair")
+    assert "--export and --import are two steps" in fails("review", project, "--export", "a.csv", "--import", "b.csv")
+    assert "has no build yet" in fails("push", project, "me/set")
+    settings = (project / CONFIG_FILE).read_text()
+    (project / CONFIG_FILE).write_text(f"{settings}rules: {{to_short: false}}")
+    assert "no rule 'to_short'" in fails("run", project)
+    (project / CONFIG_FILE).write_text(f"{settings}repair_model: m\nrepair_base_url: nowhere")
+    assert "base_url is 'nowhere'" in fails("run", project)
+    with Project.open(project) as opened:
+        assert not list(opened.pairs())  # told before the first step
+    (project / CONFIG_FILE).write_text("picture: 5")
+    assert "unknown keys picture" in fails("status", project)
+
+
+def _after_drawing(project, command):
+    with Project.create(project):
+        pass
+    return fails(command, project)
+
+
+def test_two_processes_on_one_project(project):
+    with Project.create(project), open(project / ".lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.write("repair, process 1234")
+        file.flush()
+        for command in ("generate", "filter", "build"):
+            assert f"another process works on {project} (repair, process 1234), so {command} cannot" in fails(
+                command, project
+            )
+
+
+def test_the_endpoint_is_down(project):
+    write_good_texts(project)
+    config = load_config(project / CONFIG_FILE)
+    down = replace(config, repair_model="m", repair_base_url="http://127.0.0.1:9/v1", repair_max_retries=0)
+    with open(project / CONFIG_FILE, "a") as file:
+        for name in ("repair_model", "repair_base_url", "repair_max_retries"):
+            file.write(yaml.safe_dump({name: getattr(down, name)}))
+    assert "127.0.0.1:9" in fails("repair", project)
+
+
+def test_ctrl_c_says_how_to_go_on(project, monkeypatch):
+    from transformers_minigpt4.curation import generate
+
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(generate, "describe_in_turns", stopped)
+    result = minigpt4("generate", project)
+    assert result.exit_code == 130
+    assert result.stderr.strip() == "minigpt4: stopped; what was finished is kept, and the same command goes on"
