@@ -93,5 +93,5 @@ def test_answers_fit_their_questions(question):
     rng = random.Random(0)
     scene = Scene("green", "cross", "small", "top", "right")
     right = right_attributes(answer(question, scene, rng), scene)
-    wanted = {"color": "colour", "shape": "shape", "large": "size", "Where": "place", "image": "colour"}
+    wanted = {"color": "colour", "shape": "shape", "large": "size", "Where": "place", "picture": "colour"}
     assert any(right[attribute] for word, attribute in wanted.items() if word in question)
