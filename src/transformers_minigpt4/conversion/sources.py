@@ -21,6 +21,8 @@ from transformers import (
     PreTrainedConfig,
 )
 
+from transformers_minigpt4.utils.families import BLIP2, family_of
+
 from . import key_maps
 from .compose import add_delta, constant, mapped
 from .key_maps import KeyMap, shorten
@@ -71,7 +73,7 @@ def _config(name: str) -> PreTrainedConfig:
 
 
 def is_blip2(config: Any) -> bool:
-    return getattr(config, "model_type", None) == "blip-2"
+    return family_of(config) is BLIP2
 
 
 def vision_source_config(name: str) -> PreTrainedConfig | None:

@@ -1,0 +1,44 @@
+"""The table of model families against the models themselves."""
+
+import pytest
+import torch
+from transformers import Blip2Config, Blip2ForConditionalGeneration, LlavaConfig, LlavaForConditionalGeneration
+
+from transformers_minigpt4 import MiniGPT4Config, MiniGPT4ForConditionalGeneration
+from transformers_minigpt4.utils.families import (
+    BLIP2,
+    FAMILIES,
+    LLAVA,
+    LORA,
+    MINIGPT4,
+    OTHER,
+    TRAINABLE_MODULES,
+    family_of,
+)
+
+
+MODELS = {
+    "minigpt4": (MiniGPT4ForConditionalGeneration, MiniGPT4Config),
+    "llava": (LlavaForConditionalGeneration, LlavaConfig),
+    "blip-2": (Blip2ForConditionalGeneration, Blip2Config),
+}
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_the_paths_of_a_family_are_those_of_its_model(model_type):
+    model_class, config_class = MODELS[model_type]
+    with torch.device("meta"):
+        model = model_class(config_class())
+    family = family_of(model.config)
+    assert family is FAMILIES[model_type]
+    known = dict(model.named_modules()) | dict(model.named_parameters())
+    for name, paths in family.modules.items():
+        assert name in TRAINABLE_MODULES and name != LORA
+        assert all(path in known for path in paths), name
+    base = model.base_model
+    assert all(hasattr(base, name) for name in family.image_modules)
+
+
+def test_lookups():
+    assert (family_of(MiniGPT4Config()), family_of(LlavaConfig()), family_of(Blip2Config())) == (MINIGPT4, LLAVA, BLIP2)
+    assert family_of(object()) is OTHER
