@@ -1,0 +1,157 @@
+"""Files and folders that are replaced as a whole, JSON Lines after a kill, and the lock on a folder."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from transformers_minigpt4.utils.files import (
+    JsonLinesWriter,
+    atomic_file,
+    atomic_folder,
+    folder_lock,
+    replace_folder,
+    to_json,
+    write_atomically,
+)
+
+
+class TestAtomicFile:
+    def test_content_appears_at_the_end(self, tmp_path):
+        path = tmp_path / "file.txt"
+        path.write_text("old")
+        with atomic_file(path) as scratch:
+            scratch.write_text("new")
+            assert path.read_text() == "old"
+        assert path.read_text() == "new" and os.listdir(tmp_path) == ["file.txt"]
+
+    def test_an_error_leaves_the_old_content(self, tmp_path):
+        path = tmp_path / "file.txt"
+        path.write_text("old")
+        with pytest.raises(RuntimeError), atomic_file(path) as scratch:
+            scratch.write_text("half")
+            raise RuntimeError
+        assert path.read_text() == "old" and os.listdir(tmp_path) == ["file.txt"]
+
+    def test_text_is_utf_8_and_permissions_follow_the_umask(self, tmp_path):
+        write_atomically(tmp_path / "text", "ü")
+        (tmp_path / "plain").touch()
+        assert (tmp_path / "text").read_bytes() == "ü".encode()
+        assert (tmp_path / "text").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+class TestAtomicFolder:
+    def test_a_folder_replaces_an_older_one(self, tmp_path):
+        folder = tmp_path / "parent" / "folder"
+        for content in ("old", "new"):
+            with atomic_folder(folder) as scratch:
+                (scratch / content).touch()
+        assert os.listdir(folder) == ["new"] and os.listdir(folder.parent) == ["folder"]
+
+    def test_an_error_leaves_the_old_folder(self, tmp_path):
+        folder = tmp_path / "folder"
+        folder.mkdir()
+        (folder / "old").touch()
+        with pytest.raises(RuntimeError), atomic_folder(folder) as scratch:
+            (scratch / "half").touch()
+            raise RuntimeError
+        assert os.listdir(folder) == ["old"] and os.listdir(tmp_path) == ["folder"]
+
+    def test_a_move_that_fails_puts_the_old_folder_back(self, tmp_path):
+        folder = tmp_path / "folder"
+        folder.mkdir()
+        (folder / "old").touch()
+        with pytest.raises(FileNotFoundError):
+            replace_folder(tmp_path / "gone", folder)
+        assert os.listdir(folder) == ["old"] and os.listdir(tmp_path) == ["folder"]
+
+
+class TestJsonLinesWriter:
+    def test_records_are_appended(self, tmp_path):
+        path = tmp_path / "lines.jsonl"
+        for number in range(2):
+            with JsonLinesWriter(path) as writer:
+                writer.append([{"number": number}, {"text": "ü"}])
+        assert [json.loads(line) for line in path.open()] == [
+            {"number": 0},
+            {"text": "ü"},
+            {"number": 1},
+            {"text": "ü"},
+        ]
+
+    @pytest.mark.parametrize("end", ['{"number": 1', '{"number": 1, "te', "{"])
+    def test_a_line_cut_short_is_dropped(self, tmp_path, end):
+        path = tmp_path / "lines.jsonl"
+        path.write_text('{"number": 0}\n' + end)
+        with JsonLinesWriter(path) as writer:
+            writer.append([{"number": 2}])
+        assert path.read_text() == '{"number": 0}\n{"number": 2}\n'
+
+    def test_a_missing_line_break_is_added(self, tmp_path):
+        path = tmp_path / "lines.jsonl"
+        path.write_text('{"number": 0}')
+        with JsonLinesWriter(path) as writer:
+            writer.append([{"number": 1}])
+        assert path.read_text() == '{"number": 0}\n{"number": 1}\n'
+
+    def test_a_line_that_is_refused_changes_nothing(self, tmp_path):
+        path = tmp_path / "lines.jsonl"
+        path.write_text('{"number": 0}\nsomebody else\'s text')
+
+        def check(number, line):
+            if not line.startswith(b"{"):
+                raise ValueError(f"line {number}")
+
+        with pytest.raises(ValueError, match="line 2"), JsonLinesWriter(path, check, is_cut=lambda line: False):
+            pass
+        assert path.read_text().endswith("else's text")
+
+    def test_outside_of_a_with_statement(self, tmp_path):
+        with pytest.raises(ValueError, match="use JsonLinesWriter in a with statement"):
+            JsonLinesWriter(tmp_path / "lines.jsonl").append([])
+
+    def test_names_that_are_no_unicode(self):
+        assert to_json({"image": "ü"}) == '{"image": "ü"}'
+        assert json.loads(to_json({"image": "\udcff"}).encode()) == {"image": "\udcff"}
+
+
+HOLDER = """
+import os, signal, sys, time
+from transformers_minigpt4.utils.files import folder_lock
+with folder_lock(sys.argv[1], "taken by {owner}"):
+    if os.fork() == 0:  # a data worker, which outlives its killed parent by seconds
+        time.sleep(20)
+        os._exit(0)
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+class TestFolderLock:
+    def test_a_second_holder_is_refused_and_told_of_the_first(self, tmp_path):
+        refusal = "taken by {owner}"
+        with folder_lock(tmp_path / "run", refusal):
+            second = folder_lock(tmp_path / "run", refusal)
+            with pytest.raises(RuntimeError, match=f"taken by process {os.getpid()}"), second:
+                pass
+        with folder_lock(tmp_path / "run", refusal):
+            pass
+
+    @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+    def test_a_killed_process_frees_it_although_its_children_live(self, tmp_path):
+        holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+        try:
+            assert holder.stdout.readline() == "held\n"
+            second = folder_lock(tmp_path, "taken by {owner}")
+            with pytest.raises(RuntimeError, match=f"taken by process {holder.pid}"), second:
+                pass
+        finally:
+            holder.send_signal(signal.SIGKILL)
+            holder.wait()
+        start = time.monotonic()
+        with folder_lock(tmp_path, "taken by {owner}"):
+            assert time.monotonic() - start < 10

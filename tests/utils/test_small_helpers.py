@@ -1,0 +1,57 @@
+"""Versions, revisions, headers of safetensors files, and the first line of an error."""
+
+import platform
+import subprocess
+from importlib import metadata
+
+import pytest
+import torch
+from huggingface_hub.errors import SafetensorsParsingError
+from safetensors.torch import save_file
+
+from transformers_minigpt4.utils.safetensors_files import TensorSpan, tensor_spans
+from transformers_minigpt4.utils.text import first_line
+from transformers_minigpt4.utils.versions import git_revision, package_version, package_versions
+
+
+def test_versions():
+    assert package_version("torch") == metadata.version("torch")
+    assert package_version("no-such-package") == "not installed"
+    versions = package_versions()
+    assert versions["python"] == platform.python_version() and "transformers" in versions
+
+
+def test_revision_of_a_folder(tmp_path):
+    assert git_revision(tmp_path) is None
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    subprocess.run([*git, "init", "-q"], check=True)
+    subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "first"], check=True)
+    commit = git_revision(tmp_path)
+    assert commit is not None and len(commit) == 40
+    (tmp_path / "new").touch()
+    assert git_revision(tmp_path) == f"{commit}+changes"
+
+
+def test_spans_of_tensors(tmp_path):
+    path = tmp_path / "a.safetensors"
+    tensors = {"a": torch.arange(6, dtype=torch.float32).reshape(2, 3), "b": torch.ones(5, dtype=torch.bfloat16)}
+    save_file(tensors, path, metadata={"format": "pt"})
+    spans = tensor_spans(path)
+    assert spans.keys() == tensors.keys() and spans["a"].dtype == "F32" and spans["b"].shape == (5,)
+    content = path.read_bytes()
+    for name, span in spans.items():
+        assert content[span.begin : span.end] == tensors[name].view(torch.uint8).numpy().tobytes()
+    assert isinstance(spans["a"], TensorSpan)
+
+
+def test_spans_of_an_empty_and_of_a_broken_file(tmp_path):
+    save_file({}, tmp_path / "empty.safetensors")
+    assert tensor_spans(tmp_path / "empty.safetensors") == {}
+    (tmp_path / "broken.safetensors").write_bytes(b"no header")
+    with pytest.raises(SafetensorsParsingError):
+        tensor_spans(tmp_path / "broken.safetensors")
+
+
+def test_first_line():
+    assert first_line(ValueError("\n  one.\ntwo")) == "one"
+    assert first_line(KeyError()) == "KeyError"
