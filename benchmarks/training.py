@@ -3,7 +3,7 @@
     python benchmarks/training.py
 
 Random weights, the projection alone learns, rows as long as those of stages 1 and 2. Every variant takes its step on
-the same rows, in turns, and the matmul rate is measured between them. docs/training_speed.md explains the rows.
+the same rows, in turns, and the matmul rate is measured between them. docs/benchmarks.md explains the rows.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""The whole way on the small world, as docs/curation.md shows it: from stage 1 to a better stage 2."""
+"""The whole way on the small world, as docs/guides/curate.md shows it: from stage 1 to a better stage 2."""
 
 import threading
 

@@ -11,7 +11,7 @@ from transformers_minigpt4.demo.texts import detailed_description
 from transformers_minigpt4.demo.world import all_scenes
 
 
-DOCS = Path(__file__).parents[2] / "docs" / "curation.md"
+DOCS = Path(__file__).parents[2] / "docs" / "reference" / "rules.md"
 LONG = [word for word in ENGLISH.split() if word not in DANGLING]  # each word once
 CAT = "The image shows a black cat on a mat in a bright room. "
 GOOD = (

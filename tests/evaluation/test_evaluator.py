@@ -130,12 +130,12 @@ def test_every_task_keeps_the_contract(name):
 
 
 def test_the_task_of_the_documentation_works(tmp_path):
-    """The example of docs/evaluation.md, on two questions of which one failed."""
-    page = (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    """The example of docs/guides/evaluate.md, on two questions of which one failed."""
+    page = (Path(__file__).parents[2] / "docs" / "guides" / "evaluate.md").read_text(encoding="utf-8")
     (code,) = re.findall(r"```python\n(from transformers_minigpt4.evaluation.evaluator import.*?)```", page, re.DOTALL)
     names = {}
     exec(code, names)
-    rows = [{"id": key, "scenes": "dogs", "image": f"{key}.jpg", "n": 2} for key in "abc"]
+    rows = [{"id": key, "things": "dogs", "image": f"{key}.jpg", "n": 2} for key in "abc"]
     (tmp_path / "counting.json").write_text(json.dumps(rows))
     task = names["Counting"]()
     questions = task.questions(tmp_path)

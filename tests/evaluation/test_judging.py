@@ -191,7 +191,7 @@ def test_no_judge():
 
 
 def test_the_docs_hold_every_prompt_word_for_word():
-    page = (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[2] / "docs" / "reference" / "tasks.md").read_text(encoding="utf-8")
     for name in ("coco_coverage", "stage2_failures", "llava_bench"):
         for prompt in load_task(name).judge_prompts.values():
             assert prompt in page, name

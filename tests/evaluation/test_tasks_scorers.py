@@ -136,7 +136,7 @@ def test_prompts_and_arguments_to_the_letter():
 
 @pytest.mark.parametrize("name", [*WRITERS, "captions"])
 def test_every_prompt_stands_in_the_documentation(name):
-    page = (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[2] / "docs" / "reference" / "tasks.md").read_text(encoding="utf-8")
     section = page.partition(f"\n### {name}\n")[2].partition("\n### ")[0]
     task = load_task(name)
     for prompt in (*task.prompts.values(), *task.judge_prompts.values()):

@@ -24,7 +24,7 @@ def init(
     source: Annotated[
         str,
         typer.Option(
-            help="Where pictures come from: a folder of pictures, KIND:PATH as in docs/data.md, or "
+            help="Where pictures come from: a folder of pictures, KIND:PATH as in docs/reference/formats.md, or "
             "python:MODULE:FUNCTION."
         ),
     ],
@@ -265,7 +265,7 @@ def _commented_yaml(config: Any) -> str:
         text = yaml.safe_dump({name: value}, allow_unicode=True, width=10_000, sort_keys=False)
         return text.strip()
 
-    lines = ["# Settings of a curation project; docs/curation.md explains them. Those behind # are the defaults."]
+    lines = ["# Settings of a curation project; docs/guides/curate.md explains them. Those behind # are the defaults."]
     for part in fields(config):
         value = getattr(config, part.name)
         default = part.default_factory() if callable(part.default_factory) else part.default

@@ -37,7 +37,7 @@ class CurationConfig:
     What a project is made of. Every field is a key of `curation.yaml`.
 
     Args:
-        source: Where pictures come from: `KIND:PATH` as in docs/data.md, a folder of pictures, or
+        source: Where pictures come from: `KIND:PATH` as in docs/reference/formats.md, a folder of pictures, or
             `python:MODULE:FUNCTION`, called with the number of pictures and the seed, giving rows with `image`.
         checkpoint: Folder or Hub id of the model that describes them.
         images: How many are drawn; the paper has 5,000.

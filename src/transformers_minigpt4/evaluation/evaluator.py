@@ -304,7 +304,9 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise ValueError(f"there is no file {str(path)!r}; docs/evaluation.md lists the files of each task") from error
+        raise ValueError(
+            f"there is no file {str(path)!r}; docs/reference/tasks.md lists the files of each task"
+        ) from error
     except ValueError as error:
         raise ValueError(f"{str(path)!r} is not JSON ({error}); fetch it again") from error
 
@@ -324,7 +326,7 @@ def read_json_lines(path: Path) -> list[Any]:
         ValueError: where there is no such file, or a line is not JSON, with its number.
     """
     if not path.is_file():
-        raise ValueError(f"there is no file {str(path)!r}; docs/evaluation.md lists the files of each task")
+        raise ValueError(f"there is no file {str(path)!r}; docs/reference/tasks.md lists the files of each task")
     rows = []
     # As bytes: a wrong encoding is then the fault of a line, too.
     with path.open("rb") as file:
@@ -353,4 +355,4 @@ def find_file(data: Path, *names: str) -> Path:
         if found:
             return found[0]
     kind = "holds none of" if data.is_dir() else "does not exist; looked there for"
-    raise ValueError(f"{str(data)!r} {kind} {', '.join(names)}; docs/evaluation.md lists the files of each task")
+    raise ValueError(f"{str(data)!r} {kind} {', '.join(names)}; docs/reference/tasks.md lists the files of each task")

@@ -79,7 +79,9 @@ def need_judge(judge: ChatModel | None, task: str) -> ChatModel:
         ValueError: where there is none.
     """
     if judge is None:
-        raise ValueError(f"the task {task} is scored by a judge, and none is given; name one, see docs/evaluation.md")
+        raise ValueError(
+            f"the task {task} is scored by a judge, and none is given; name one, see docs/guides/evaluate.md"
+        )
     return judge
 
 

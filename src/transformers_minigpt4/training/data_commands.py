@@ -9,7 +9,9 @@ import typer
 def check(
     sources: Annotated[
         list[str],
-        typer.Argument(metavar="SOURCE...", help="KIND:PATH, such as wds:/data/{00000..00099}.tar; see docs/data.md."),
+        typer.Argument(
+            metavar="SOURCE...", help="KIND:PATH, such as wds:/data/{00000..00099}.tar; see docs/reference/formats.md."
+        ),
     ],
     form: Annotated[
         Literal["stage1", "stage2", "stage2_llama2", "messages"], typer.Option(help="The form the rows must fit.")

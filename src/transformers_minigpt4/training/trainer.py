@@ -246,7 +246,7 @@ class StageSFTTrainer(StageTrainerMixin, SFTTrainer):
         """
         TRL's loss, and on a CPU the model's own where logits are at labels alone.
 
-        TRL's head computes them twice to save memory, and is the slower one there (docs/training_speed.md). Its
+        TRL's head computes them twice to save memory, and is the slower one there (docs/benchmarks.md). Its
         metrics of entropy and accuracy are left out then.
         """
         if POSITIONS not in inputs or self.accelerator.device.type != "cpu" or self.args.loss_type != "nll":

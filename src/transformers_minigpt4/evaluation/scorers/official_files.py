@@ -17,7 +17,9 @@ def read_object(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_object)
     except FileNotFoundError as error:
-        raise ValueError(f"there is no file {str(path)!r}; docs/evaluation.md lists the files of each task") from error
+        raise ValueError(
+            f"there is no file {str(path)!r}; docs/reference/tasks.md lists the files of each task"
+        ) from error
     except _TwiceError as error:
         raise ValueError(f"{str(path)!r} holds the id {error} twice; fetch the official file again") from error
     except ValueError as error:

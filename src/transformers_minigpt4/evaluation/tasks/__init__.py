@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from ..evaluator import Task
 
 
-# name: (module of this folder, class of a Task); docs/evaluation.md has a section on each.
+# name: (module of this folder, class of a Task); docs/reference/tasks.md has a section on each.
 TASKS: dict[str, tuple[str, str]] = {
     "advanced": ("advanced", "Advanced"),
     "coco_coverage": ("coco_coverage", "CocoCoverage"),
