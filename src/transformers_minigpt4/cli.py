@@ -19,7 +19,7 @@ from transformers_minigpt4.conversion.commands import convert, verify
 from transformers_minigpt4.curation.commands import COMMANDS as CURATION_COMMANDS
 from transformers_minigpt4.demo.commands import evaluate_demo
 from transformers_minigpt4.evaluation import commands as evaluation
-from transformers_minigpt4.evaluation.human_page import COMMANDS as JUDGING_COMMANDS
+from transformers_minigpt4.evaluation.human_commands import COMMANDS as JUDGING_COMMANDS
 from transformers_minigpt4.hub.commands import push
 from transformers_minigpt4.training.commands import CONTEXT_SETTINGS, features, train
 from transformers_minigpt4.training.data_commands import check

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from transformers_minigpt4.evaluation.answering import AnswerStore
 from transformers_minigpt4.evaluation.compare import compare_results
+from transformers_minigpt4.evaluation.human_commands import COMMANDS
 from transformers_minigpt4.evaluation.human_judging import (
     Sheet,
     count,
@@ -20,7 +21,6 @@ from transformers_minigpt4.evaluation.human_judging import (
     make_sheet,
     write_verdicts,
 )
-from transformers_minigpt4.evaluation.human_page import COMMANDS
 from transformers_minigpt4.evaluation.results import (
     complete_records,
     data_fingerprint,
@@ -265,7 +265,7 @@ def test_judging_in_a_browser(sheet):
         page.locator("#start").click()
         answer = page.locator("#answer")
         expect(answer).to_have_text(first.answer)  # `<b>` as characters
-        expect(page.locator(".picture img")).to_have_js_property("naturalWidth", 8)
+        expect(page.locator(".image img")).to_have_js_property("naturalWidth", 8)
         page.keyboard.press("Escape")
         page.locator("#yes").click()
         expect(answer).to_have_text(second.answer)
