@@ -60,3 +60,11 @@ def test_benchmark_refuses_to_compare_different_work(monkeypatch):
     monkeypatch.setattr(peers, "share_weights", lambda ours, peer: None)
     with pytest.raises(RuntimeError, match="different work"):
         peers.check_equal_work(peers.SIZES["tiny"], "cpu")
+
+
+def test_startup_benchmark_measures_every_row():
+    command = [sys.executable, BENCHMARKS / "startup.py", "--repeats", "1"]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    rows = [line.split("|")[1].strip() for line in run.stdout.splitlines()[2:]]
+    assert rows[0] == "`minigpt4 --help`" and "`trl --help`" in rows and "`import torch`" in rows
