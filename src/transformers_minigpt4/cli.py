@@ -177,7 +177,9 @@ def describe(
     the exit status is then 1; run again with the same --output, it is tried once more.
     """
     with contextlib.ExitStack() as stack:
-        from transformers_minigpt4.inference.describe import CaptionFile, expand_sources, load_model_and_processor
+        from transformers_minigpt4.inference.describe import CaptionFile
+        from transformers_minigpt4.inference.loading import load_model_and_processor
+        from transformers_minigpt4.inference.sources import expand_sources
 
         sources = expand_sources(images, sys.stdin)
         if not sources:
@@ -229,8 +231,8 @@ def _demo_checkpoint() -> str:
 
 def _describe_one(source: str, model: Any, processor: Any, settings: dict[str, Any]) -> int:
     """Stream one answer to stdout; returns how many pictures failed."""
-    from transformers_minigpt4.inference.describe import CaptionStreamer
     from transformers_minigpt4.inference.describe import describe as describe_images
+    from transformers_minigpt4.inference.streaming import CaptionStreamer
 
     streamer = CaptionStreamer(processor, lambda text: typer.echo(text, nl=False))
     settings = {**settings, "batch_size": 1, "streamer": streamer}
@@ -254,7 +256,7 @@ def _describe_many(
     from tqdm.auto import tqdm
 
     from transformers_minigpt4.inference.describe import describe as describe_images
-    from transformers_minigpt4.inference.describe import to_json
+    from transformers_minigpt4.utils.files import to_json
 
     done = failed = 0
     where = f" in {captions.path}" if captions is not None else ""

@@ -10,7 +10,7 @@ from PIL import Image
 
 from transformers_minigpt4.evaluation import run as running
 from transformers_minigpt4.evaluation.evaluator import Metric, Question, Task, find_file, mean, ratio, read_json
-from transformers_minigpt4.inference.describe import load_model_and_processor
+from transformers_minigpt4.inference.loading import load_model_and_processor
 
 
 class Letters(Task):

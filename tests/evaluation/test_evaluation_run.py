@@ -38,7 +38,7 @@ from transformers_minigpt4.evaluation.run import evaluate
 from transformers_minigpt4.evaluation.tasks import load_task
 from transformers_minigpt4.hub.cards import Licence
 from transformers_minigpt4.hub.publish import prepare
-from transformers_minigpt4.inference.describe import load_model_and_processor
+from transformers_minigpt4.inference.loading import load_model_and_processor
 from transformers_minigpt4.llm.opening import open_chat_model
 from transformers_minigpt4.llm.types import ChatSettings
 

@@ -1,11 +1,13 @@
-"""Checks captioning of many pictures: order, bad files, load-ahead, other model families, streaming and resume."""
+"""Checks captioning of many images: order, bad files, load-ahead, other model families, streaming and resume."""
 
 import io
 import json
 import socket
 import time
+from concurrent.futures import ThreadPoolExecutor
 from itertools import count, islice
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +19,8 @@ from transformers import (
     Blip2ForConditionalGeneration,
     Blip2Processor,
     CLIPVisionConfig,
+    GenerationConfig,
+    InstructBlipProcessor,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
@@ -26,15 +30,11 @@ from transformers import (
 )
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
-from transformers_minigpt4.inference.describe import (
-    CaptionFile,
-    CaptionStreamer,
-    caption_images,
-    describe,
-    expand_sources,
-    load_model_and_processor,
-    to_json,
-)
+from transformers_minigpt4.inference.describe import CaptionFile, describe
+from transformers_minigpt4.inference.generation import answer_prompts, caption_images
+from transformers_minigpt4.inference.loading import load_model_and_processor
+from transformers_minigpt4.inference.sources import expand_sources
+from transformers_minigpt4.inference.streaming import CaptionStreamer
 
 
 GREEDY = {"do_sample": False, "max_new_tokens": 6}
@@ -48,12 +48,12 @@ def loaded(tiny_checkpoint):
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    """Five pictures that load and, third in order, one that does not."""
+    """Five images that load and, third in order, one that does not."""
     folder = tmp_path / "images"
     folder.mkdir()
     for number, color in enumerate(COLORS):
         Image.new("RGB", (40 + number, 50), color).save(folder / f"{number}.png")
-    (folder / "1b.jpg").write_bytes(b"no picture")
+    (folder / "1b.jpg").write_bytes(b"not an image")
     return folder
 
 
@@ -80,12 +80,12 @@ class TestExpandSources:
         assert found[:3] == ["a.png", "b.png", "name with blanks.png"]
         assert len(found) == 3 + 6 + 1 and found[-1] == "http://host/a.png"
 
-    def test_each_picture_once(self, folder):
+    def test_each_image_once(self, folder):
         assert len(expand_sources([str(folder), str(folder), f"{folder}/0.png"])) == 6
 
-    def test_folder_without_pictures(self, tmp_path):
+    def test_folder_without_images(self, tmp_path):
         (tmp_path / "notes.txt").touch()
-        with pytest.raises(ValueError, match="holds no picture"):
+        with pytest.raises(ValueError, match="holds no image"):
             expand_sources([str(tmp_path)])
 
     def test_dash_without_stdin(self):
@@ -109,7 +109,7 @@ class TestDescribe:
         records = list(describe([tmp_path / "a.png", tmp_path / "b.png"], *loaded, batch_size=1, **GREEDY))
         assert [set(record) for record in records] == [{"image", "error"}] * 2
 
-    def test_no_pictures(self, loaded):
+    def test_no_images(self, loaded):
         assert list(describe([], *loaded)) == []
 
     def test_prompt_reaches_the_model(self, loaded, folder):
@@ -164,10 +164,10 @@ class TestDescribe:
 
     @pytest.mark.parametrize("batch_size", [0, -1])
     def test_bad_batch_size(self, loaded, batch_size):
-        with pytest.raises(ValueError, match="at least one picture"):
+        with pytest.raises(ValueError, match="at least one image"):
             describe([], *loaded, batch_size=batch_size)
 
-    def test_several_answers_a_picture_are_refused(self, loaded, folder):
+    def test_several_answers_a_image_are_refused(self, loaded, folder):
         with pytest.raises(ValueError, match="num_return_sequences"):
             list(describe([folder / "0.png"], *loaded, num_return_sequences=2, do_sample=True, max_new_tokens=2))
 
@@ -239,6 +239,52 @@ class TestOtherFamilies:
         assert alone[0]["caption"] == captions[0] != ""
 
 
+class TestSharedProcessor:
+    """Answers of one batch start in one column; the processor that other threads use too stays as it is."""
+
+    @pytest.fixture
+    def tokenizer(self):
+        tokenizer = AutoTokenizer.from_pretrained(GOLDEN / "tokenizer", padding_side="right")
+        tokenizer.pad_token = tokenizer.unk_token
+        return tokenizer
+
+    def test_two_threads(self, tokenizer, folder):
+        torch.manual_seed(0)
+        model, processor = tiny_llava(tokenizer, BlipImageProcessorPil(size={"height": 56, "width": 56}))
+        image = Image.open(folder / "0.png")
+        answer = lambda *_: answer_prompts(  # noqa: E731
+            [[image]] * 2, ["what?", "Describe this image in detail."], model, processor, **GREEDY
+        )
+        expected, sides = answer(), set()
+        with ThreadPoolExecutor(2) as pool:
+            running = [pool.submit(answer) for _ in range(6)]
+            while not all(future.done() for future in running):
+                sides.add(processor.tokenizer.padding_side)
+        assert [future.result() for future in running] == [expected] * 6
+        assert sides == {"right"}
+
+    def test_the_second_tokenizer_keeps_its_side(self, tokenizer, folder):
+        """InstructBLIP's Q-Former counts positions from the left."""
+        second = AutoTokenizer.from_pretrained(GOLDEN / "tokenizer", padding_side="right", pad_token="<unk>")
+        image_processor = BlipImageProcessorPil(size={"height": 56, "width": 56})
+        processor = InstructBlipProcessor(image_processor, tokenizer, second, num_query_tokens=2)
+        inputs = {}
+
+        def generate(**kwargs):
+            inputs.update(kwargs)
+            return torch.ones(2, 1, dtype=torch.long)
+
+        model = SimpleNamespace(
+            device="cpu", dtype=torch.float32, generation_config=GenerationConfig(), generate=generate
+        )
+        image = Image.open(folder / "0.png")
+        answer_prompts([[image]] * 2, ["what?", "Describe this image in detail."], model, processor)
+        assert inputs["qformer_attention_mask"][0, 0] == 1 and inputs["qformer_attention_mask"][0, -1] == 0
+        first = inputs["attention_mask"][0, 2:]  # behind the image's two tokens, which are never padded
+        assert first[0] == 0 and first[-1] == 1
+        assert processor.tokenizer.padding_side == second.padding_side == "right"
+
+
 @pytest.mark.parametrize("device", ["gpu", "cuda:63", "mps:9"])
 def test_a_device_that_is_not_there(tiny_checkpoint, device):
     with pytest.raises(ValueError, match=f"cannot use the device '{device}': .*leave it out"):
@@ -256,7 +302,7 @@ class TestCaptionStreamer:
         assert "".join(pieces) == record["caption"] != ""
 
     @pytest.mark.parametrize("answer", ["A red dog.###", "A red dog. ###", "A red dog.\n###", "###", "A # red dog"])
-    def test_stop_mark_is_never_shown(self, loaded, answer):
+    def test_stop_string_is_never_shown(self, loaded, answer):
         processor = loaded[1]
         pieces: list[str] = []
         streamer = CaptionStreamer(processor, pieces.append)
@@ -289,7 +335,7 @@ class TestCaptionFile:
             for image in images:
                 captions.append({"image": image, "caption": "a dog"})
 
-    def test_every_line_is_whole_by_itself(self, tmp_path):
+    def test_every_line_is_complete_in_itself(self, tmp_path):
         self.write(tmp_path / "c.jsonl", "a.png", "b.png")
         expected = [{"image": name, "caption": "a dog", "prompt": "p", "model": "m"} for name in ("a.png", "b.png")]
         assert self.lines(tmp_path / "c.jsonl") == expected
@@ -299,7 +345,7 @@ class TestCaptionFile:
             captions.append({"image": "a.png", "caption": "x"})
             assert len(self.lines(tmp_path / "c.jsonl")) == 1
 
-    def test_second_run_goes_on(self, tmp_path):
+    def test_second_run_resumes(self, tmp_path):
         self.write(tmp_path / "c.jsonl", "a.png")
         with CaptionFile(tmp_path / "c.jsonl", "p", "m") as captions:
             assert captions.done == {"a.png"}
@@ -326,7 +372,7 @@ class TestCaptionFile:
         self.write(path)
         assert path.read_bytes() == whole
 
-    def test_line_that_lacks_its_end_of_line_only_is_kept(self, tmp_path):
+    def test_line_that_lacks_only_its_line_break_is_kept(self, tmp_path):
         path = tmp_path / "c.jsonl"
         self.write(path, "a.png", "b.png")
         whole = path.read_bytes()
@@ -336,7 +382,7 @@ class TestCaptionFile:
         assert path.read_bytes() == whole
 
     @pytest.mark.parametrize("other", [{"prompt": "q"}, {"model": "n"}])
-    def test_other_prompt_or_model_is_refused(self, tmp_path, other):
+    def test_another_prompt_or_model_is_refused(self, tmp_path, other):
         path = tmp_path / "c.jsonl"
         self.write(path, "a.png")
         before = path.read_bytes()
@@ -363,7 +409,7 @@ class TestCaptionFile:
             self.write(path, "b.png")
 
     def test_missing_folder(self, tmp_path):
-        with pytest.raises(ValueError, match=r"there is no folder .*; make it"):
+        with pytest.raises(ValueError, match=r"there is no folder .*; create it"):
             self.write(tmp_path / "gone" / "c.jsonl", "a.png")
 
     def test_not_a_file(self, tmp_path):
@@ -374,14 +420,11 @@ class TestCaptionFile:
         with pytest.raises(ValueError, match="with statement"):
             CaptionFile(tmp_path / "c.jsonl", "p", "m").append({"image": "a", "caption": "b"})
 
-    def test_file_name_that_is_no_unicode(self, tmp_path):
+    def test_file_name_that_is_not_unicode(self, tmp_path):
         name = b"caf\xe9.png".decode("utf-8", "surrogateescape")
         self.write(tmp_path / "c.jsonl", name)
         with CaptionFile(tmp_path / "c.jsonl", "p", "m") as captions:
             assert captions.done == {name}
-
-    def test_json_is_readable(self):
-        assert to_json({"image": "a", "caption": "红\n狗"}) == '{"image": "a", "caption": "红\\n狗"}'
 
 
 def test_empty_prompt():

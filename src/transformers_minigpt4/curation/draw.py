@@ -19,7 +19,7 @@ from PIL import Image
 from transformers_minigpt4.data.images import image_bytes
 from transformers_minigpt4.data.readers import BadRow, Reader
 from transformers_minigpt4.data.sources import KINDS, open_reader, parse_source
-from transformers_minigpt4.inference.describe import IMAGE_SUFFIXES, expand_sources
+from transformers_minigpt4.inference.sources import IMAGE_SUFFIXES, expand_sources
 from transformers_minigpt4.processing.image_utils_minigpt4 import ImageLoadError, load_image
 
 from .config import CONFIG_FILE, CurationConfig, CurationError

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from PIL import Image
 
-from transformers_minigpt4.inference.describe import answer_prompts, load_model_and_processor
+from transformers_minigpt4.inference.generation import answer_prompts
+from transformers_minigpt4.inference.loading import load_model_and_processor
 from transformers_minigpt4.processing.image_utils_minigpt4 import ImageLoadError, load_image
 
 from .config import CurationConfig, CurationError, settings_hash

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from transformers_minigpt4.inference.describe import to_json
+from transformers_minigpt4.utils.files import to_json
 from transformers_minigpt4.web.pages import person_name
 
 from .config import CurationError

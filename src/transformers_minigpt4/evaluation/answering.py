@@ -13,8 +13,9 @@ from typing import Any, BinaryIO
 
 from PIL import Image
 
-from transformers_minigpt4.inference.describe import answer_prompts, to_json
+from transformers_minigpt4.inference.generation import answer_prompts
 from transformers_minigpt4.processing.image_utils_minigpt4 import ImageLoadError, load_image
+from transformers_minigpt4.utils.files import to_json
 
 from .evaluator import Question
 

@@ -9,7 +9,8 @@ from lmms_eval.api.model import lmms
 from lmms_eval.models.registry_v2 import ModelManifest
 from tqdm import tqdm
 
-from transformers_minigpt4.inference.describe import DEFAULT_MAX_NEW_TOKENS, answer_prompts, load_model_and_processor
+from transformers_minigpt4.inference.generation import DEFAULT_MAX_NEW_TOKENS, answer_prompts
+from transformers_minigpt4.inference.loading import load_model_and_processor
 from transformers_minigpt4.processing.image_utils_minigpt4 import load_image
 
 from .evaluator import GREEDY

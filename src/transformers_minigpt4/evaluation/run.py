@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from transformers_minigpt4.inference.describe import load_model_and_processor
+from transformers_minigpt4.inference.loading import load_model_and_processor
 from transformers_minigpt4.processing.image_utils_minigpt4 import ImageLoadError, load_image
 
 from .answering import AnswerStore, answer_batches, image_digest, make_batches, question_key

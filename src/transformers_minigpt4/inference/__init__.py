@@ -1,1 +1,1 @@
-"""Loading models for inference, batched and streamed answers, and captions of many images."""
+"""Inference with any image-text-to-text model: loading, batched answers, streaming, and captions of many images."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from transformers_minigpt4.inference.describe import IMAGE_SUFFIXES
+from transformers_minigpt4.inference.sources import IMAGE_SUFFIXES
 from transformers_minigpt4.llm.client import ChatModel
 
 from ..evaluator import Metric, Question, Record, Task, mean, of_sums, read_json_lines

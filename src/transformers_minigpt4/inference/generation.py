@@ -1,0 +1,140 @@
+"""Answers prompts about images in one batch, with any image-text-to-text model."""
+
+import copy
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+from transformers import BatchFeature, ProcessorMixin
+
+from transformers_minigpt4.processing.pipeline_minigpt4 import DEFAULT_PROMPT
+
+from .loading import GenerativeModel
+
+
+# The answer length of the authors' chat, for checkpoints whose generation config sets none.
+DEFAULT_MAX_NEW_TOKENS = 300
+# A fast tokenizer keeps its padding settings in Rust, where shallow copies share them: two threads that pad on
+# different sides, or one tokenizer with and without padding, as BLIP-2 does, would overwrite each other's.
+_TOKENIZER_LOCK = threading.Lock()
+
+
+def caption_images(
+    images: Sequence[Image.Image],
+    model: GenerativeModel,
+    processor: ProcessorMixin,
+    prompt: str = DEFAULT_PROMPT,
+    **generate_kwargs: object,
+) -> list[str]:
+    """
+    Answer one prompt about each image, all in one batch.
+
+    Args:
+        images (`Sequence[PIL.Image.Image]`): RGB images of any sizes.
+        model (`PreTrainedModel`), processor (`ProcessorMixin`): of any image-text-to-text family.
+        prompt (`str`, *optional*): one user turn; a processor without chat template gets the bare text.
+        generate_kwargs: passed on to `model.generate`.
+
+    Returns:
+        `list[str]`: one answer per image, without prompt, special tokens and surrounding white space.
+
+    Raises:
+        ValueError: if `generate_kwargs` ask for several answers per image.
+    """
+    return answer_prompts([[image] for image in images], [prompt] * len(images), model, processor, **generate_kwargs)
+
+
+def answer_prompts(
+    images: Sequence[Sequence[Image.Image]],
+    prompts: Sequence[str],
+    model: GenerativeModel,
+    processor: ProcessorMixin,
+    **generate_kwargs: object,
+) -> list[str]:
+    """
+    Answer prompts of one user turn each, all in one batch. Several threads may share `processor`.
+
+    Args:
+        images (`Sequence[Sequence[PIL.Image.Image]]`): the images of each prompt, the same number for all; they come
+            before its text. None at all for prompts that are text only.
+        prompts (`Sequence[str]`): without image placeholder; a processor without chat template gets the bare text.
+        model (`PreTrainedModel`), processor (`ProcessorMixin`): of any image-text-to-text family.
+        generate_kwargs: passed on to `model.generate`.
+
+    Returns:
+        `list[str]`: one answer per prompt, without prompt, special tokens and surrounding white space.
+
+    Raises:
+        ValueError: if the model cannot take so many images per prompt, or `generate_kwargs` ask for several answers
+            or for more than the answers.
+    """
+    inputs = _inputs(images, prompts, processor).to(model.device, dtype=model.dtype)
+    if getattr(model.generation_config, "max_new_tokens", None) is None:
+        generate_kwargs = {"max_new_tokens": DEFAULT_MAX_NEW_TOKENS, **generate_kwargs}
+    sequences = model.generate(**inputs, **generate_kwargs)
+    if not isinstance(sequences, torch.Tensor):
+        raise ValueError("the generation settings ask for more than the answers; leave out return_dict_in_generate")
+    if len(sequences) != len(prompts):
+        raise ValueError(
+            f"the generation settings gave {len(sequences)} answers for {len(prompts)} prompts, but a record holds "
+            "one; leave num_return_sequences at 1"
+        )
+    prompt_ids = inputs["input_ids"]
+    # Decoder-only models repeat the prompt before the answer, encoder-decoder models do not.
+    if torch.equal(sequences[:, : prompt_ids.shape[1]], prompt_ids.to(sequences.device)):
+        sequences = sequences[:, prompt_ids.shape[1] :]
+    return decode_answers(processor, sequences)
+
+
+def decode_answers(processor: ProcessorMixin, sequences: torch.Tensor) -> list[str]:
+    """
+    The text of generated ids, without special tokens, stop strings and surrounding white space.
+
+    Args:
+        processor (`ProcessorMixin`): decodes.
+        sequences (`torch.Tensor` of shape `(B, new tokens)`): the new ids only.
+    """
+    return [text.strip() for text in processor.post_process_image_text_to_text(sequences)]
+
+
+def _inputs(
+    images: Sequence[Sequence[Image.Image]], prompts: Sequence[str], processor: ProcessorMixin
+) -> BatchFeature:
+    with _TOKENIZER_LOCK:
+        processor = _padding_left(processor)
+        if getattr(processor, "chat_template", None):
+            return processor.apply_chat_template(  # type: ignore[return-value]  # annotated for return_dict=False only
+                [_conversation(row, prompt) for row, prompt in zip(images, prompts)],
+                add_generation_prompt=True,
+                tokenize=True,
+                return_dict=True,
+                return_tensors="pt",
+                processor_kwargs={"padding": True},
+            )
+        for row in images:
+            if len(row) != 1:
+                raise ValueError(
+                    f"{type(processor).__name__} has no chat template and takes one image per prompt, but a prompt "
+                    f"has {len(row)}; use a checkpoint with a chat template"
+                )
+        return processor(
+            images=[image for row in images for image in row], text=list(prompts), padding=True, return_tensors="pt"
+        )
+
+
+def _padding_left(processor: ProcessorMixin) -> ProcessorMixin:
+    """A shallow copy of a processor, whose tokenizer pads on the left, so that all answers start in one column."""
+    processor = copy.copy(processor)
+    processor.tokenizer = tokenizer = copy.copy(processor.tokenizer)
+    tokenizer.padding_side = "left"
+    # Processors pass a side on to all their tokenizers if this one was loaded with it. InstructBLIP's second one must
+    # keep its own: its network counts positions from the left.
+    tokenizer.init_kwargs = {name: value for name, value in tokenizer.init_kwargs.items() if name != "padding_side"}
+    return processor
+
+
+def _conversation(images: Sequence[Image.Image], prompt: str) -> list[dict[str, Any]]:
+    content: list[dict[str, Any]] = [{"type": "image", "image": image} for image in images]
+    return [{"role": "user", "content": [*content, {"type": "text", "text": prompt}]}]

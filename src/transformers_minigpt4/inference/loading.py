@@ -1,0 +1,70 @@
+"""Loads an image-text-to-text model of any family for inference, with its processor."""
+
+import os
+from typing import Any, Protocol
+
+import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig, ProcessorMixin
+from transformers.generation.utils import GenerateOutput
+
+from transformers_minigpt4.utils.text import first_line
+
+
+class GenerativeModel(Protocol):
+    """What this room needs of a model; every image-text-to-text model of transformers has it."""
+
+    generation_config: GenerationConfig
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    def generate(self, **kwargs: Any) -> torch.Tensor | GenerateOutput: ...
+
+
+def load_model_and_processor(
+    checkpoint: str, dtype: str = "auto", device: str | None = None, trust_remote_code: bool = False
+) -> tuple[GenerativeModel, ProcessorMixin]:
+    """
+    Load an image-text-to-text model of any family for inference, with its processor.
+
+    Args:
+        checkpoint (`str`): a folder or a Hub id.
+        dtype (`str`, *optional*, defaults to `"auto"`): `"auto"` for the checkpoint's own, or `"float32"` and so on.
+        device (`str`, *optional*): such as `"cpu"` or `"cuda:1"`; `"auto"` spreads the model over all accelerators.
+            By default the first accelerator if there is one, else the CPU.
+        trust_remote_code (`bool`, *optional*, defaults to `False`): whether to run code from the checkpoint.
+
+    Returns:
+        `tuple[PreTrainedModel, ProcessorMixin]`: the model in evaluation mode, and its processor.
+
+    Raises:
+        ValueError: if the checkpoint cannot be found or is of another kind, or torch has no such device.
+    """
+    if device is None:
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        device = str(accelerator) if accelerator is not None else "cpu"
+    if device != "auto":
+        try:
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError) as error:  # an unknown device, and a torch built without CUDA
+            raise ValueError(
+                f"cannot use the device {device!r}: {first_line(error)}; name one that torch finds here, or leave "
+                "it out"
+            ) from error
+    if (os.path.isabs(checkpoint) or checkpoint.startswith(".")) and not os.path.isdir(checkpoint):
+        # transformers would take it for a Hub id and complain about its characters.
+        raise ValueError(f"there is no model folder {checkpoint!r}; check the path")
+    try:
+        processor = AutoProcessor.from_pretrained(checkpoint, trust_remote_code=trust_remote_code)
+        model = AutoModelForImageTextToText.from_pretrained(
+            checkpoint, dtype=dtype, device_map=device, trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"cannot load {checkpoint!r} as an image-text-to-text model on {device!r}: {first_line(error)}; give a "
+            "folder or Hub id that holds such a model and its processor"
+        ) from error
+    return model.eval(), processor
