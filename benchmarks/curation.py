@@ -40,6 +40,7 @@ from transformers_minigpt4.curation.generate import continue_answers, continue_i
 from transformers_minigpt4.curation.review_page import serve_review
 from transformers_minigpt4.curation.store import IMAGES, Project, Result
 from transformers_minigpt4.demo.run import build_model as build_demo_model
+from transformers_minigpt4.llm.types import ChatSettings
 
 
 SOURCE = "python:transformers_minigpt4.demo.curation_images:images"
@@ -137,7 +138,7 @@ def description(rng: random.Random) -> str:
 
 def described_project(folder: Path, pairs: int, repair: bool = False) -> Project:
     """A project whose pairs have texts; one file stands for all pictures."""
-    config = CurationConfig("imagefolder:x", "x", images=pairs, repair_model="x" if repair else None)
+    config = CurationConfig("imagefolder:x", "x", images=pairs, repair=ChatSettings("x") if repair else None)
     folder.mkdir()
     project = Project.create(folder, config)
     rng = random.Random(0)

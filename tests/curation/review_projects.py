@@ -7,12 +7,13 @@ from PIL import Image
 
 from transformers_minigpt4.curation.config import CurationConfig
 from transformers_minigpt4.curation.store import IMAGES, Project, Result, text_hash
+from transformers_minigpt4.llm.types import ChatSettings
 
 
 def make_project(folder: Path, texts: Sequence[tuple[str, str]], *, twice: float = 0.0, keys=None) -> Project:
     """A project in which the model wrote the first and the repair made the second text of each pair; all kept."""
     folder.mkdir(parents=True, exist_ok=True)
-    config = CurationConfig(source="imagefolder:x", checkpoint="x", repair_model="x", review_twice=twice)
+    config = CurationConfig(source="imagefolder:x", checkpoint="x", repair=ChatSettings("x"), review_twice=twice)
     project = Project.create(folder, config)
     keys = keys or [f"{number:05d}" for number in range(len(texts))]
     with open(folder / IMAGES / "first.png", "wb") as file:

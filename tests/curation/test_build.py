@@ -20,6 +20,7 @@ from transformers_minigpt4.curation.store import Project
 from transformers_minigpt4.hub.cards import Licence
 from transformers_minigpt4.hub.cc_sbu_align import read_cc_sbu_align
 from transformers_minigpt4.hub.publish import push_to_hub
+from transformers_minigpt4.llm.types import ChatSettings
 
 
 EDITED = 'A "new" text | with a bar,\nand a café. <b>'
@@ -85,7 +86,7 @@ def test_it_stands_alone(project):
 
 
 def test_the_card_tells_all(tmp_path):
-    settings = {"repair_model": "somebody/chat", "checkpoint": "/home/somebody/runs/stage1", "seed": 7}
+    settings = {"repair": ChatSettings("somebody/chat"), "checkpoint": "/home/somebody/runs/stage1", "seed": 7}
     with make_project(tmp_path / "project", [*TEXTS[:5], "Too short."], **settings) as project:
         from transformers_minigpt4.curation.store import Result
 

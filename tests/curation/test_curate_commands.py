@@ -5,14 +5,14 @@ import json
 from dataclasses import replace
 
 import pytest
-import yaml
 from PIL import Image
 from typer.testing import CliRunner
 
 from transformers_minigpt4.cli import app
 from transformers_minigpt4.curation.commands import COMMANDS
-from transformers_minigpt4.curation.config import CONFIG_FILE, CurationConfig, load_config
+from transformers_minigpt4.curation.config import CONFIG_FILE, CurationConfig, commented_yaml, load_config
 from transformers_minigpt4.curation.store import Project
+from transformers_minigpt4.llm.types import ChatSettings
 
 
 def minigpt4(*arguments):
@@ -64,11 +64,12 @@ def test_init_writes_every_setting_once(tmp_path):
     arguments = ("--source", "wds:x.tar", "--checkpoint", "a/b", "--images", 50, "--repair-model", "m")
     assert minigpt4("init", tmp_path, *arguments).exit_code == 0
     text = (tmp_path / CONFIG_FILE).read_text()
-    expected = CurationConfig("wds:x.tar", "a/b", images=50, repair_model="m")
+    expected = CurationConfig("wds:x.tar", "a/b", images=50, repair=ChatSettings("m"))
     assert load_config(tmp_path / CONFIG_FILE) == expected
     # With every default uncommented, it is the same configuration.
     whole = "\n".join(line.removeprefix("# ") for line in text.splitlines()[1:])
-    assert CurationConfig(**yaml.safe_load(whole)) == expected
+    (tmp_path / "whole.yaml").write_text(whole)
+    assert load_config(tmp_path / "whole.yaml") == expected
     assert "is there already; edit it" in fails("init", tmp_path, *arguments)
 
 
@@ -133,10 +134,15 @@ def test_what_goes_wrong_is_one_line(project, tmp_path):
     assert "no rule 'to_short'" in fails("run", project)
     (project / CONFIG_FILE).write_text(f"{settings}repair_model: m\nrepair_base_url: nowhere")
     assert "base_url is 'nowhere'" in fails("run", project)
+    (project / CONFIG_FILE).write_text(settings)
     with Project.open(project) as opened:
         assert not list(opened.pairs())  # told before the first step
-    (project / CONFIG_FILE).write_text("picture: 5")
-    assert "unknown keys picture" in fails("status", project)
+    assert "needs --repair-model" in fails("init", tmp_path / "new", *_SOURCE, "--repair-base-url", "http://x/v1")
+    (project / CONFIG_FILE).write_text("image: 5")
+    assert "unknown keys image" in fails("status", project)
+
+
+_SOURCE = ("--source", "wds:x.tar", "--checkpoint", "a/b")
 
 
 def _after_drawing(project, command):
@@ -159,10 +165,8 @@ def test_two_processes_on_one_project(project):
 def test_the_endpoint_is_down(project):
     write_good_texts(project)
     config = load_config(project / CONFIG_FILE)
-    down = replace(config, repair_model="m", repair_base_url="http://127.0.0.1:9/v1", repair_max_retries=0)
-    with open(project / CONFIG_FILE, "a") as file:
-        for name in ("repair_model", "repair_base_url", "repair_max_retries"):
-            file.write(yaml.safe_dump({name: getattr(down, name)}))
+    down = replace(config, repair=ChatSettings("m", "http://127.0.0.1:9/v1", max_retries=0))
+    (project / CONFIG_FILE).write_text(commented_yaml(down))
     assert "127.0.0.1:9" in fails("repair", project)
 
 

@@ -14,7 +14,7 @@ from transformers_minigpt4.curation.config import REPAIR_PROMPT, CurationConfig,
 from transformers_minigpt4.curation.repair import run_repair, used_so_far
 from transformers_minigpt4.curation.repair_checks import added_words, flags
 from transformers_minigpt4.curation.store import Project, Result
-from transformers_minigpt4.llm.types import BudgetExhausted, ChatError
+from transformers_minigpt4.llm.types import BudgetExhausted, ChatError, ChatSettings
 
 
 SOURCE = "The picture shows a large red circle. The picture shows a large red circle. It lies in the top left of"
@@ -33,17 +33,19 @@ def no_key(monkeypatch):
 
 
 def make_project(folder, endpoint: ScriptedEndpoint, texts: list[str], **settings) -> tuple[Project, CurationConfig]:
-    """A project whose model wrote these texts."""
-    settings = {"repair_max_retries": 0, "repair_timeout": 5.0, **settings}
-    config = CurationConfig(
-        source="somewhere", checkpoint="x", repair_model="m", repair_base_url=endpoint.base_url, **settings
-    )
+    """A project whose model wrote these texts; the settings are those of the model that repairs."""
+    settings = {"max_retries": 0, "timeout": 5.0, **settings}
+    config = CurationConfig("somewhere", "x", repair=ChatSettings("m", endpoint.base_url, **settings))
     folder.mkdir(exist_ok=True)
     project = Project.create(folder, config)
     rows = [(f"{n}", f"images/{n}.png", f"digest {n}", {"key": f"{n}"}) for n in range(len(texts))]
     project.add_pairs(rows, "somewhere")
     write(project, dict(enumerate(texts, start=1)))
     return project, config
+
+
+def changed(config: CurationConfig, **settings) -> CurationConfig:
+    return replace(config, repair=replace(config.repair, **settings))
 
 
 def write(project: Project, texts: dict[int, str]) -> None:
@@ -59,7 +61,7 @@ def test_texts_are_repaired_and_running_again_asks_nothing(tmp_path):
     texts = [SOURCE, REPAIRED, "", "A small blue star. A small blue star."]
     answers = {SOURCE: REPAIRED, REPAIRED: f'"{REPAIRED}"', texts[3]: "A small blue star."}
     with ScriptedEndpoint(lambda body: answers[text_of(body)]) as endpoint:
-        project, config = make_project(tmp_path / "p", endpoint, texts, repair_price_in=1.0, repair_price_out=2.0)
+        project, config = make_project(tmp_path / "p", endpoint, texts, price_in=1.0, price_out=2.0)
         summary = run_repair(project, config, progress=False)
         assert summary.outcomes == {"ok": 4} and summary.changed == 2 and summary.usage.requests == 3
         assert [text for _, text in project.texts("filter")] == [REPAIRED, REPAIRED, "", "A small blue star."]
@@ -80,7 +82,7 @@ def test_only_what_changed_is_asked_again(tmp_path):
         assert run_repair(project, config, progress=False).outcomes == {"ok": 1}
         assert len(endpoint.requests) == 6
         # Another address and a longer limit change no answer; another prompt does.
-        elsewhere = replace(config, repair_base_url=endpoint.base_url + "/", repair_max_tokens=2000)
+        elsewhere = changed(config, base_url=endpoint.base_url + "/", max_tokens=2000)
         assert run_repair(project, elsewhere, progress=False).outcomes == {}
         assert run_repair(project, replace(config, repair_prompt="Mend this."), progress=False).usage.requests == 5
         assert [result.settings for step, result in project.history(2) if step == "repair"] != []
@@ -115,7 +117,7 @@ def test_what_a_model_should_not_do_is_flagged_and_goes_on_to_review(tmp_path):
         assert len(list(project.texts("filter"))) == len(texts)
         # Raising the limit concerns those alone that it cut off.
         endpoint.respond = lambda body: REPAIRED
-        longer = run_repair(project, replace(config, repair_max_tokens=2048), progress=False)
+        longer = run_repair(project, changed(config, max_tokens=2048), progress=False)
         assert longer.outcomes == {"ok": 1} and results(project)[8].text == REPAIRED
 
 
@@ -139,7 +141,7 @@ def test_failed_texts_are_tried_again_and_do_not_go_on(tmp_path):
 
 def test_an_exhausted_budget_stops_and_keeps_what_is_done(tmp_path):
     texts = [f"A small star number {n}." for n in range(20)]
-    budget = {"repair_budget_tokens": 3000, "repair_max_tokens": 100, "repair_concurrency": 2}
+    budget = {"budget_tokens": 3000, "max_tokens": 100, "concurrency": 2}
     with ScriptedEndpoint(lambda body: Reply(text_of(body), prompt_tokens=400, completion_tokens=20)) as endpoint:
         project, config = make_project(tmp_path / "p", endpoint, texts, **budget)
         with pytest.raises(BudgetExhausted, match="raise repair_budget_tokens") as caught:
@@ -152,7 +154,7 @@ def test_an_exhausted_budget_stops_and_keeps_what_is_done(tmp_path):
         with pytest.raises(BudgetExhausted):
             run_repair(project, config, progress=False)
         assert len(endpoint.requests) == done
-        run_repair(project, replace(config, repair_budget_tokens=100_000), progress=False)
+        run_repair(project, changed(config, budget_tokens=100_000), progress=False)
         assert len(results(project)) == 20 == len(endpoint.requests)
 
 
@@ -172,7 +174,7 @@ def test_a_wrong_key_and_a_dead_endpoint_stop_in_one_line(tmp_path, monkeypatch)
 def test_a_kill_at_any_moment_loses_no_answer_that_was_paid_for(tmp_path):
     texts = [f"A small star number {n}." for n in range(60)]
     with ScriptedEndpoint(lambda body: Reply(text_of(body), delay=0.01)) as endpoint:
-        project, config = make_project(tmp_path / "p", endpoint, texts, repair_concurrency=3)
+        project, config = make_project(tmp_path / "p", endpoint, texts, concurrency=3)
         project.close()
 
         def work():
@@ -193,7 +195,7 @@ def test_a_kill_at_any_moment_loses_no_answer_that_was_paid_for(tmp_path):
         assert len(endpoint.requests) <= 60 + 3
         # What was in flight may be billed, so the next run has counted it in full.
         assert used_so_far(project).requests >= len(endpoint.requests)
-        assert used_so_far(project).completion_tokens > 3 * config.repair_max_tokens
+        assert used_so_far(project).completion_tokens > 3 * config.repair.max_tokens
         assert all(len([r for step, r in project.history(n) if step == "repair"]) == 1 for n in range(1, 61))
 
 
@@ -202,7 +204,7 @@ def test_a_local_model_repairs_too(tmp_path):
     with ScriptedEndpoint() as endpoint:
         project, config = make_project(tmp_path / "p", endpoint, ["A small star.", "A large ring."])
         model = save_chat_model(tmp_path / "model")
-        local = replace(config, repair_base_url=None, repair_model=model, repair_max_tokens=60)
+        local = changed(config, base_url=None, model=model, max_tokens=60)
         summary = run_repair(project, local, progress=False)
         assert not endpoint.requests
     assert summary.outcomes == {"flagged": 2} and summary.usage.requests == 2
@@ -223,7 +225,7 @@ def test_without_a_model_there_is_no_repair(tmp_path):
     with ScriptedEndpoint() as endpoint:
         project, config = make_project(tmp_path / "p", endpoint, ["A star."])
         with pytest.raises(CurationError, match="set repair_model in"):
-            run_repair(project, replace(config, repair_model=None), progress=False)
+            run_repair(project, replace(config, repair=None), progress=False)
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from transformers_minigpt4.curation.report import histogram, run_report, visible
 from transformers_minigpt4.curation.rules import RULES
 from transformers_minigpt4.curation.status import save_status_png, status_text
 from transformers_minigpt4.curation.store import Project, Result
+from transformers_minigpt4.llm.types import ChatSettings
 
 
 EVIL = (
@@ -63,7 +64,7 @@ def project(tmp_path_factory) -> Project:
     folder = tmp_path_factory.mktemp("report") / "my <project>"
     texts = [*TEXTS, TEXTS[0] + " again", TEXTS[1]]
     texts[2] = EVIL
-    with make_project(folder, texts, repair_model="somebody/chat") as project:
+    with make_project(folder, texts, repair=ChatSettings("somebody/chat")) as project:
         results = []
         for number, work in enumerate(project.pending("repair", "r")):
             facts = {"outcome": "ok", "text": work.text, "reason": ""}
@@ -126,7 +127,7 @@ class TestStatus:
         assert "There are no texts yet." in text and "Nothing has been dropped" in text
 
     def test_reasons_of_others_are_one_plain_line(self, tmp_path):
-        with make_project(tmp_path / "odd", TEXTS[:2], repair_model="x") as odd:
+        with make_project(tmp_path / "odd", TEXTS[:2], repair=ChatSettings("x")) as odd:
             reason = "broke\noff $\\frac{1}{2}$ \x1b[31m" + "x" * 200
             work = list(odd.pending("repair", "r"))
             odd.record("repair", [Result(one.pair.id, "r", one.input, "failed", reason) for one in work])

@@ -21,9 +21,10 @@ from transformers_minigpt4.curation.store import (
     erase_result,
     text_hash,
 )
+from transformers_minigpt4.llm.types import ChatSettings
 
 
-CONFIG = CurationConfig("imagefolder:somewhere", "checkpoint", repair_model="model")
+CONFIG = CurationConfig("imagefolder:somewhere", "checkpoint", repair=ChatSettings("model"))
 
 
 def make(folder, count=3, config=CONFIG):
@@ -117,7 +118,7 @@ def test_what_failed_is_tried_again_and_goes_no_further(tmp_path):
 
 
 def test_without_repair_the_filter_reads_the_description(tmp_path):
-    project = make(tmp_path, config=replace(CONFIG, repair_model=None))
+    project = make(tmp_path, config=replace(CONFIG, repair=None))
     run(project, "generate", say=lambda work: "raw")
     assert run(project, "filter", outcome="kept") == [1, 2, 3]
     assert [step.step for step in project.funnel().steps] == ["generate", "filter", "review"]
@@ -269,7 +270,7 @@ def test_other_schema_versions_are_told(tmp_path, version, age):
 def test_files_that_are_no_project(tmp_path):
     with pytest.raises(CurationError, match=r"holds no curation.sqlite yet; run `minigpt4 curate generate`"):
         Project.open(tmp_path, CONFIG)
-    with pytest.raises(CurationError, match=r"there is no .*curation.yaml; make a project"):
+    with pytest.raises(CurationError, match=r"there is no .*curation.yaml; create a project"):
         Project.open(tmp_path)
     (tmp_path / DATABASE).write_bytes(b"no database" * 100)
     with pytest.raises(CurationError, match="is damaged or no project"):
@@ -280,16 +281,22 @@ def test_files_that_are_no_project(tmp_path):
     ("text", "message"),
     [
         ("- a list", "holds no settings"),
-        ("source: [", "is no YAML"),
+        ("source: [", "is not YAML"),
         ("source: x", "lacks checkpoint"),
-        ("source: x\ncheckpoint: y\npicture: 5", "unknown keys picture; it may have source"),
-        ("source: x\ncheckpoint: y\npictures: many", "must be of type int"),
-        ("source: x\ncheckpoint: y\npictures: true", "must be of type int"),
-        ("source: x\ncheckpoint: y\npictures: 0", "set it to a whole number of 1 or more"),
+        ("source: x\ncheckpoint: y\nimage: 5", "unknown keys image; it may have source"),
+        ("source: x\ncheckpoint: y\nimages: many", "must be of type int"),
+        ("source: x\ncheckpoint: y\nimages: true", "must be of type int"),
+        ("source: x\ncheckpoint: y\nimages: 0", "set it to a whole number of 1 or more"),
         ("source: x\ncheckpoint: y\nseed: -1", "seed is -1"),
+        ("source: x\ncheckpoint: y\nrepair_timeout: soon", "repair_timeout is 'soon', but must be of type float"),
+        ("source: x\ncheckpoint: y\nrepair_model: m\nrepair_timeout: 0", "`repair_timeout` is 0.0; set it to"),
+        (
+            "source: x\ncheckpoint: y\nrepair_model: m\nrepair_budget_cost: 1",
+            "set repair_price_in and repair_pri",
+        ),
         ("source: x\ncheckpoint: y\nreview_twice: 2", "a share between 0 and 1"),
         ("source: x\ncheckpoint: ' '", "checkpoint is empty"),
-        ("source: x\ncheckpoint: y\ncontinue_prompt: <ImageHere>", "one picture, once"),
+        ("source: x\ncheckpoint: y\ncontinue_prompt: <ImageHere>", "one image, once"),
         ("source: x\ncheckpoint: y\nprompt: Describe it.", "write `continue_prompt: Continue`"),
     ],
 )
@@ -305,6 +312,6 @@ def test_good_settings(tmp_path):
     text = "source: x:y\ncheckpoint: z\nrules:\nrepair_timeout: 5\nrepair_model: m\ndevice: null\n"
     path.write_text(text)
     config = load_config(path)
-    assert (config.rules, config.repair_timeout, config.chat_settings().model) == ({}, 5, "m")
+    assert (config.rules, config.repair.timeout, config.repair.model) == ({}, 5, "m")
     path.write_text(f"{text}repair_temperature: 0\n")
     assert repair_digest(load_config(path)) == repair_digest(config)

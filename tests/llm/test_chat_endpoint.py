@@ -344,7 +344,7 @@ def test_stopping_early_waits_for_nobody():
         ({"timeout": 0}, "above 0"),
         ({"requests_per_minute": float("nan")}, "above 0"),
         ({"temperature": -1}, "0 or more"),
-        ({"model": ""}, "set model"),
+        ({"model": ""}, "set `model`"),
     ],
 )
 def test_settings_that_cannot_work(changes, words):
@@ -365,3 +365,18 @@ def test_a_conversation_of_another_form():
             with pytest.raises(ValueError, match="a conversation is a list"):
                 model.complete(wrong)
         assert not endpoint.requests
+
+
+def test_settings_from_flat_options():
+    options = {"judge_model": "m", "judge_timeout": 5, "judge_budget_tokens": None, "tasks": "all"}
+    assert ChatSettings.from_options(options, "judge_") == ChatSettings("m", timeout=5.0)
+    assert ChatSettings.from_options({**options, "judge_model": None}, "judge_") is None
+    for change, words in (
+        ({"judge_concurrency": 0}, "`judge_concurrency` is 0; set it to 1 or more"),
+        ({"judge_budget_cost": 1.0}, "judge_budget_cost needs prices; set judge_price_in and judge_price_out"),
+        ({"judge_max_tokens": "many"}, "judge_max_tokens is 'many', but must be of type int"),
+        ({"judge_max_tokens": True}, "judge_max_tokens is True, but must be of type int"),
+        ({"judge_model": ""}, "set `judge_model` to its name at the endpoint"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            ChatSettings.from_options({**options, **change}, "judge_")

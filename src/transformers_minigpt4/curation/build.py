@@ -247,8 +247,8 @@ def run_info(
     prompts = {"description": config.prompt}
     if config.continue_below:
         prompts[f"second turn, after an answer of {config.continue_below} tokens or fewer"] = config.continue_prompt
-    if config.repair_model is not None:
-        models["repair"] = _public_name(config.repair_model)
+    if config.repair is not None:
+        models["repair"] = _public_name(config.repair.model)
         prompts["repair"] = config.repair_prompt
     return {
         "source": _public_source(config.source),

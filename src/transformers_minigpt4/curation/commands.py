@@ -3,9 +3,8 @@
 import contextlib
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -41,21 +40,24 @@ def init(
     """
     Make a project: a folder with curation.yaml, which holds every setting, to be edited before the first step.
     """
-    from .config import CONFIG_FILE, CurationConfig
+    from transformers_minigpt4.llm.types import ChatSettings
 
+    from .config import CONFIG_FILE, CurationConfig, commented_yaml
+
+    if repair_base_url is not None and repair_model is None:
+        raise ValueError("--repair-base-url needs --repair-model, the model's name at that endpoint")
     config = CurationConfig(
         source=_absolute(source),
         checkpoint=_absolute(checkpoint),
         images=images,
         seed=seed,
-        repair_model=repair_model,
-        repair_base_url=repair_base_url,
+        repair=ChatSettings(repair_model, repair_base_url) if repair_model is not None else None,
     )
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / CONFIG_FILE
     try:
         with open(path, "x", encoding="utf-8") as file:
-            file.write(_commented_yaml(config))
+            file.write(commented_yaml(config))
     except FileExistsError:
         raise ValueError(f"{path} is there already; edit it, or choose another folder") from None
     typer.echo(f"settings in {path}; edit them, then: minigpt4 curate run {folder}")
@@ -255,22 +257,6 @@ def _opened(where: Path, create: bool = False) -> Iterator["Project"]:
 def _absolute(name: str) -> str:
     """A folder's full path, so that the project works from any folder; all else, such as a Hub id, as it is."""
     return os.path.abspath(name) if os.path.isdir(name) else name
-
-
-def _commented_yaml(config: Any) -> str:
-    """Settings that differ from the defaults, and behind `#` all others with theirs."""
-    import yaml
-
-    def line(name: str, value: Any) -> str:
-        text = yaml.safe_dump({name: value}, allow_unicode=True, width=10_000, sort_keys=False)
-        return text.strip()
-
-    lines = ["# Settings of a curation project; docs/guides/curate.md explains them. Those behind # are the defaults."]
-    for part in fields(config):
-        value = getattr(config, part.name)
-        default = part.default_factory() if callable(part.default_factory) else part.default
-        lines.append(line(part.name, value) if value != default else f"# {line(part.name, value)}")
-    return "\n".join(lines) + "\n"
 
 
 def _export(project: "Project", path: Path, reviewer: str | None) -> None:

@@ -2,17 +2,19 @@
 
 import hashlib
 import json
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterator
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from transformers_minigpt4.llm.types import ChatSettings
+from transformers_minigpt4.utils.settings import field_values
+from transformers_minigpt4.utils.text import first_line
 
-if TYPE_CHECKING:
-    from transformers_minigpt4.llm.types import ChatSettings
 
 CONFIG_FILE = "curation.yaml"
+REPAIR = "repair_"  # before the names of the fields of `CurationConfig.repair`
 
 # The paper's section 3.2, to the letter: no space behind `</Img>`, none behind `Assistant:`.
 PROMPT = (
@@ -28,35 +30,35 @@ REPAIR_PROMPT = (
 
 
 class CurationError(ValueError):
-    """A project or step that cannot go on; the message says what was given, why it fails and what to do."""
+    """A project or step that cannot continue; the message says what was given, why it fails and what to do."""
 
 
 @dataclass(frozen=True)
 class CurationConfig:
     """
-    What a project is made of. Every field is a key of `curation.yaml`.
+    What a project is made of. Every field is a key of `curation.yaml`, except that `repair` is flat there.
 
     Args:
-        source: Where pictures come from: `KIND:PATH` as in docs/reference/formats.md, a folder of pictures, or
-            `python:MODULE:FUNCTION`, called with the number of pictures and the seed, giving rows with `image`.
+        source: Where images come from: `KIND:PATH` as in docs/data.md, a folder of images, or
+            `python:MODULE:FUNCTION`, called with the number of images and the seed, giving rows with `image`.
         checkpoint: Folder or Hub id of the model that describes them.
-        images: How many are drawn; the paper has 5,000.
-        seed: Draws the pictures, and the answers where `do_sample` is set.
-        prompt: First turn. With `<ImageHere>` it is the whole text that the model sees; without, one user turn
+        images: How many are sampled; the paper has 5,000.
+        seed: Samples the images, and the answers where `do_sample` is set.
+        prompt: First turn. With `<ImageHere>` it is the complete text that the model sees; without, one user turn
             for the processor's own chat template.
-        continue_prompt: Second turn, in the same form.
+        continue_prompt: Second turn, in the same format.
         continue_below: An answer of at most so many tokens gets the second turn; 0 for never.
         max_new_tokens: Longest answer of a turn, in tokens.
-        do_sample: Whether answers are drawn as the checkpoint's generation config says, or the likeliest words.
-        batch_size: Pictures that go through the model at once.
+        do_sample: Whether answers are sampled as the checkpoint's generation config says, or decoded greedily.
+        batch_size: Images that go through the model at once.
         dtype: As in `minigpt4 describe`; `auto` as the checkpoint is stored.
         device: Such as `cuda:1`; by default the first accelerator, else the CPU.
         trust_remote_code: Whether code that comes with the checkpoint may run.
-        repair_model: Language model that repairs; without one there is no repair. The keys `repair_*` up to
-            `repair_api_key_env` are those of `chat.ChatSettings`.
+        repair: Language model that repairs; without one there is no repair. In `curation.yaml` each of its fields is
+            a key: `repair_model`, `repair_base_url` and so on.
         repair_prompt: What it is asked; the paper's by default.
         rules: Changes to the filter's rules: `{rule: {parameter: value}}`, or `{rule: false}` to leave one out.
-        review_twice: Share of pairs that two reviewers see, for the figure of agreement.
+        review_twice: Share of pairs that two reviewers see, to measure their agreement.
         build_unreviewed: Whether `build` also takes what the filter kept and nobody has reviewed.
     """
 
@@ -73,21 +75,9 @@ class CurationConfig:
     dtype: str = "auto"
     device: str | None = None
     trust_remote_code: bool = False
-    repair_model: str | None = None
-    repair_base_url: str | None = None
-    repair_concurrency: int = 8
-    repair_requests_per_minute: float | None = None
-    repair_timeout: float = 60.0
-    repair_max_retries: int = 5
-    repair_temperature: float = 0.0
-    repair_max_tokens: int = 1024
-    repair_budget_tokens: int | None = None
-    repair_budget_cost: float | None = None
-    repair_price_in: float | None = None
-    repair_price_out: float | None = None
-    repair_api_key_env: str = "OPENAI_API_KEY"
+    repair: ChatSettings | None = None
     repair_prompt: str = REPAIR_PROMPT
-    rules: dict = field(default_factory=dict)
+    rules: dict[str, object] = field(default_factory=dict)
     review_twice: float = 0.1
     build_unreviewed: bool = False
 
@@ -106,7 +96,7 @@ class CurationConfig:
         if not isinstance(self.rules, dict):
             raise CurationError(f"rules is {self.rules!r:.80}; write it as `rules: {{rule: {{parameter: value}}}}`")
         if ("<ImageHere>" in self.continue_prompt) or self.prompt.count("<ImageHere>") > 1:
-            raise CurationError("the prompt shows one picture, once: write <ImageHere> in `prompt` alone, and once")
+            raise CurationError("the prompt shows one image, once: write <ImageHere> in `prompt` alone, and once")
         if "<ImageHere>" not in self.prompt and "###" in self.continue_prompt:
             raise CurationError(
                 "`prompt` is a plain question, so the chat template frames it; write `continue_prompt: Continue` too"
@@ -115,22 +105,18 @@ class CurationConfig:
     @property
     def repairs(self) -> bool:
         """Whether a language model repairs the texts."""
-        return self.repair_model is not None
+        return self.repair is not None
 
-    def chat_settings(self) -> "ChatSettings":
+    def chat_settings(self) -> ChatSettings:
         """
         The settings of the model that repairs.
 
         Raises:
             CurationError: when no model is named.
-            ValueError: for settings that cannot work.
         """
-        from transformers_minigpt4.llm.types import ChatSettings
-
-        if self.repair_model is None:
-            raise CurationError(f"no model repairs: set repair_model in {CONFIG_FILE}, or leave the step out")
-        names = [part.name for part in fields(ChatSettings)]
-        return ChatSettings(**{name: getattr(self, f"repair_{name}") for name in names})
+        if self.repair is None:
+            raise CurationError(f"no model repairs: set {REPAIR}model in {CONFIG_FILE}, or leave the step out")
+        return self.repair
 
 
 def load_config(path: Path) -> CurationConfig:
@@ -138,42 +124,59 @@ def load_config(path: Path) -> CurationConfig:
     Reads `curation.yaml`.
 
     Raises:
-        CurationError: for a file that is missing or no YAML, and for unknown keys or values that cannot work.
+        CurationError: for a file that is missing or not YAML, and for unknown keys or values that cannot work.
     """
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CurationError(
-            f"there is no {path}; make a project with `minigpt4 curate init {path.parent} --source … --checkpoint …`"
+            f"there is no {path}; create a project with `minigpt4 curate init {path.parent} --source … --checkpoint …`"
         ) from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise CurationError(f"{path} is no YAML: {str(error).splitlines()[0]}") from error
+        raise CurationError(f"{path} is not YAML: {first_line(error)}") from error
     if not isinstance(values, dict):
         raise CurationError(f"{path} holds no settings; write lines such as `images: 5000`")
-    known = {part.name: part for part in fields(CurationConfig)}
+    known = [name for name, _, _ in _flat()]
     if unknown := [str(key) for key in values if key not in known]:
         raise CurationError(f"{path} has unknown keys {', '.join(unknown)}; it may have {', '.join(known)}")
     if missing := [name for name in ("source", "checkpoint") if name not in values]:
         raise CurationError(f"{path} lacks {' and '.join(missing)}")
     if values.get("rules", "") is None:  # `rules:` with nothing behind it
         del values["rules"]
-    for name, part in known.items():
-        if name in values:
-            values[name] = _checked(path, name, values[name], part.type)
-    return CurationConfig(**values)
+    try:
+        return CurationConfig(**field_values(CurationConfig, values), repair=ChatSettings.from_options(values, REPAIR))
+    except CurationError:
+        raise
+    except ValueError as error:
+        raise CurationError(f"{path}: {error}") from error
 
 
-def _checked(path: Path, name: str, value: Any, kind: Any) -> Any:
-    """A value of one of the fields' plain types; YAML reads `1e-3` as text and `no` as false."""
-    if value is None and isinstance(None, kind):
-        return None
-    whole = isinstance(value, int) and isinstance(1.0, kind)
-    if not (whole or isinstance(value, kind)) or (isinstance(value, bool) and kind is not bool):
-        wanted = getattr(kind, "__name__", str(kind).replace(" | None", ""))
-        raise CurationError(f"{name} in {path} is {value!r:.80}, but must be of type {wanted}")
-    return float(value) if whole else value  # 0 and 0.0 are one setting, for the digests too
+def commented_yaml(config: CurationConfig) -> str:
+    """The content of a `curation.yaml`: settings that differ from the defaults, and all others as comments."""
+
+    def line(name: str, value: object) -> str:
+        text = yaml.safe_dump({name: value}, allow_unicode=True, width=10_000, sort_keys=False)
+        return str(text).strip()
+
+    lines = ["# Settings of a curation project; docs/guides/curate.md explains them. The commented ones are defaults."]
+    for name, value, default in _flat(config):
+        lines.append(line(name, value) if value != default else f"# {line(name, value)}")
+    return "\n".join(lines) + "\n"
 
 
-def settings_hash(*parts: Any) -> str:
+def _flat(config: CurationConfig | None = None) -> Iterator[tuple[str, object, object]]:
+    """The keys of `curation.yaml`, each with its value in a configuration and its default (`None` without one)."""
+    repair = getattr(config, "repair", None)
+    for part in fields(CurationConfig):
+        if part.name == "repair":
+            for own in fields(ChatSettings):
+                default = None if own.default is MISSING else own.default
+                yield REPAIR + own.name, getattr(repair, own.name, default), default
+        else:
+            default = part.default_factory() if callable(part.default_factory) else part.default
+            yield part.name, getattr(config, part.name, default), default
+
+
+def settings_hash(*parts: object) -> str:
     """A short digest of what a step depends on: prompts, models, parameters, as plain JSON values."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]

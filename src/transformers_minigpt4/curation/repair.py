@@ -5,14 +5,14 @@ import re
 import sqlite3
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 from transformers_minigpt4.llm.client import ChatModel
 from transformers_minigpt4.llm.opening import open_chat_model
-from transformers_minigpt4.llm.types import BudgetExhausted, ChatAnswer, ChatError, ChatSettings, Usage
+from transformers_minigpt4.llm.types import BudgetExhausted, ChatAnswer, ChatError, Usage, prefixed
 
-from .config import CONFIG_FILE, CurationConfig, settings_hash
+from .config import CONFIG_FILE, REPAIR, CurationConfig, settings_hash
 from .progress import bar
 from .repair_checks import VERSION, flags
 from .store import Project, Result, Work, now, write_results
@@ -24,8 +24,6 @@ OK, FLAGGED, FAILED = "ok", "flagged", "failed"
 _CUT_OFF = "cut off"
 _IN_FLIGHT = "repair in flight"  # in the project's `meta` while a run is on
 _TEMPLATE_TOKENS = 100  # of a chat template around a request, generously
-# Settings of the model under their names in the project's file, for errors that tell which one to change.
-_SETTING = re.compile(rf"\b({'|'.join(part.name for part in fields(ChatSettings) if '_' in part.name)})\b")
 _QUOTED = re.compile(r'^(["“])(.*)(["”])$', re.DOTALL)
 
 
@@ -112,7 +110,8 @@ def repair_digest(config: CurationConfig) -> str:
     Not with the address of the endpoint, which may move, nor with the longest answer, which matters only for those
     that it cut off.
     """
-    return settings_hash(STEP, VERSION, config.repair_model, config.repair_prompt, config.repair_temperature)
+    settings = config.chat_settings()
+    return settings_hash(STEP, VERSION, settings.model, config.repair_prompt, settings.temperature)
 
 
 def used_so_far(project: Project) -> Usage:
@@ -146,7 +145,7 @@ def _works(project: Project, config: CurationConfig, digest: str) -> Iterator[Wo
         for pair, result in project.current(STEP)
         if result.settings == digest
         and _CUT_OFF in result.details.get("flags", ())
-        and result.details["max_tokens"] < config.repair_max_tokens
+        and result.details["max_tokens"] < config.chat_settings().max_tokens
     }
     if short:
         yield from (Work(pair, text, short[pair.id].input) for pair, text in project.texts(STEP) if pair.id in short)
@@ -208,7 +207,7 @@ class _Run:
         found: dict[str, str] = {}
         if isinstance(answer, ChatError):
             if answer.answer is None or not answer.answer.text:
-                why = {"model": self.model.name, "error": _renamed(str(answer))}
+                why = {"model": self.model.name, "error": prefixed(str(answer), REPAIR)}
                 return Result(work.pair.id, self.digest, work.input, FAILED, answer.kind, None, why)
             found[_CUT_OFF] = f"at {answer.answer.completion_tokens} tokens"
             answer = answer.answer
@@ -216,7 +215,7 @@ class _Run:
         found |= flags(work.text, text, self.config.repair_prompt)
         details = {
             "model": self.model.name,
-            "max_tokens": self.config.repair_max_tokens,
+            "max_tokens": self.model.settings.max_tokens,
             "prompt_tokens": answer.prompt_tokens,
             "completion_tokens": answer.completion_tokens,
             "cost": answer.cost,
@@ -268,14 +267,9 @@ def _unquoted(text: str, source: str) -> str:
     return text
 
 
-def _renamed(message: str) -> str:
-    """A message of the chat model with the names that its settings have in the project's file."""
-    return _SETTING.sub(r"repair_\1", message)
-
-
 def _explained(error: ChatError, done: int, left: int) -> ChatError:
     kept = f"the {done} texts of this run are kept and {left} wait" if done else f"{left} texts wait"
-    message = f"{_renamed(str(error))} (settings in {CONFIG_FILE}; {kept}: run the same command again)"
+    message = f"{prefixed(str(error), REPAIR)} (settings in {CONFIG_FILE}; {kept}: run the same command again)"
     if error.kind == "budget":
         return BudgetExhausted(message)
     return ChatError(error.kind, message, fatal=True)

@@ -104,7 +104,7 @@ def _facts(project: Project, config: CurationConfig) -> dict[str, Any]:
         "made": now()[:16].replace("T", " ") + " UTC",
         "source": config.source,
         "checkpoint": config.checkpoint,
-        "repair_model": config.repair_model,
+        "repair_model": config.repair.model if config.repair is not None else None,
         "funnel": rows,
         "charts": list(_charts(project)),
         "rules": rules,

@@ -32,8 +32,6 @@ def run_all(
 
     # What only a later step reads is better told before hours of describing.
     project_rules(config)
-    if config.repairs:
-        config.chat_settings()
     say(str(run_generate(project, config, progress)))
     if config.repairs:
         say(str(run_repair(project, config, progress)))

@@ -1,8 +1,12 @@
-"""The words of the contract between chat models and their callers: settings, answers, errors, usage."""
+"""What chat models and their callers exchange: settings, messages, answers, errors, usage."""
 
 import math
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from urllib.parse import urlsplit
+
+from transformers_minigpt4.utils.settings import field_names, field_values
 
 
 Message = dict[str, str]  # {"role": "system", "user" or "assistant", "content": text}
@@ -16,7 +20,7 @@ KINDS = {
     "down": "nothing answers at the address",
     "empty": "an answer without text",
     "filtered": "the endpoint's content filter held the answer back",
-    "garbage": "an answer that is no chat completion: a web page, broken JSON, JSON of another form",
+    "garbage": "an answer that is not a chat completion: a web page, broken JSON, JSON of another shape",
     "missing": "a package that is not installed",
     "not_found": "the endpoint knows no such address or model",
     "quota": "the account's own quota is used up",
@@ -93,18 +97,20 @@ class ChatSettings:
 
     def __post_init__(self) -> None:
         if not self.model:
-            raise ValueError("no chat model is named; set model to its name at the endpoint, or to a folder or Hub id")
+            raise ValueError(
+                "no chat model is named; set `model` to its name at the endpoint, or to a folder or Hub id"
+            )
         for name, least in (("concurrency", 1), ("max_retries", 0), ("max_tokens", 1)):
             if getattr(self, name) < least:
-                raise ValueError(f"{name} is {getattr(self, name)}; set it to {least} or more")
+                raise ValueError(f"`{name}` is {getattr(self, name)}; set it to {least} or more")
         for name in ("timeout", "requests_per_minute"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
-                raise ValueError(f"{name} is {value}; set it to a number above 0")
+                raise ValueError(f"`{name}` is {value}; set it to a number above 0")
         for name in ("temperature", "budget_tokens", "budget_cost", "price_in", "price_out"):
             value = getattr(self, name)
             if value is not None and not 0 <= value < math.inf:
-                raise ValueError(f"{name} is {value}; set it to 0 or more")
+                raise ValueError(f"`{name}` is {value}; set it to 0 or more")
         if self.budget_cost is not None and (self.price_in is None or self.price_out is None):
             raise ValueError("budget_cost needs prices; set price_in and price_out, per million tokens")
         if self.base_url is not None:
@@ -121,6 +127,30 @@ class ChatSettings:
     def cost(self, prompt_tokens: int, completion_tokens: int) -> float:
         """The price of so many tokens; 0 without prices."""
         return (prompt_tokens * (self.price_in or 0.0) + completion_tokens * (self.price_out or 0.0)) / 1e6
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, object], prefix: str) -> "ChatSettings | None":
+        """
+        Settings from flat options such as `judge_model`, `judge_base_url` and `judge_max_tokens`.
+
+        Args:
+            options: Values by name: `prefix` and a field of this class. Other names are ignored.
+            prefix: What the names begin with, such as `"judge_"`.
+
+        Returns:
+            `None` where the options name no model; they are checked all the same.
+
+        Raises:
+            ValueError: for settings that cannot work; the message calls them by the options' names.
+        """
+        model = f"{prefix}model"
+        values = field_values(cls, {k: v for k, v in options.items() if k != model or v is not None}, prefix)
+        if "model" not in values:
+            return None
+        try:
+            return cls(**values)
+        except ValueError as error:
+            raise ValueError(prefixed(str(error), prefix)) from error
 
 
 @dataclass(frozen=True)
@@ -169,9 +199,17 @@ class Usage:
         )
 
 
+def prefixed(message: str, prefix: str) -> str:
+    """A message about settings, with the names that these have as flat options (`ChatSettings.from_options`)."""
+    names = field_names(ChatSettings)
+    long, short = ("|".join(name for name in names if ("_" in name) == has) for has in (True, False))
+    # `model` and `timeout` are words of English too, so they must stand in backticks.
+    return re.sub(rf"\b({long})\b|(?<=`)({short})(?=`)", lambda match: prefix + match[0], message)
+
+
 def checked_messages(messages: list[Message]) -> list[Message]:
     """
-    A conversation in the form that every model takes; half surrogate pairs, which UTF-8 cannot write, become `?`.
+    A conversation as every model takes it; half surrogate pairs, which UTF-8 cannot encode, become `?`.
 
     Raises:
         ValueError: for anything but a list of `{"role", "content"}` with text.
