@@ -1,5 +1,6 @@
 """Checks the `minigpt4` command: output, exit status, one-line errors, resume, and being stopped or killed."""
 
+import contextlib
 import json
 import os
 import signal
@@ -7,10 +8,12 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
 from PIL import Image
+from processes import program
 from transformers import GenerationConfig
 from transformers.utils import logging as transformers_logging
 from typer.testing import CliRunner, Result
@@ -156,7 +159,7 @@ class TestErrors:
 
     def test_folder_without_pictures(self, tmp_path):
         (tmp_path / "empty").mkdir()
-        assert "holds no picture" in self.one_line("describe", tmp_path / "empty")
+        assert "holds no image" in self.one_line("describe", tmp_path / "empty")
 
     def test_empty_list(self):
         assert "list of pictures is empty" in self.one_line("describe", "-", stdin="\n")
@@ -209,12 +212,10 @@ class TestResume:
 class TestProcess:
     """The command as a process of its own."""
 
-    def start(self, *arguments: str | Path, home: Path) -> subprocess.Popen:
+    def start(self, *arguments: str | Path, home: Path) -> AbstractContextManager[subprocess.Popen]:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HOME": str(home), "HF_HUB_OFFLINE": "1"}
         command = [sys.executable, "-m", "transformers_minigpt4.cli", *(str(argument) for argument in arguments)]
-        return subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8", env=environment
-        )
+        return program(command, env=environment)
 
     def stop_midway(self, process: subprocess.Popen, output: Path, by: signal.Signals) -> str:
         """Send a signal when two captions are on disk; returns what the process said on stderr."""
@@ -228,17 +229,18 @@ class TestProcess:
 
     def test_nothing_but_the_answer_is_printed(self, tiny_checkpoint, folder, tmp_path):
         command = ("describe", folder / "0.png", "--model", tiny_checkpoint, "--max-new-tokens", 10)
-        process = self.start(*command, home=tmp_path)
-        stdout, stderr = process.communicate(timeout=120)
+        with self.start(*command, home=tmp_path) as process:
+            stdout, stderr = process.communicate(timeout=120)
         assert (process.returncode, stderr) == (0, "")
         assert stdout == minigpt4(*command).stdout
 
     @pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
     def test_interrupt_does_not_wait_for_a_hanging_download(self, tiny_checkpoint, folder, tmp_path):
-        with socket.create_server(("127.0.0.1", 0)) as silent:
+        with contextlib.ExitStack() as stack:
+            silent = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
             url = f"http://127.0.0.1:{silent.getsockname()[1]}/a.png"
             command = ("describe", folder / "0.png", url, "--model", tiny_checkpoint, "--max-new-tokens", 2)
-            process = self.start(*command, "--batch-size", 1, home=tmp_path)
+            process = stack.enter_context(self.start(*command, "--batch-size", 1, home=tmp_path))
             assert process.stdout.readline().startswith("{")
             started = time.monotonic()
             process.send_signal(signal.SIGINT)
@@ -253,7 +255,8 @@ class TestProcess:
             Image.new("RGB", (50, 40), (10 * number, 200, 100)).save(folder / f"{number}.png")
         stopped, whole = tmp_path / "stopped.jsonl", tmp_path / "whole.jsonl"
         command = ("describe", folder, "--model", tiny_checkpoint, "--max-new-tokens", 40, "--batch-size", 2)
-        stderr = self.stop_midway(process := self.start(*command, "--output", stopped, home=tmp_path), stopped, by)
+        with self.start(*command, "--output", stopped, home=tmp_path) as process:
+            stderr = self.stop_midway(process, stopped, by)
         if by == signal.SIGINT:
             assert process.returncode == 130
             assert stderr.startswith("minigpt4: stopped after") and stderr.count("\n") == 1

@@ -2,13 +2,13 @@
 
 import json
 import signal
-import subprocess
 import sys
 import threading
 import urllib.error
 import urllib.request
 
 import pytest
+from processes import program
 
 from transformers_minigpt4.demo import endpoint
 from transformers_minigpt4.demo.endpoint import MODEL, NOTICE, make_server, repair
@@ -99,11 +99,11 @@ def test_a_port_that_is_taken(base_url):
 def test_the_command_prints_its_address_and_ends_with_ctrl_c():
     # As a file: it needs the standard library alone, and the package would bring torch.
     command = [sys.executable, endpoint.__file__, "--port", "0"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    address = process.stdout.readline().split()[0]
-    assert process.stdout.readline().strip() == NOTICE
-    with urllib.request.urlopen(f"{address}/models") as response:
-        assert response.status == 200
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=30)
+    with program(command) as process:
+        address = process.stdout.readline().split()[0]
+        assert process.stdout.readline().strip() == NOTICE
+        with urllib.request.urlopen(f"{address}/models") as response:
+            assert response.status == 200
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=30)
     assert process.returncode == 0 and "Traceback" not in errors

@@ -17,6 +17,7 @@ import torch
 import typer
 from hub_server import TOKEN, Blob, Fault, HubServer
 from PIL import Image
+from processes import program
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from typer.testing import CliRunner
@@ -253,20 +254,15 @@ class TestFaults:
         save_file({"another": torch.ones(300, 300)}, checkpoint / "another.safetensors")
         hub.faults.append(Fault("PUT", "/lfs/", lambda: None))
         hub.faults.append(Fault("PUT", "/lfs/", "hang"))
-        process = subprocess.Popen(
-            [sys.executable, "-c", COMMAND, str(checkpoint), REPO, "--license", "mit"],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=environment(hub, tmp_path / "home", HF_TOKEN=TOKEN),
-        )
-        deadline = time.monotonic() + 60
-        while not (hub.uploads and sum(method == "PUT" for method, _ in hub.requests) == 2):
-            assert process.poll() is None, process.communicate()[1]
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
-        process.send_signal(by)
-        stderr = process.communicate(timeout=60)[1]
+        command = [sys.executable, "-c", COMMAND, str(checkpoint), REPO, "--license", "mit"]
+        with program(command, env=environment(hub, tmp_path / "home", HF_TOKEN=TOKEN)) as process:
+            deadline = time.monotonic() + 60
+            while not (hub.uploads and sum(method == "PUT" for method, _ in hub.requests) == 2):
+                assert process.poll() is None, process.communicate()[1]
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
+            process.send_signal(by)
+            stderr = process.communicate(timeout=60)[1]
         if by == signal.SIGINT:
             assert process.returncode == 130 and "run the same command again to go on" in stderr
         assert contents(hub) == {} and len(hub.uploads) == 1

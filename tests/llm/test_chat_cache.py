@@ -1,11 +1,13 @@
 """Answers on disk: running again costs nothing, and two processes share one file."""
 
+import contextlib
 import sqlite3
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from processes import program
 from scripted_endpoint import Reply, ScriptedEndpoint, user_text
 
 from transformers_minigpt4 import llm
@@ -79,16 +81,16 @@ def test_failures_are_asked_again_and_answers_cut_off_are_not(tmp_path):
 
 def test_two_processes_share_one_file(tmp_path):
     command = [sys.executable, "-c", WRITER, str(Path(llm.__file__).parent), str(tmp_path / "answers")]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    processes = [subprocess.Popen([*command, name], **pipes) for name in "ab"]
-    for process in processes:
-        assert process.stdout.readline() == "ready\n", process.stderr.read()
-    for process in processes:
-        process.stdin.write("\n")
-        process.stdin.flush()
-    for process in processes:
-        _, errors = process.communicate(timeout=60)
-        assert process.returncode == 0, errors
+    with contextlib.ExitStack() as stack:
+        processes = [stack.enter_context(program([*command, name], stdin=subprocess.PIPE)) for name in "ab"]
+        for process in processes:
+            assert process.stdout.readline() == "ready\n", process.stderr.read()
+        for process in processes:
+            process.stdin.write("\n")
+            process.stdin.flush()
+        for process in processes:
+            _, errors = process.communicate(timeout=60)
+            assert process.returncode == 0, errors
     cache = AnswerCache(tmp_path / "answers")
     assert all(cache.get(f"{name} {number}").text == "own" for name in "ab" for number in range(200))
     cache.close()

@@ -2,12 +2,11 @@
 
 import json
 import os
-import signal
-import subprocess
 import sys
 import time
 
 import pytest
+from processes import program
 
 from transformers_minigpt4.utils.files import (
     JsonLinesWriter,
@@ -143,15 +142,11 @@ class TestFolderLock:
 
     @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
     def test_a_killed_process_frees_it_although_its_children_live(self, tmp_path):
-        holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE, text=True)
-        try:
+        with program([sys.executable, "-c", HOLDER, str(tmp_path)], stderr=None) as holder:
             assert holder.stdout.readline() == "held\n"
             second = folder_lock(tmp_path, "taken by {owner}")
             with pytest.raises(RuntimeError, match=f"taken by process {holder.pid}"), second:
                 pass
-        finally:
-            holder.send_signal(signal.SIGKILL)
-            holder.wait()
         start = time.monotonic()
         with folder_lock(tmp_path, "taken by {owner}"):
             assert time.monotonic() - start < 10
