@@ -20,7 +20,7 @@ from transformers_minigpt4.curation.review import (
 from transformers_minigpt4.curation.review_diff import mark_differences
 from transformers_minigpt4.curation.review_files import FIELDS, export_pairs, import_decisions
 from transformers_minigpt4.curation.store import Project
-from transformers_minigpt4.web.pages import escape
+from transformers_minigpt4.web.html import escape
 
 
 TEXTS = [(f"The the picture {i} is red.", f"The picture {i} is red.") for i in range(6)]

@@ -11,7 +11,7 @@ from review_projects import make_project
 
 from transformers_minigpt4.curation.review import ReviewQueue
 from transformers_minigpt4.curation.review_page import Reviewing, serve_review
-from transformers_minigpt4.web.pages import import_gradio
+from transformers_minigpt4.web.server import import_gradio
 
 
 PAIRS = 5000

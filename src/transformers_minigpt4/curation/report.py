@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from transformers_minigpt4.processing.image_utils_minigpt4 import ImageLoadError, load_image
-from transformers_minigpt4.web.pages import is_hidden
+from transformers_minigpt4.web.html import is_hidden
 
 from .config import CurationConfig
 from .filter import project_rules

@@ -21,7 +21,7 @@ from hashlib import sha256
 from time import time
 from typing import Any, Literal
 
-from transformers_minigpt4.web.pages import person_name
+from transformers_minigpt4.web.html import person_name
 
 from .config import CurationError
 from .store import IMAGES, Project, Result, erase_result, incoming, now, plain_errors, write_results

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from transformers_minigpt4.utils.files import to_json
-from transformers_minigpt4.web.pages import person_name
+from transformers_minigpt4.web.html import person_name
 
 from .config import CurationError
 from .review import ReviewQueue, add_decision, check_action, live_decision, same_text, take_back

@@ -3,16 +3,8 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from transformers_minigpt4.web.pages import (
-    LOCAL_HOSTS,
-    PageServer,
-    escape,
-    image_html,
-    import_gradio,
-    new_page,
-    person_name,
-    serve,
-)
+from transformers_minigpt4.web.html import escape, image_html, person_name
+from transformers_minigpt4.web.server import LOCAL_HOSTS, PageServer, import_gradio, new_page, serve
 
 from .config import CurationError
 from .review import Progress, ReviewPair, ReviewQueue, same_text

@@ -102,7 +102,7 @@ class Sheet:
 
     def decide_all(self, person: str, decisions: Iterable[tuple[str, bool]]) -> None:
         """Write several decisions at once; all of them or none, see [`decide`]."""
-        from transformers_minigpt4.web.pages import person_name
+        from transformers_minigpt4.web.html import person_name
 
         name, at = person_name(person), datetime.now(UTC).isoformat(timespec="seconds")
         rows = [

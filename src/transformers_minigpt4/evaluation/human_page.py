@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from transformers_minigpt4.web.pages import PageServer, escape, image_html, import_gradio, new_page, person_name, serve
+from transformers_minigpt4.web.html import escape, image_html, person_name
+from transformers_minigpt4.web.server import PageServer, import_gradio, new_page, serve
 
 from .human_judging import IMAGES, Item, Sheet
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from transformers_minigpt4.web.pages import MAX_NAME, escape, image_html, person_name
+from transformers_minigpt4.web.html import MAX_NAME, escape, image_html, person_name
 
 
 @pytest.mark.parametrize(
@@ -19,7 +19,7 @@ def test_foreign_text_is_shown_and_not_run(text, shown):
     assert escape(text) == shown
 
 
-def test_a_picture_s_name_cannot_leave_its_folder_or_its_attribute():
+def test_an_image_s_name_cannot_leave_its_folder_or_its_attribute():
     assert image_html('../a "b".png', '"><i>') == (
         '<div class="image"><img src="files/..%2Fa%20%22b%22.png" alt="&quot;&gt;&lt;i&gt;"></div>'
     )
@@ -29,7 +29,7 @@ def test_one_person_has_one_name():
     assert person_name("  Änna   B ") == person_name("A\u0308NNA B") == "änna b"
 
 
-@pytest.mark.parametrize("name,told", [("", "your name"), ("x" * (MAX_NAME + 1), "too long"), ("a\x07", "be seen")])
-def test_a_name_that_is_none_is_refused(name, told):
+@pytest.mark.parametrize("name,told", [("", "your name"), ("x" * (MAX_NAME + 1), "too long"), ("a\x07", "invisible")])
+def test_an_invalid_name_is_refused(name, told):
     with pytest.raises(ValueError, match=told):
         person_name(name)

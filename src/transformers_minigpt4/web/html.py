@@ -1,0 +1,101 @@
+"""
+HTML and scripts of the local web pages, in which foreign text is only ever text.
+
+    escape(text), image_html(name, alt)             # for gradio.HTML
+    keys_script({"a": "accept"}, submit="save")     # keys that press the buttons with these `elem_id`s
+    person_name(text)                               # one spelling for each person
+"""
+
+import html
+import json
+import re
+import unicodedata
+from collections.abc import Mapping
+from urllib.parse import quote
+
+
+MAX_NAME = 64  # characters of a person's name
+FILES = "files"  # where images are found below the page's address
+
+_KEYS = """
+(() => {
+  const keys = __KEYS__, submit = __SUBMIT__, focus = __FOCUS__;
+  const press = (id) => {
+    const button = document.getElementById(id);
+    if (button && !button.disabled) button.click();
+  };
+  const typing = (node) => node && (node.isContentEditable || /^(INPUT|TEXTAREA|SELECT)$/.test(node.tagName));
+  document.addEventListener("keydown", (event) => {
+    if (event.repeat || event.isComposing) return;
+    if (submit && event.key === "Enter" && (event.ctrlKey || event.metaKey)) {
+      event.preventDefault(); event.stopPropagation();
+      if (document.activeElement) document.activeElement.blur();
+      press(submit);
+      return;
+    }
+    if (event.key === "Escape" && typing(document.activeElement)) { document.activeElement.blur(); return; }
+    if (event.ctrlKey || event.metaKey || event.altKey || typing(event.target)) return;
+    const key = event.key.toLowerCase();
+    if (focus[key]) {
+      const field = document.querySelector("#" + focus[key] + " textarea, #" + focus[key] + " input");
+      if (field) { event.preventDefault(); field.focus(); }
+    } else if (keys[key]) { event.preventDefault(); press(keys[key]); }
+  }, true);
+})();
+"""
+
+
+def person_name(text: str) -> str:
+    """
+    One spelling for each person, so that `Anna` and ` anna` are not two.
+
+    Raises:
+        ValueError: for an empty name, one of more than 64 characters, or one with control characters.
+    """
+    name = " ".join(unicodedata.normalize("NFKC", str(text)).casefold().split())
+    if not name:
+        raise ValueError("give your name; it says whose decisions these are")
+    if len(name) > MAX_NAME:
+        raise ValueError(f"a name of {len(name)} characters is too long; choose one of at most {MAX_NAME}")
+    if any(map(is_hidden, name)):
+        raise ValueError(f"the name {name!r} holds invisible characters; use letters and digits")
+    return name
+
+
+def escape(text: str) -> str:
+    """
+    HTML that shows a text as it is: markup as characters, and invisible characters by their code points.
+
+    `{`, `}` and `$` become entities too, because Gradio's HTML has templates.
+    """
+    return "".join(
+        f'<span class="control">U+{ord(character):04X}</span>' if is_hidden(character) else character
+        for character in _entities(text.replace("\r\n", "\n"))
+    )
+
+
+def _entities(text: str) -> str:
+    return re.sub(r"[{}$]", lambda match: f"&#{ord(match[0])};", html.escape(text))
+
+
+def is_hidden(character: str) -> bool:
+    """Whether it is a control or format character, as those for the writing direction are; not line feed and tab."""
+    return character not in "\n\t" and unicodedata.category(character) in ("Cc", "Cf", "Cs", "Co", "Zl", "Zp")
+
+
+def image_html(name: str, alt: str) -> str:
+    """The image `name` of the folder that [`~web.server.serve`] got as `files`."""
+    return f'<div class="image"><img src="{FILES}/{quote(name, safe="")}" alt="{_entities(alt)}"></div>'
+
+
+def keys_script(keys: Mapping[str, str], submit: str | None = None, focus: Mapping[str, str] | None = None) -> str:
+    """
+    A script that presses buttons by key.
+
+    Args:
+        keys: `elem_id` of the button for each key, in lower case. Keys do nothing while somebody types in a field.
+        submit: `elem_id` of the button that Ctrl-Enter (Cmd-Enter) presses, within fields too. Escape leaves a field.
+        focus: `elem_id` of the text box that a key puts the cursor in.
+    """
+    script = _KEYS.replace("__KEYS__", json.dumps(dict(keys))).replace("__SUBMIT__", json.dumps(submit))
+    return script.replace("__FOCUS__", json.dumps(dict(focus or {})))
