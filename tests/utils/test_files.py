@@ -1,5 +1,6 @@
 """Files and folders that are replaced as a whole, JSON Lines after a kill, and the lock on a folder."""
 
+import contextlib
 import json
 import os
 import sys
@@ -67,6 +68,24 @@ class TestAtomicFolder:
         with pytest.raises(FileNotFoundError):
             replace_folder(tmp_path / "gone", folder)
         assert os.listdir(folder) == ["old"] and os.listdir(tmp_path) == ["folder"]
+
+    def test_a_kill_between_the_two_moves_loses_nothing(self, tmp_path):
+        folder, other = tmp_path / "folder[1]", tmp_path / ".folder[1].mine.old"
+        other.mkdir()
+        for moved in (True, False):
+            with atomic_folder(folder) as scratch:
+                (scratch / "old").touch()
+            with contextlib.ExitStack() as kill:
+                kill.enter_context(atomic_folder(folder))
+                if moved:
+                    folder.rename(tmp_path / ".folder[1].0123abcd.old")
+                else:
+                    (tmp_path / ".folder[1].0123abcd.old").mkdir()
+                kill.pop_all()  # never to end
+            with pytest.raises(RuntimeError), atomic_folder(folder, locked=True):
+                assert os.listdir(folder) == ["old"]
+                raise RuntimeError
+            assert os.listdir(folder) == ["old"] and sorted(os.listdir(tmp_path)) == [other.name, folder.name]
 
 
 class TestJsonLinesWriter:
@@ -137,8 +156,10 @@ class TestFolderLock:
             second = folder_lock(tmp_path / "run", refusal)
             with pytest.raises(RuntimeError, match=f"taken by process {os.getpid()}"), second:
                 pass
-        with folder_lock(tmp_path / "run", refusal):
-            pass
+        with folder_lock(tmp_path / "run", refusal, purpose="repair"):
+            second = folder_lock(tmp_path / "run", "{odd} " + refusal, error=KeyError)
+            with pytest.raises(KeyError, match=f"{{odd}} taken by repair, process {os.getpid()}"), second:
+                pass
 
     @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
     def test_a_killed_process_frees_it_although_its_children_live(self, tmp_path):

@@ -1,6 +1,7 @@
 """Files and folders that are replaced as a whole, JSON Lines that survive a kill, and a lock on a folder."""
 
 import contextlib
+import glob
 import json
 import os
 import shutil
@@ -41,15 +42,22 @@ def write_atomically(path: PathLike, content: str | bytes) -> None:
 
 
 @contextlib.contextmanager
-def atomic_folder(folder: PathLike) -> Iterator[Path]:
+def atomic_folder(folder: PathLike, locked: bool = False) -> Iterator[Path]:
     """
     Yields an empty folder beside `folder`, which replaces it at the end, or vanishes on an error.
 
     Args:
-        folder (`str` or `os.PathLike`): The folder to make or to replace. Its parent is created.
+        folder (`str` or `os.PathLike`): The folder to make or to replace. Its parent is created. After a kill in the
+            middle of replacing it, the next call puts the old one back first.
+        locked (`bool`, *optional*, defaults to `False`): Whether the caller holds a lock on it, so that what killed
+            calls have left beside it can be deleted.
     """
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
+    _recover_folder(folder)
+    if locked:
+        for scratch in _all_beside(folder, "tmp"):
+            shutil.rmtree(scratch, ignore_errors=True)
     scratch = _beside(folder, "tmp")
     scratch.mkdir()
     try:
@@ -67,16 +75,21 @@ def replace_folder(new: Path, folder: Path) -> None:
         new (`Path`): A folder on the same file system.
         folder (`Path`): Its future name. A folder there is put back if `new` cannot be moved.
     """
-    old = _beside(folder, "old")
     if folder.exists():
-        os.replace(folder, old)  # deleting takes time, and a kill would leave half of it
+        os.replace(folder, _beside(folder, "old"))  # deleting takes time, and a kill would leave half of it
     try:
         os.replace(new, folder)
-    except OSError:
-        if old.exists():
+    finally:
+        _recover_folder(folder)
+
+
+def _recover_folder(folder: Path) -> None:
+    """Gives an old folder its name back if nothing has taken its place, and deletes it otherwise."""
+    for old in _all_beside(folder, "old"):
+        if folder.exists():
+            shutil.rmtree(old, ignore_errors=True)
+        else:
             os.replace(old, folder)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def flush_folder(folder: Path) -> None:
@@ -94,6 +107,11 @@ def flush_folder(folder: Path) -> None:
 
 def _beside(path: Path, suffix: str) -> Path:
     return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.{suffix}")
+
+
+def _all_beside(path: Path, suffix: str) -> list[Path]:
+    """What `_beside` has named."""
+    return sorted(path.parent.glob(f".{glob.escape(path.name)}.{'[0-9a-f]' * 8}.{suffix}"))
 
 
 class JsonLinesWriter:
@@ -183,27 +201,31 @@ def _is_no_json(line: bytes) -> bool:
 
 
 @contextlib.contextmanager
-def folder_lock(folder: PathLike, refusal: str) -> Iterator[None]:
+def folder_lock(
+    folder: PathLike, refusal: str, purpose: str = "", error: type[Exception] = RuntimeError
+) -> Iterator[None]:
     """
     Keeps other processes, and other threads of this one, out of a folder; the system frees it when the process ends.
 
     Args:
         folder (`str` or `os.PathLike`): Created if it does not exist; the lock is its file `.lock`.
         refusal (`str`): Message for the one that comes second; `{owner}` in it stands for what the first one is.
+        purpose (`str`, *optional*): What the folder is locked for; part of `{owner}`.
+        error (`type`, *optional*): Class of the error.
 
     Raises:
-        RuntimeError: with `refusal`, when somebody else has it.
+        RuntimeError: (or `error`) with `refusal`, when somebody else has it.
     """
     path = Path(folder) / LOCK_FILE
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path, timeout=0)
     try:
         lock.acquire()
-    except Timeout as error:
-        raise RuntimeError(refusal.format(owner=_owner(path))) from error
+    except Timeout as timeout:
+        raise error(refusal.replace("{owner}", _owner(path))) from timeout
     try:
         with contextlib.suppress(OSError):  # Windows lets nobody write to a locked file
-            path.write_text(str(os.getpid()))
+            path.write_text(", ".join(filter(None, (purpose, f"process {os.getpid()}"))), encoding="utf-8")
         yield
     finally:
         lock.release()
@@ -211,6 +233,6 @@ def folder_lock(folder: PathLike, refusal: str) -> Iterator[None]:
 
 def _owner(path: Path) -> str:
     try:
-        return f"process {path.read_text().strip() or 'unknown'}"
+        return path.read_text(encoding="utf-8").strip() or "an unknown process"
     except OSError:
         return "another process"
