@@ -19,6 +19,7 @@ from transformers.utils import logging as transformers_logging
 from typer.testing import CliRunner, Result
 
 from transformers_minigpt4 import cli
+from transformers_minigpt4.inference.demo_checkpoint import keep_checkpoint
 from transformers_minigpt4.processing.pipeline_minigpt4 import DEFAULT_PROMPT
 
 
@@ -93,7 +94,7 @@ class TestOutput:
 
     def test_demo_checkpoint_is_the_default_model(self, tiny_checkpoint, folder, empty_home):
         for _ in range(2):
-            cli._keep_demo_checkpoint(Path(tiny_checkpoint))
+            keep_checkpoint(Path(tiny_checkpoint))
         kept = empty_home / "minigpt4-demo" / "checkpoint"
         assert list(kept.parent.iterdir()) == [kept]
         assert {path.name for path in kept.iterdir()} == {path.name for path in Path(tiny_checkpoint).iterdir()}
@@ -162,7 +163,7 @@ class TestErrors:
         assert "holds no image" in self.one_line("describe", tmp_path / "empty")
 
     def test_empty_list(self):
-        assert "list of pictures is empty" in self.one_line("describe", "-", stdin="\n")
+        assert "list of images is empty" in self.one_line("describe", "-", stdin="\n")
 
     def test_output_of_another_model(self, folder, tiny_checkpoint, tmp_path):
         record = {"image": "a", "caption": "b", "prompt": DEFAULT_PROMPT, "model": "other"}
@@ -244,7 +245,7 @@ class TestProcess:
             assert process.stdout.readline().startswith("{")
             started = time.monotonic()
             process.send_signal(signal.SIGINT)
-            assert process.communicate(timeout=60)[1] == "minigpt4: stopped after 1 of 2 pictures\n"
+            assert process.communicate(timeout=60)[1] == "minigpt4: stopped after 1 of 2 images\n"
             assert process.returncode == 130
             assert time.monotonic() - started < 10
 

@@ -197,7 +197,7 @@ def test_commands(app, tmp_path):
     out = tmp_path / "out"
     save_modern_language_model(tmp_path / "lm")
     save_tower("siglip", tmp_path / "tower")
-    words = ["convert", out, "--vision", tmp_path / "tower", "--language-model", tmp_path / "lm"]
+    words = ["convert", "--output", out, "--vision", tmp_path / "tower", "--language-model", tmp_path / "lm"]
     (tmp_path / "template.jinja").write_text("{{ messages[0].content }}")
     words += ["--dtype", "bfloat16", "--projector-layers", "3", "--chat-template", tmp_path / "template.jinja"]
     done = CliRunner().invoke(app, [str(word) for word in words])

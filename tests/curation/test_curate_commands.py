@@ -70,7 +70,7 @@ def test_init_writes_every_setting_once(tmp_path):
     whole = "\n".join(line.removeprefix("# ") for line in text.splitlines()[1:])
     (tmp_path / "whole.yaml").write_text(whole)
     assert load_config(tmp_path / "whole.yaml") == expected
-    assert "is there already; edit it" in fails("init", tmp_path, *arguments)
+    assert "already exists; edit it" in fails("init", tmp_path, *arguments)
 
 
 def test_a_run_without_people(project):
@@ -79,7 +79,7 @@ def test_a_run_without_people(project):
     assert "3 pictures drawn" in result.output and "3 described" in result.output
     assert (project / "report.html").is_file() and not (project / "build").exists()
     png = project / "funnel.png"
-    status = minigpt4("status", project, "--png", png)
+    status = minigpt4("status", project, "--output", png)
     assert "drawn" in status.stdout and png.read_bytes().startswith(b"\x89PNG")
     assert minigpt4("report", project, "--output", project / "other.html").stdout.strip().endswith("other.html")
     again = minigpt4("run", project)
@@ -108,7 +108,7 @@ def test_review_by_file_build_and_dry_push(project, tmp_path):
         file.write("rules: {duplicate_text: false, duplicate_picture: false}\n")
     assert minigpt4("filter", project).exit_code == 0
     waiting = tmp_path / "waiting.jsonl"
-    assert "3 pairs that wait" in minigpt4("review", project, "--export", waiting).output
+    assert "3 pending pairs" in minigpt4("review", project, "--export", waiting).output
     assert "reviewers have accepted none" in fails("build", project)
     rows = [json.loads(line) | {"action": "accept"} for line in waiting.read_text().splitlines()]
     rows[0] |= {"action": "edit", "text": "Another text."}
@@ -170,7 +170,7 @@ def test_the_endpoint_is_down(project):
     assert "127.0.0.1:9" in fails("repair", project)
 
 
-def test_ctrl_c_says_how_to_go_on(project, monkeypatch):
+def test_ctrl_c_says_how_to_resume(project, monkeypatch):
     from transformers_minigpt4.curation import generate
 
     def stopped(*_):
@@ -179,4 +179,5 @@ def test_ctrl_c_says_how_to_go_on(project, monkeypatch):
     monkeypatch.setattr(generate, "describe_in_turns", stopped)
     result = minigpt4("generate", project)
     assert result.exit_code == 130
-    assert result.stderr.strip() == "minigpt4: stopped; what was finished is kept, and the same command goes on"
+    assert result.stderr.startswith("minigpt4: stopped; everything finished so far is kept, rerun the same command")
+    assert result.stderr.count("\n") == 1

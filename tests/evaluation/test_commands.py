@@ -165,4 +165,4 @@ def test_interrupted(checkpoint, data, monkeypatch):
 
     monkeypatch.setattr(running, "answer_batches", stop)
     result = evaluate(checkpoint, "--tasks", "letters", "--data", data)
-    assert result.exit_code == 130 and "run the same command again to go on" in result.stderr
+    assert result.exit_code == 130 and "rerun the same command to resume" in result.stderr

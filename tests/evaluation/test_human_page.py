@@ -232,7 +232,7 @@ def test_the_commands(runs, tmp_path):
 
     folder, table = tmp_path / "people", tmp_path / "sheet.csv"
     assert "15 answers to judge" in call("make", *runs, "--output", folder)
-    call("export", folder, table)
+    call("export", folder, "--output", table)
     with table.open(newline="") as file:
         rows = list(csv.DictReader(file))
     models = {item.id: item.model for item in Sheet(folder).items}

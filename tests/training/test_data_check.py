@@ -26,7 +26,7 @@ def run(*arguments):
 
 def test_the_report(tmp_path):
     sheet = tmp_path / "sheet.png"
-    done = run(listing(tmp_path, [1]), "--sheet", sheet, "--images", 4)
+    done = run(listing(tmp_path, [1]), "--output", sheet, "--images", 4)
     assert done.exit_code == 0, done.output
     for line in ("shards   6", "rows     6 read, all of them", "usable   5", "median 5, least 2, most 7"):
         assert line in done.output
@@ -67,7 +67,7 @@ def test_a_truncated_shard(tmp_path):
 
 
 def test_several_sheets_and_a_drawn_order(tmp_path):
-    done = run(listing(tmp_path / "a"), listing(tmp_path / "b"), "--shuffle", "--sheet", tmp_path / "s.png")
+    done = run(listing(tmp_path / "a"), listing(tmp_path / "b"), "--shuffle", "--output", tmp_path / "s.png")
     assert done.exit_code == 0 and (tmp_path / "s-0.png").is_file() and (tmp_path / "s-1.png").is_file()
     first, second = (
         check_source(f"table:{tmp_path}/a/list.jsonl", limit=3, shuffle=shuffle).words for shuffle in (True, False)

@@ -1,53 +1,69 @@
-"""The `convert` and `verify` subcommands of `minigpt4`: making a checkpoint of released weights, and checking one."""
+"""The `convert`, `verify` and `merge` subcommands of `minigpt4`."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
+from transformers_minigpt4.utils.command_line import Device, DType, Overwrite, Seed
+
 
 def convert(
-    output: Annotated[Path, typer.Argument(help="Folder to make.")],
+    output: Annotated[Path, typer.Option(metavar="FOLDER", help="Folder for the checkpoint.")],
     vision: Annotated[
         str,
         typer.Option(
-            help="A BLIP-2 in transformers format, eva_vit_g.pth, or a tower such as SigLIP-2; path or Hub id."
+            metavar="SOURCE",
+            help="A BLIP-2 in transformers format, eva_vit_g.pth, or a tower such as SigLIP-2.",
         ),
     ],
     language_model: Annotated[
-        str, typer.Option(help="Language model with its tokenizer; with --delta, the LLaMA that the delta is for.")
+        str,
+        typer.Option(
+            metavar="SOURCE",
+            help="Language model with its tokenizer; with --delta, the LLaMA that the delta is for.",
+        ),
     ],
     projector: Annotated[
-        str, typer.Option(help="An authors' checkpoint, or fresh for a projection to be trained.")
+        str, typer.Option(metavar="SOURCE", help="An authors' checkpoint, or fresh for an untrained projector.")
     ] = "fresh",
     qformer: Annotated[
         str | None,
         typer.Option(
-            help="A BLIP-2, blip2_pretrained_flant5xxl.pth, fresh or none. By default that of a BLIP-2 in --vision."
+            metavar="SOURCE",
+            help="A BLIP-2, blip2_pretrained_flant5xxl.pth, fresh or none. By default that of a BLIP-2 in --vision.",
         ),
     ] = None,
-    delta: Annotated[str | None, typer.Option(help="Vicuna delta to add to the language model.")] = None,
+    delta: Annotated[
+        str | None, typer.Option(metavar="SOURCE", help="Vicuna delta to add to the language model.")
+    ] = None,
     chat_template: Annotated[
         str | None,
-        typer.Option(help="vicuna_v0, llama_2, or a Jinja file. By default the tokenizer's own, else vicuna_v0."),
+        typer.Option(
+            metavar="TEMPLATE",
+            help="vicuna_v0, llama_2, or a Jinja file. By default the tokenizer's own, else vicuna_v0.",
+        ),
     ] = None,
-    dtype: Annotated[
-        Literal["auto", "bfloat16", "float16", "float32"],
-        typer.Option(help="auto: as each source is stored. The projection is always float32."),
-    ] = "auto",
-    projector_layers: Annotated[int, typer.Option(help="1, or 3 as in the paper's variant; of a fresh one.")] = 1,
+    dtype: DType = "auto",
+    projector_layers: Annotated[
+        int, typer.Option(help="Linear layers of a fresh projector: 1, or 3 as in the paper's variant.")
+    ] = 1,
     projector_hidden_act: Annotated[
-        str | None, typer.Option(help="Activation between 3 layers, such as gelu. By default none.")
+        str | None, typer.Option(metavar="NAME", help="Activation between 3 layers, such as gelu. By default none.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Draws what is fresh.")] = 0,
-    max_shard_size: Annotated[str, typer.Option(help="Largest weights file.")] = "5GB",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the folder if it exists.")] = False,
+    seed: Seed = 0,
+    max_shard_size: Annotated[str, typer.Option(metavar="SIZE", help="Maximum size of a weights file.")] = "5GB",
+    overwrite: Overwrite = False,
 ) -> None:
     """
-    Make a checkpoint of released weights.
+    Compose a checkpoint from released weights.
 
-    Sources are files, folders or Hub ids (namespace/name, or namespace/name@revision). The folder appears when it is
-    complete. Check it with `minigpt4 verify`.
+    A SOURCE is a file, a folder or a Hub id (namespace/name, or namespace/name@revision). The projector is always
+    stored in float32. The folder appears when it is complete; check it with `minigpt4 verify`.
+
+    Examples:
+        minigpt4 convert --output minigpt4-vicuna-7b --vision Salesforce/blip2-flan-t5-xxl \\
+            --language-model path/to/vicuna-7b-v0 --projector pretrained_minigpt4_7b.pth
     """
     from .convert import convert_checkpoint
 
@@ -73,20 +89,26 @@ def convert(
 
 
 def verify(
-    checkpoint: Annotated[str, typer.Argument(help="Folder or Hub id of a MiniGPT-4 checkpoint.")],
+    checkpoint: Annotated[
+        str, typer.Argument(metavar="CHECKPOINT", help="Folder or Hub id of a MiniGPT-4 checkpoint.")
+    ],
     sentences: Annotated[
         Path | None,
-        typer.Option(help="Text file, one sentence a line, for a language model that does not speak English."),
+        typer.Option(
+            metavar="FILE", help="Text file with one sentence per line, for a language model without English."
+        ),
     ] = None,
-    dtype: Annotated[
-        Literal["auto", "bfloat16", "float16", "float32"], typer.Option(help="auto: as the checkpoint is stored.")
-    ] = "auto",
-    device: Annotated[str, typer.Option(help="Such as cpu or cuda.")] = "cpu",
+    dtype: DType = "auto",
+    device: Device = None,
 ) -> None:
     """
-    Check a checkpoint, and say what is wrong with it.
+    Check a checkpoint, and report what is wrong with it.
 
-    Exit status 1 when a check failed; warnings leave it at 0.
+    The exit status is 1 when a check failed; warnings leave it at 0.
+
+    Examples:
+        minigpt4 verify minigpt4-vicuna-7b
+        minigpt4 verify my-checkpoint --sentences german.txt --device cuda
     """
     from .verify import SENTENCES, verify_checkpoint
 
@@ -94,8 +116,30 @@ def verify(
     if sentences is not None:
         lines = [line for line in sentences.read_text(encoding="utf-8").splitlines() if line.strip()]
         if not lines:
-            raise ValueError(f"{sentences} is empty; write one sentence a line")
+            raise ValueError(f"{sentences} is empty; write one sentence per line")
     report = verify_checkpoint(checkpoint, sentences=lines, dtype=dtype, device=device)
     typer.echo(str(report))
     if not report.ok:
         raise typer.Exit(1)
+
+
+def merge(
+    checkpoint: Annotated[
+        str,
+        typer.Argument(
+            metavar="CHECKPOINT", help="Checkpoint of trainable modules only, or the folder of a PEFT adapter."
+        ),
+    ],
+    output: Annotated[Path, typer.Option(metavar="FOLDER", help="Folder for the full model.")],
+    dtype: DType = "auto",
+    overwrite: Overwrite = False,
+) -> None:
+    """
+    Write the full model of a checkpoint that holds only trained modules or an adapter.
+
+    Examples:
+        minigpt4 merge my-stage2 --output my-stage2-full
+    """
+    from .merge import merge_checkpoint
+
+    typer.echo(merge_checkpoint(checkpoint, output, dtype, overwrite=overwrite))

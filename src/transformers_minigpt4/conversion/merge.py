@@ -15,7 +15,9 @@ from .convert import appearing
 ADAPTER_CONFIG = "adapter_config.json"
 
 
-def merge_checkpoint(source: str | os.PathLike, output: str | os.PathLike, dtype: str = "auto") -> Path:
+def merge_checkpoint(
+    source: str | os.PathLike, output: str | os.PathLike, dtype: str = "auto", *, overwrite: bool = False
+) -> Path:
     """
     Puts the trained parts of a checkpoint together with the base they stand on.
 
@@ -27,17 +29,18 @@ def merge_checkpoint(source: str | os.PathLike, output: str | os.PathLike, dtype
             New folder for the full model and its processor. It appears under this name only when it is complete.
         dtype (`str`, *optional*, defaults to `"auto"`):
             As the base is stored, or `"float32"`, `"bfloat16"`, `"float16"`.
+        overwrite (`bool`, *optional*, defaults to `False`): Replace `output` if it exists.
 
     Returns:
         `Path`: `output`.
 
     Raises:
-        FileExistsError: when `output` exists.
+        FileExistsError: when `output` exists, unless `overwrite`.
         ValueError: for a checkpoint that is whole already.
     """
     output = Path(output).resolve()
-    if output.exists():
-        raise FileExistsError(f"{output} exists. Name a new folder, or remove that one.")
+    if output.exists() and not overwrite:
+        raise FileExistsError(f"{output} exists. Name a new folder, or replace it with --overwrite.")
     adapter = Path(source) / ADAPTER_CONFIG
     if adapter.is_file():
         from peft import PeftModel
@@ -52,7 +55,7 @@ def merge_checkpoint(source: str | os.PathLike, output: str | os.PathLike, dtype
             raise ValueError(f"{source} is a full checkpoint already: there is nothing to merge.")
     processor = AutoProcessor.from_pretrained(base)
 
-    with appearing(output, overwrite=False) as folder:
+    with appearing(output, overwrite) as folder:
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
         for place in (source, base, *(part["name_or_path"] for part in model.config.base_checkpoints or [])):

@@ -18,6 +18,7 @@ from transformers_minigpt4.modeling.modeling_minigpt4 import MiniGPT4ForConditio
 from transformers_minigpt4.modeling.trained_modules_minigpt4 import checkpoint_files
 from transformers_minigpt4.processing.chat_templates_minigpt4 import VICUNA_V0
 from transformers_minigpt4.processing.processing_minigpt4 import MiniGPT4Processor
+from transformers_minigpt4.utils.devices import usable_device
 
 from .key_maps import PROJECTOR, shorten
 from .weights import read_file
@@ -83,7 +84,7 @@ def verify_checkpoint(
     *,
     sentences: Sequence[str] = SENTENCES,
     dtype: str | torch.dtype = "auto",
-    device: str | torch.device = "cpu",
+    device: str | None = None,
 ) -> Report:
     """
     Checks a checkpoint, whole or of trained parts.
@@ -92,13 +93,15 @@ def verify_checkpoint(
         checkpoint: Folder or Hub id.
         sentences: Ordinary sentences of the language that the language model speaks, at least eight tokens each.
         dtype: To load the weights with; by default as they are stored.
-        device: To run on.
+        device: To run on, such as `"cpu"`; `"auto"` spreads the model over all GPUs. By default the first GPU, else
+            the CPU.
 
     Returns:
         [`Report`]: One check each of dtype, vocabulary, special tokens, `###`, finite weights, language model, first
         loss and image features. Where the checkpoint does not load, or its tokenizer is another model's, those that
         can be made.
     """
+    device = usable_device(device)
     report = Report(str(checkpoint))
     checks = report.checks
     try:
@@ -106,7 +109,7 @@ def verify_checkpoint(
         processor = MiniGPT4Processor.from_pretrained(checkpoint)
         checks.append(_check_dtypes(config, checkpoint_files(str(checkpoint))))
         model, info = MiniGPT4ForConditionalGeneration.from_pretrained(
-            checkpoint, dtype=dtype, output_loading_info=True
+            checkpoint, dtype=dtype, device_map=device, output_loading_info=True
         )
     except Exception as error:  # whatever it is, it is the finding
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
@@ -115,7 +118,7 @@ def verify_checkpoint(
         )
         return report
     del info
-    model = model.eval().to(device)
+    model = model.eval()
     vocabulary = _check_vocabulary(config, processor)
     checks.append(vocabulary)
     checks.append(_check_special_tokens(config, model, processor))

@@ -1,44 +1,56 @@
-"""The `curate` subcommands of `minigpt4`: make a stage-2 set, step by step or in one run."""
+"""The `curate` subcommands of `minigpt4`: build a stage-2 dataset, step by step or in one run."""
 
 import contextlib
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TypeAlias
 
 import typer
+
+from transformers_minigpt4.hub import commands as hub
+from transformers_minigpt4.utils.command_line import DryRun, Host, Port, Seed, interruptible
 
 
 if TYPE_CHECKING:
     from .store import Project
 
-INTERRUPTED = 130  # what shells report for a program ended by Ctrl-C
-_Where = Annotated[
+ProjectPath: TypeAlias = Annotated[
     Path, typer.Argument(metavar="PROJECT", help="The project's folder, or its curation.yaml.", show_default=False)
 ]
 
 
 def init(
-    folder: Annotated[Path, typer.Argument(help="New folder for the project.")],
+    project: Annotated[Path, typer.Argument(metavar="PROJECT", help="New folder for the project.")],
     source: Annotated[
         str,
         typer.Option(
-            help="Where pictures come from: a folder of pictures, KIND:PATH as in docs/reference/formats.md, or "
-            "python:MODULE:FUNCTION."
+            metavar="SOURCE",
+            help="Where images come from: a folder, KIND:PATH as in docs/data.md, or python:MODULE:FUNCTION.",
         ),
     ],
-    checkpoint: Annotated[str, typer.Option(help="Folder or Hub id of the model that describes them.")],
-    images: Annotated[int, typer.Option(min=1, help="How many are drawn.")] = 5000,
-    seed: Annotated[int, typer.Option(min=0, help="Draws them.")] = 42,
+    checkpoint: Annotated[
+        str, typer.Option(metavar="CHECKPOINT", help="Folder or Hub id of the model that describes them.")
+    ],
+    images: Annotated[int, typer.Option(min=1, help="Number of images to draw.")] = 5000,
+    seed: Seed = 42,
     repair_model: Annotated[
-        str | None, typer.Option(help="Language model that repairs: its name at the endpoint, or a folder or Hub id.")
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="Language model that repairs the texts: its name at the endpoint, or a folder or Hub id.",
+        ),
     ] = None,
     repair_base_url: Annotated[
-        str | None, typer.Option(help="Address of an OpenAI-compatible endpoint. Without it the model is loaded here.")
+        str | None,
+        typer.Option(metavar="URL", help="OpenAI-compatible endpoint. By default the repair model is loaded locally."),
     ] = None,
 ) -> None:
     """
-    Make a project: a folder with curation.yaml, which holds every setting, to be edited before the first step.
+    Create a project: a folder with curation.yaml, which holds every setting, to edit before the first step.
+
+    Examples:
+        minigpt4 curate init my-curation --source photos --checkpoint my-stage1 --images 50
     """
     from transformers_minigpt4.llm.types import ChatSettings
 
@@ -53,19 +65,22 @@ def init(
         seed=seed,
         repair=ChatSettings(repair_model, repair_base_url) if repair_model is not None else None,
     )
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / CONFIG_FILE
+    project.mkdir(parents=True, exist_ok=True)
+    path = project / CONFIG_FILE
     try:
         with open(path, "x", encoding="utf-8") as file:
             file.write(commented_yaml(config))
     except FileExistsError:
-        raise ValueError(f"{path} is there already; edit it, or choose another folder") from None
-    typer.echo(f"settings in {path}; edit them, then: minigpt4 curate run {folder}")
+        raise ValueError(f"{path} already exists; edit it, or choose another folder") from None
+    typer.echo(f"settings in {path}; edit them, then: minigpt4 curate run {project}")
 
 
-def generate(project: _Where) -> None:
+def generate(project: ProjectPath) -> None:
     """
-    Draw pictures and describe them with the checkpoint.
+    Draw images and describe them with the checkpoint.
+
+    Examples:
+        minigpt4 curate generate my-curation
     """
     from .generate import run_generate
 
@@ -73,9 +88,12 @@ def generate(project: _Where) -> None:
         typer.echo(str(run_generate(opened, opened.config)), err=True)
 
 
-def repair(project: _Where) -> None:
+def repair(project: ProjectPath) -> None:
     """
     Have a language model repair the descriptions.
+
+    Examples:
+        minigpt4 curate repair my-curation
     """
     from .repair import run_repair
 
@@ -83,9 +101,12 @@ def repair(project: _Where) -> None:
         typer.echo(str(run_repair(opened, opened.config)), err=True)
 
 
-def filter_texts(project: _Where) -> None:
+def filter_texts(project: ProjectPath) -> None:
     """
-    Drop what the rules know as failures, each with its reason.
+    Drop descriptions that a rule identifies as failures, each with its reason.
+
+    Examples:
+        minigpt4 curate filter my-curation
     """
     from .filter import run_filter
 
@@ -94,23 +115,30 @@ def filter_texts(project: _Where) -> None:
 
 
 def review(
-    project: _Where,
+    project: ProjectPath,
     export: Annotated[
-        Path | None, typer.Option(help="Write the pairs that wait into this .csv or .jsonl file, and show no page.")
+        Path | None,
+        typer.Option(metavar="FILE", help="Write the pending pairs to this .csv or .jsonl file; opens no page."),
     ] = None,
     import_from: Annotated[
-        Path | None, typer.Option("--import", help="Read decisions from this .csv or .jsonl file, and show no page.")
+        Path | None,
+        typer.Option("--import", metavar="FILE", help="Read decisions from this .csv or .jsonl file; opens no page."),
     ] = None,
     reviewer: Annotated[
-        str | None, typer.Option(help="Whose decisions the file holds, where it does not say; on the page, ask there.")
+        str | None,
+        typer.Option(metavar="NAME", help="Whose decisions the file holds, if it does not say. The page asks."),
     ] = None,
-    host: Annotated[str, typer.Option(help="Address at which the page listens.")] = "127.0.0.1",
-    port: Annotated[int | None, typer.Option(min=1, max=65535, help="By default a free one from 7860 on.")] = None,
+    host: Host = "127.0.0.1",
+    port: Port = None,
 ) -> None:
     """
-    Let people accept, edit or reject each pair, on a local web page or by way of a file.
+    Let people accept, edit or reject each pair, on a local web page or in a file.
 
-    Several people may review at once. The page runs until Ctrl-C; every decision is kept as it is made.
+    Several people can review at once. The page runs until Ctrl-C; every decision is saved as it is made.
+
+    Examples:
+        minigpt4 curate review my-curation
+        minigpt4 curate review my-curation --export pending.csv
     """
     if export is not None and import_from is not None:
         raise ValueError("--export and --import are two steps; give one of them")
@@ -124,16 +152,19 @@ def review(
 
 
 def build(
-    project: _Where,
+    project: ProjectPath,
     unreviewed: Annotated[
         bool | None,
         typer.Option(
-            "--unreviewed/--reviewed", help="Whether to take also what nobody has reviewed. By default the setting."
+            "--unreviewed/--reviewed", help="Whether to include unreviewed pairs. By default as in curation.yaml."
         ),
     ] = None,
 ) -> None:
     """
-    Write the accepted pairs as a data set and as the authors' cc_sbu_align folder, with a card.
+    Write the accepted pairs as a dataset and as the authors' cc_sbu_align folder, with a card.
+
+    Examples:
+        minigpt4 curate build my-curation
     """
     from .build import run_build
 
@@ -142,30 +173,27 @@ def build(
 
 
 def push(
-    project: _Where,
-    repo_id: Annotated[str, typer.Argument(metavar="REPO_ID", help="namespace/name on the Hub.")],
-    license_id: Annotated[
-        str | None, typer.Option("--license", help="The Hub's identifier of the pictures' and texts' licence.")
-    ] = None,
-    license_name: Annotated[str | None, typer.Option(help="Name of the licence, with --license other.")] = None,
-    license_link: Annotated[str | None, typer.Option(help="URL of its text, with --license other.")] = None,
-    private: Annotated[bool, typer.Option("--private", help="Make the repository private.")] = False,
-    revision: Annotated[str | None, typer.Option(help="Branch. By default main.")] = None,
-    message: Annotated[str | None, typer.Option(help="First line of the commit.")] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show files, sizes and card, and do not touch the network.")
-    ] = False,
+    project: ProjectPath,
+    repo_id: hub.RepoId,
+    license_id: hub.LicenseId = None,
+    license_name: hub.LicenseName = None,
+    license_link: hub.LicenseLink = None,
+    private: hub.Private = False,
+    revision: hub.Revision = None,
+    message: hub.Message = None,
+    dry_run: DryRun = False,
 ) -> None:
     """
-    Publish what build has written on the Hugging Face Hub.
-    """
-    from transformers_minigpt4.hub.commands import push as push_folder
+    Publish the built dataset on the Hugging Face Hub.
 
+    Examples:
+        minigpt4 curate push my-curation my-name/my-set --license cc-by-4.0 --dry-run
+    """
     from .build import built_dataset
 
     with _opened(project) as opened:
         folder = built_dataset(opened)
-    push_folder(
+    hub.push(
         folder,
         repo_id,
         license_id=license_id,
@@ -178,41 +206,51 @@ def push(
     )
 
 
-def run(config: _Where) -> None:
+def run(project: ProjectPath) -> None:
     """
-    Run all steps but review: generate, repair, filter, report, and build where there is something to build from.
+    Run all steps but review: generate, repair, filter, report, and build if anything was accepted.
 
-    Stopped or broken off, the same command goes on where it was. After a changed setting it does again what that
-    affects.
+    If interrupted, rerun the same command to resume. After a setting has changed, it redoes what the setting affects.
+
+    Examples:
+        minigpt4 curate run my-curation
     """
     from .run import run_all
 
-    with _opened(config, create=True) as opened:
+    with _opened(project, create=True) as opened:
         run_all(opened, opened.config, say=typer.echo)
 
 
 def status(
-    project: _Where,
-    png: Annotated[Path | None, typer.Option(help="Draw the funnel into this PNG file too.")] = None,
+    project: ProjectPath,
+    output: Annotated[Path | None, typer.Option(metavar="FILE", help="PNG file for a chart of the funnel.")] = None,
 ) -> None:
     """
-    Show how many pairs came to each step, what became of them, and why.
+    Show how many pairs reached each step, what became of them, and why.
+
+    Examples:
+        minigpt4 curate status my-curation --output funnel.png
     """
     from .status import save_status_png, status_text
 
     with _opened(project) as opened:
         typer.echo(status_text(opened))
-        if png is not None:
-            save_status_png(opened, png)
-            typer.echo(f"funnel in {png}", err=True)
+        if output is not None:
+            save_status_png(opened, output)
+            typer.echo(f"funnel in {output}", err=True)
 
 
 def report(
-    project: _Where,
-    output: Annotated[Path | None, typer.Option(help="By default report.html in the project's folder.")] = None,
+    project: ProjectPath,
+    output: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="HTML file. By default report.html in the project's folder.")
+    ] = None,
 ) -> None:
     """
-    Write a page with the funnel, lengths before and after, and samples of every reason with their pictures.
+    Write a page with the funnel, lengths before and after, and samples of every reason with their images.
+
+    Examples:
+        minigpt4 curate report my-curation
     """
     from .report import run_report
 
@@ -220,7 +258,7 @@ def report(
         typer.echo(str(run_report(opened, opened.config, output)))
 
 
-# In the order of their use. The command line gives each its own class of command.
+# In the order of their use.
 COMMANDS: dict[str, Callable[..., None]] = {
     "init": init,
     "generate": generate,
@@ -237,25 +275,22 @@ COMMANDS: dict[str, Callable[..., None]] = {
 
 @contextlib.contextmanager
 def _opened(where: Path, create: bool = False) -> Iterator["Project"]:
-    """The project of a folder or of a `curation.yaml`; Ctrl-C ends the command with what to do next."""
+    """The project of a folder or of a `curation.yaml`; Ctrl-C ends the command and says how to resume."""
     from .config import CONFIG_FILE, CurationError
     from .store import Project
 
     if where.is_file() and where.name != CONFIG_FILE:
         raise CurationError(
-            f"{where} is no project: settings are in a file {CONFIG_FILE}, and its folder is the project's"
+            f"{where} is not a project: settings are in a file {CONFIG_FILE}, and its folder is the project"
         )
     folder = where.parent if where.name == CONFIG_FILE and not where.is_dir() else where
-    with Project.create(folder) if create else Project.open(folder) as project:
-        try:
-            yield project
-        except KeyboardInterrupt as interrupt:
-            typer.echo("minigpt4: stopped; what was finished is kept, and the same command goes on", err=True)
-            raise typer.Exit(INTERRUPTED) from interrupt
+    message = "stopped; everything finished so far is kept, rerun the same command to resume"
+    with Project.create(folder) if create else Project.open(folder) as project, interruptible(message):
+        yield project
 
 
 def _absolute(name: str) -> str:
-    """A folder's full path, so that the project works from any folder; all else, such as a Hub id, as it is."""
+    """The full path of a folder, so that the project works from any folder; others, such as Hub ids, as they are."""
     return os.path.abspath(name) if os.path.isdir(name) else name
 
 
@@ -263,9 +298,9 @@ def _export(project: "Project", path: Path, reviewer: str | None) -> None:
     from .review_files import export_pairs
 
     found = export_pairs(project, path, reviewer)
-    typer.echo(f"{found.pairs:,} pairs that wait in {path}; fill in action: accept, edit or reject", err=True)
+    typer.echo(f"{found.pairs:,} pending pairs in {path}; fill in action: accept, edit or reject", err=True)
     for key in found.missing:
-        typer.echo(f"left out, because its picture is gone: {key}", err=True)
+        typer.echo(f"omitted, because its image is gone: {key}", err=True)
 
 
 def _import(project: "Project", path: Path, reviewer: str | None) -> None:
@@ -274,7 +309,7 @@ def _import(project: "Project", path: Path, reviewer: str | None) -> None:
     found = import_decisions(project, path, reviewer)
     typer.echo(
         f"{found.added:,} decisions: {found.accepted:,} accepted, {found.edited:,} edited, {found.rejected:,} "
-        f"rejected; {found.known:,} were known, {found.undecided:,} rows are without one",
+        f"rejected; {found.known:,} were known, {found.undecided:,} rows without one",
         err=True,
     )
 
@@ -283,5 +318,5 @@ def _serve(project: "Project", host: str, port: int | None) -> None:
     from .review_page import serve_review
 
     with serve_review(project, host, port) as server:
-        typer.echo(f"review at {server.url} (Ctrl-C ends it; every decision is kept as it is made)")
+        typer.echo(f"review at {server.url} (Ctrl-C ends it; every decision is saved as it is made)")
         server.wait()

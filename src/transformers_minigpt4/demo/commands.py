@@ -1,19 +1,53 @@
-"""The `evaluate demo` subcommand of `minigpt4`: the tasks of the evaluation on the demo's own images."""
+"""The `demo` and `evaluate demo` subcommands of `minigpt4`: training and evaluation on the toy world."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from transformers_minigpt4.utils.command_line import Seed
 
-EVALUATION_OUTPUT = Path("minigpt4-evaluation") / "demo"
+
+_Folder = Annotated[Path, typer.Option(metavar="FOLDER", help="Folder for checkpoints, images and results.")]
 
 
-def evaluate_demo(
-    output: Annotated[Path, typer.Option(help="Folder for checkpoints, data and results.")] = EVALUATION_OUTPUT,
-    seed: Annotated[int, typer.Option(help="Draws the toy world, the training and the bootstrap samples.")] = 0,
+def demo(
+    output: _Folder = Path("minigpt4-demo"),
+    seed: Seed = 0,
+    ablations: Annotated[
+        bool, typer.Option("--ablations", help="Then also train the paper's variants (a), (b), (c) and compare.")
+    ] = False,
 ) -> None:
-    """Run the tasks on the demo's drawn images with their own models, data and judge, without a GPU."""
+    """
+    Train a tiny MiniGPT-4 in both stages on generated images.
+
+    Needs neither a GPU nor downloads. Afterwards, `minigpt4 describe` uses the result where no --model is named.
+
+    Examples:
+        minigpt4 demo
+        minigpt4 demo --output my-demo --seed 1
+    """
+    from transformers_minigpt4.inference.demo_checkpoint import keep_checkpoint
+
+    from .run import run_demo
+
+    run_demo(output, seed=seed)
+    keep_checkpoint(output / "checkpoint")
+    if ablations:
+        from .ablations import run_ablations
+
+        run_ablations(output, seed=seed)
+
+
+def evaluate_demo(output: _Folder = Path("minigpt4-evaluation") / "demo", seed: Seed = 0) -> None:
+    """
+    Run the tasks on the demo's generated images, with models, data and a judge made for them.
+
+    Needs neither a GPU nor downloads.
+
+    Examples:
+        minigpt4 evaluate --demo
+    """
     from .evaluation import evaluate_demo
 
     evaluate_demo(output, seed)

@@ -1,34 +1,46 @@
 """The `evaluate people` subcommands of `minigpt4`."""
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeAlias
 
 import typer
 
+from transformers_minigpt4.utils.command_line import Host, Port, Seed
 
-_SHEET_HELP = "Folder of the sheet, as made by `minigpt4 evaluate people make`."
+
+SheetFolder: TypeAlias = Annotated[
+    Path, typer.Argument(metavar="SHEET", help="Folder of a sheet made by `minigpt4 evaluate people make`.")
+]
 
 
 def make(
     runs: Annotated[
-        list[Path], typer.Argument(metavar="RUN...", help="Folders of results with the task advanced, one a model.")
+        list[Path],
+        typer.Argument(metavar="RESULTS...", help="Folders of results with the task advanced, one per model."),
     ],
-    output: Annotated[Path, typer.Option(help="New folder for the sheet.")],
-    seed: Annotated[int, typer.Option(help="Draws the order.")] = 0,
+    output: Annotated[Path, typer.Option(metavar="FOLDER", help="New folder for the sheet.")],
+    seed: Seed = 0,
 ) -> None:
-    """Put the answers of several models into one shuffled sheet that does not show who gave them."""
+    """
+    Combine the answers of several models into one shuffled sheet that does not show which model gave them.
+
+    Examples:
+        minigpt4 evaluate people make results/minigpt4-7b results/blip2 --output people
+    """
     from .human_judging import make_sheet
 
     sheet = make_sheet(runs, output, seed)
     typer.echo(f"{len(sheet.asked)} answers to judge in {output}")
 
 
-def judge(
-    sheet: Annotated[Path, typer.Argument(help=_SHEET_HELP)],
-    host: Annotated[str, typer.Option(help="Address to listen at; the default is this machine alone.")] = "127.0.0.1",
-    port: Annotated[int | None, typer.Option(help="By default the first free one from 7860 on.")] = None,
-) -> None:
-    """Open the page to judge on. Every decision is on the disk at once; Ctrl-C ends."""
+def judge(sheet: SheetFolder, host: Host = "127.0.0.1", port: Port = None) -> None:
+    """
+    Serve the page to judge on. Every decision is saved as it is made; Ctrl-C ends.
+
+    Examples:
+        minigpt4 evaluate people judge people
+    """
     from .human_judging import Sheet
     from .human_page import serve_sheet
 
@@ -38,35 +50,52 @@ def judge(
 
 
 def export_(
-    sheet: Annotated[Path, typer.Argument(help=_SHEET_HELP)],
-    table: Annotated[Path, typer.Argument(help="CSV file to write.")],
-    person: Annotated[str | None, typer.Option(help="Fill in what this person has decided so far.")] = None,
+    sheet: SheetFolder,
+    output: Annotated[Path, typer.Option(metavar="FILE", help="CSV file for the table.")],
+    person: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Fill in what this person has decided so far.")
+    ] = None,
 ) -> None:
-    """Write the sheet as a table, to be filled in without the page."""
+    """
+    Write the sheet as a table, to fill in without the page.
+
+    Examples:
+        minigpt4 evaluate people export people --output sheet.csv
+    """
     from .human_judging import Sheet, export_csv
 
-    typer.echo(f"{export_csv(Sheet(sheet), table, person)} answers in {table}; fill in yes or no under success")
+    typer.echo(f"{export_csv(Sheet(sheet), output, person)} answers in {output}; fill in yes or no under success")
 
 
 def import_(
-    sheet: Annotated[Path, typer.Argument(help=_SHEET_HELP)],
-    table: Annotated[Path, typer.Argument(help="CSV file, filled in.")],
-    person: Annotated[str, typer.Option(help="Whose decisions these are.")],
+    sheet: SheetFolder,
+    table: Annotated[Path, typer.Argument(metavar="TABLE", help="CSV file, filled in.")],
+    person: Annotated[str, typer.Option(metavar="NAME", help="Whose decisions these are.")],
 ) -> None:
-    """Take over decisions from a table."""
+    """
+    Import decisions from a table.
+
+    Examples:
+        minigpt4 evaluate people import people sheet.csv --person anna
+    """
     from .human_judging import Sheet, import_csv
 
     typer.echo(f"{import_csv(Sheet(sheet), table, person)} decisions of {person}")
 
 
 def count(
-    sheet: Annotated[Path, typer.Argument(help=_SHEET_HELP)],
+    sheet: SheetFolder,
     write: Annotated[
         bool,
-        typer.Option("--write", help="Also put the verdicts into the results of the runs, in place of a judge's."),
+        typer.Option("--write", help="Also write the verdicts into the results of the runs, replacing a judge's."),
     ] = False,
 ) -> None:
-    """Print success counts by model and task, in the form of the paper's Table 1."""
+    """
+    Print success counts by model and task, in the format of the paper's Table 1.
+
+    Examples:
+        minigpt4 evaluate people count people --write
+    """
     from rich.console import Console
     from rich.table import Table
 
@@ -90,4 +119,10 @@ def count(
         typer.echo(f"written into {folder}")
 
 
-COMMANDS = {"make": make, "judge": judge, "export": export_, "import": import_, "count": count}
+COMMANDS: dict[str, Callable[..., None]] = {
+    "make": make,
+    "judge": judge,
+    "export": export_,
+    "import": import_,
+    "count": count,
+}

@@ -1,58 +1,87 @@
-"""The `push` subcommand of `minigpt4`: publishes a checkpoint or a data set on the Hub."""
+"""The `push` subcommand of `minigpt4`, and the options of publishing."""
 
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
 from threading import Thread
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TypeAlias
 
 import typer
+
+from transformers_minigpt4.utils.command_line import DryRun, interruptible
 
 
 if TYPE_CHECKING:
     from .upload import Publication, Published
 
 
-INTERRUPTED = 130  # what shells report for a program ended by Ctrl-C
+LicenseId: TypeAlias = Annotated[
+    str | None,
+    typer.Option(
+        "--license",
+        metavar="ID",
+        help="The Hub's identifier, such as cc-by-4.0. By default what the recorded sources allow.",
+    ),
+]
+LicenseName: TypeAlias = Annotated[
+    str | None, typer.Option("--license-name", metavar="NAME", help="Name of the license, with --license other.")
+]
+LicenseLink: TypeAlias = Annotated[
+    str | None,
+    typer.Option(
+        "--license-link", metavar="LINK", help="URL or file name of the license's text, with --license other."
+    ),
+]
+Message: TypeAlias = Annotated[
+    str | None, typer.Option("--message", metavar="TEXT", help="First line of the commit message.")
+]
+Private: TypeAlias = Annotated[bool, typer.Option("--private", help="Create the repository as private.")]
+RepoId: TypeAlias = Annotated[str, typer.Argument(metavar="REPO_ID", help="namespace/name on the Hub.")]
+Revision: TypeAlias = Annotated[
+    str | None,
+    typer.Option("--revision", metavar="BRANCH", help="Branch, created if it does not exist. By default main."),
+]
 
 
 def push(
     folder: Annotated[
-        Path, typer.Argument(help="A checkpoint, whole or of trained parts; or a data set, such as cc_sbu_align.")
+        Path,
+        typer.Argument(
+            metavar="FOLDER", help="A checkpoint, full or of trained modules only; or a dataset such as cc_sbu_align."
+        ),
     ],
-    repo_id: Annotated[str, typer.Argument(metavar="REPO_ID", help="namespace/name on the Hub.")],
-    license_id: Annotated[
-        str | None,
-        typer.Option("--license", help="The Hub's identifier. By default what the recorded bases' licences leave."),
-    ] = None,
-    license_name: Annotated[str | None, typer.Option(help="Name of the licence, with --license other.")] = None,
-    license_link: Annotated[
-        str | None, typer.Option(help="URL of its text, or a file of the folder, with --license other.")
-    ] = None,
+    repo_id: RepoId,
+    license_id: LicenseId = None,
+    license_name: LicenseName = None,
+    license_link: LicenseLink = None,
     language: Annotated[
-        list[str] | None, typer.Option(help="ISO code of the texts; may be given again. By default en.")
+        list[str] | None, typer.Option(metavar="CODE", help="ISO code of the texts; can be repeated. By default en.")
     ] = None,
     card: Annotated[
-        Path | None, typer.Option(help="Markdown file to use as it stands, in place of the card made from the facts.")
+        Path | None, typer.Option(metavar="FILE", help="Markdown file to use as the card, instead of a generated one.")
     ] = None,
     base: Annotated[
         str | None,
-        typer.Option(help="Trained parts alone: where their local base is on the Hub, namespace/name[@revision]."),
+        typer.Option(
+            metavar="REPO_ID",
+            help="For trained modules only: where their local base is on the Hub, namespace/name[@revision].",
+        ),
     ] = None,
-    private: Annotated[bool, typer.Option("--private", help="Make the repository private.")] = False,
-    revision: Annotated[
-        str | None, typer.Option(help="Branch, made where it does not exist. By default main.")
-    ] = None,
-    message: Annotated[str | None, typer.Option(help="First line of the commit.")] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show files, sizes and card, and do not touch the network.")
-    ] = False,
+    private: Private = False,
+    revision: Revision = None,
+    message: Message = None,
+    dry_run: DryRun = False,
 ) -> None:
     """
-    Publish a checkpoint or a data set on the Hugging Face Hub.
+    Publish a checkpoint or a dataset on the Hugging Face Hub.
 
-    All goes in one commit: readers see the old state or the new one. Stopped or broken off, the same command goes on
-    where it was. Log in first with `hf auth login`, or set HF_TOKEN.
+    Everything goes in one commit: readers see the old state or the new one. If interrupted, rerun the same command to
+    resume. --dry-run shows files, sizes and card without touching the network. Log in first with `hf auth login`, or
+    set HF_TOKEN.
+
+    Examples:
+        minigpt4 push my-checkpoint my-name/my-minigpt4 --license llama2 --dry-run
+        minigpt4 push my-checkpoint my-name/my-minigpt4 --license llama2 --private
     """
     import tempfile
 
@@ -71,16 +100,11 @@ def push(
         if dry_run:
             _show(publication, private, revision)
             return
-        try:
+        with interruptible("stopped before anything became visible; rerun the same command to resume"):
             # In a thread, because huggingface_hub waits for uploads under way before it lets Ctrl-C through.
             published = _in_thread(
                 lambda: publish(publication, private=private, revision=revision, commit_message=message)
             )
-        except KeyboardInterrupt as interrupt:
-            typer.echo(
-                "minigpt4: stopped, and nothing of it is visible; run the same command again to go on", err=True
-            )
-            raise typer.Exit(INTERRUPTED) from interrupt
     for name in published.removed:
         typer.echo(f"removed {name}, which this {publication.repo_type} does not have", err=True)
     typer.echo(published.url)
@@ -101,7 +125,7 @@ def _in_thread(action: "Callable[[], Published]") -> "Published":
 
 
 def _show(publication: "Publication", private: bool, revision: str | None) -> None:
-    visibility = "private" if private else "public, unless it exists or your organisation decides otherwise"
+    visibility = "private" if private else "public, unless it exists already or your organization decides otherwise"
     typer.echo(f"would publish the {publication.repo_type} {publication.repo_id} ({visibility})")
     typer.echo(f"in one commit on {revision or 'main'}:\n")
     sizes = publication.sizes

@@ -7,6 +7,7 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig, ProcessorMixin
 from transformers.generation.utils import GenerateOutput
 
+from transformers_minigpt4.utils.devices import usable_device
 from transformers_minigpt4.utils.text import first_line
 
 
@@ -43,17 +44,7 @@ def load_model_and_processor(
     Raises:
         ValueError: if the checkpoint cannot be found or is of another kind, or torch has no such device.
     """
-    if device is None:
-        accelerator = torch.accelerator.current_accelerator(check_available=True)
-        device = str(accelerator) if accelerator is not None else "cpu"
-    if device != "auto":
-        try:
-            torch.empty(0, device=device)
-        except (RuntimeError, AssertionError) as error:  # an unknown device, and a torch built without CUDA
-            raise ValueError(
-                f"cannot use the device {device!r}: {first_line(error)}; name one that torch finds here, or leave "
-                "it out"
-            ) from error
+    device = usable_device(device)
     if (os.path.isabs(checkpoint) or checkpoint.startswith(".")) and not os.path.isdir(checkpoint):
         # transformers would take it for a Hub id and complain about its characters.
         raise ValueError(f"there is no model folder {checkpoint!r}; check the path")

@@ -1,9 +1,11 @@
-"""The `data` subcommands of `minigpt4`: looks at sources of training rows before a run does."""
+"""The `data` subcommands of `minigpt4`: inspect sources of training rows before a run does."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
+
+from transformers_minigpt4.utils.command_line import PromptFormat
 
 
 def check(
@@ -13,24 +15,28 @@ def check(
             metavar="SOURCE...", help="KIND:PATH, such as wds:/data/{00000..00099}.tar; see docs/reference/formats.md."
         ),
     ],
-    form: Annotated[
-        Literal["stage1", "stage2", "stage2_llama2", "messages"], typer.Option(help="The form the rows must fit.")
-    ] = "stage2",
+    prompt_format: PromptFormat = "stage2",
     limit: Annotated[int, typer.Option(min=0, help="Rows to read of each source; 0 for all.")] = 1000,
-    shuffle: Annotated[bool, typer.Option("--shuffle", help="Read them in a drawn order.")] = False,
-    sheet: Annotated[
-        Path | None, typer.Option(help="PNG file for a contact sheet; of several sources, numbered ones.")
+    shuffle: Annotated[bool, typer.Option("--shuffle", help="Read the rows in random order.")] = False,
+    output: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="PNG file for a contact sheet; one per source, numbered, if several."),
     ] = None,
-    images: Annotated[int, typer.Option(min=1, help="Pictures on the contact sheet.")] = 24,
+    images: Annotated[int, typer.Option(min=1, help="Number of images on the contact sheet.")] = 24,
     throughput: Annotated[
-        float | None, typer.Option(min=0.1, metavar="SECONDS", help="Measure the loader alone for so long.")
+        float | None,
+        typer.Option(min=0.1, metavar="SECONDS", help="Measure the speed of the loader alone for this long."),
     ] = None,
-    workers: Annotated[int, typer.Option(min=0, help="Data workers of that measurement.")] = 0,
+    workers: Annotated[int, typer.Option(min=0, help="Worker processes of that measurement.")] = 0,
 ) -> None:
     """
-    Show what a source holds, what is wrong with it, and how long its captions are.
+    Show what a source contains, what is wrong with it, and how long its captions are.
 
-    Pictures are decoded as in training. The exit status is 1 when a source has no usable row.
+    Images are decoded as in training. The exit status is 1 if a source has no usable row.
+
+    Examples:
+        minigpt4 data check cc_sbu_align:/data/cc_sbu_align --limit 0 --output sheet.png
+        minigpt4 data check "wds:/data/cc_sbu/{00000..00009}.tar" --prompt-format stage1
     """
     from transformers_minigpt4.data.sources import parse_source
 
@@ -38,16 +44,16 @@ def check(
 
     empty = []
     for number, source in enumerate([parse_source(text) for text in sources]):
-        found = check_source(source, form, limit=limit or None, shuffle=shuffle, max_images=images)
+        found = check_source(source, prompt_format, limit=limit or None, shuffle=shuffle, max_images=images)
         typer.echo(found.report())
         if not found.words:
             empty.append(str(source))
-        elif sheet is not None and found.images:
-            path = sheet if len(sources) == 1 else sheet.with_stem(f"{sheet.stem}-{number}")
+        elif output is not None and found.images:
+            path = output if len(sources) == 1 else output.with_stem(f"{output.stem}-{number}")
             save_contact_sheet(path, found.images)
             typer.echo(f"  contact sheet in {path}")
         if throughput is not None and found.words:
-            rate = loader_throughput(source, form, workers=workers, seconds=throughput)
-            typer.echo(f"  loader   {rate:.0f} rows/s, decoded and resized to 224 x 224, {workers} data workers")
+            rate = loader_throughput(source, prompt_format, workers=workers, seconds=throughput)
+            typer.echo(f"  loader   {rate:.0f} rows/s, decoded and resized to 224 x 224, {workers} worker processes")
     if empty:
         raise ValueError(f"no usable row in {', '.join(empty)}")

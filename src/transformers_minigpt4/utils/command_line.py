@@ -1,0 +1,244 @@
+"""
+What the commands of all rooms share: options that mean the same everywhere, the look of help, errors in one line.
+
+Light on purpose: typer is all that it imports, so that help is quick.
+"""
+
+import contextlib
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from textwrap import dedent, indent
+from typing import Annotated, Any, Literal, TypeAlias
+
+import typer
+from typer.core import TyperArgument, TyperCommand, TyperGroup, TyperOption
+
+
+INTERRUPTED = 130  # what shells report for a program ended by Ctrl-C
+EXAMPLES = "\nExamples:\n"  # heading in a command's docstring; what follows is printed verbatim at the end of its help
+
+# Typer brings its own copy of click, of which it exports neither contexts nor formatters.
+ClickContext: TypeAlias = Any
+ClickFormatter: TypeAlias = Any
+
+BatchSize: TypeAlias = Annotated[
+    int, typer.Option("--batch-size", min=1, metavar="NUMBER", help="Inputs that go through the model at once.")
+]
+Device: TypeAlias = Annotated[
+    str | None,
+    typer.Option(
+        "--device",
+        metavar="DEVICE",
+        help="Such as cpu or cuda:1; auto spreads the model over all GPUs. By default the first GPU, else the CPU.",
+    ),
+]
+DType: TypeAlias = Annotated[
+    Literal["auto", "float32", "bfloat16", "float16"],
+    typer.Option("--dtype", help="Data type of the weights; auto is the one they are stored in."),
+]
+DryRun: TypeAlias = Annotated[bool, typer.Option("--dry-run", help="Show what would be done, and do nothing.")]
+Host: TypeAlias = Annotated[
+    str, typer.Option("--host", metavar="ADDRESS", help="Address to listen on; the default is this machine only.")
+]
+Overwrite: TypeAlias = Annotated[bool, typer.Option("--overwrite", help="Replace --output if it exists.")]
+Port: TypeAlias = Annotated[
+    int | None,
+    typer.Option(
+        "--port", min=1, max=65535, metavar="PORT", help="Port to listen on. By default the first free one from 7860."
+    ),
+]
+PromptFormat: TypeAlias = Annotated[
+    Literal["stage1", "stage2", "stage2_llama2", "messages"],
+    typer.Option("--prompt-format", help="Format of the training rows."),
+]
+Seed: TypeAlias = Annotated[
+    int, typer.Option("--seed", min=0, metavar="NUMBER", help="Seed for everything that is drawn at random.")
+]
+TrustRemoteCode: TypeAlias = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Allow code that comes with the checkpoint to run.")
+]
+
+
+def complain(message: str) -> None:
+    """Writes one line to stderr, with the name of the program in front."""
+    typer.echo(f"minigpt4: {message}", err=True)
+
+
+@contextlib.contextmanager
+def interruptible(message: str | Callable[[], str]) -> Iterator[None]:
+    """
+    Turns Ctrl-C into one line on stderr and exit status 130.
+
+    Args:
+        message (`str` or `Callable`): What has been kept and how to resume, or a function that returns it.
+    """
+    try:
+        yield
+    except KeyboardInterrupt as interrupt:
+        complain(message if isinstance(message, str) else message())
+        raise typer.Exit(INTERRUPTED) from interrupt
+
+
+class Command(TyperCommand):
+    """
+    A subcommand: errors are one line, libraries are quiet, `--batch_size` is `--batch-size`, metavars are capitals.
+
+    Examples in the docstring of its function come at the end of its help as they are.
+    """
+
+    def __init__(self, *args: Any, **keywords: Any) -> None:
+        super().__init__(*args, **keywords)
+        self.help, self.examples = _without_examples(self.help)
+        for parameter in self.params:
+            if parameter.metavar is None and isinstance(parameter, (TyperArgument, TyperOption)):
+                parameter.metavar = _metavar(parameter)
+
+    def parse_args(self, ctx: ClickContext, args: list[str]) -> list[str]:
+        """Parses the words of a command line; underscores in the names of options are taken for dashes."""
+        return super().parse_args(ctx, with_dashes(args, self.params))
+
+    def invoke(self, ctx: ClickContext) -> object:
+        """Runs the command."""
+        with one_line_errors(ctx):
+            quieten_libraries(ctx.obj)
+            return super().invoke(ctx)
+
+    def collect_usage_pieces(self, ctx: ClickContext) -> list[str]:
+        """The words behind the command's name in its usage line."""
+        arguments = [parameter for parameter in self.params if isinstance(parameter, TyperArgument)]
+        shown = [str(argument.metavar) if argument.required else f"[{argument.metavar}]" for argument in arguments]
+        return [*shown, self.options_metavar or ""]
+
+    def format_options(self, ctx: ClickContext, formatter: ClickFormatter) -> None:
+        """Writes arguments and options, the latter in groups where they name one (`rich_help_panel`)."""
+        sections: dict[str, list[tuple[str, str]]] = {"Arguments": [], "Options": []}
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx)
+            if record is None:
+                continue
+            if isinstance(parameter, TyperArgument):
+                sections["Arguments"].append((str(parameter.metavar), record[1]))
+            else:
+                panel = getattr(parameter, "rich_help_panel", None) or "Options"
+                sections.setdefault(panel, []).append(record)
+        for title, records in sections.items():
+            if records:
+                with formatter.section(title):
+                    formatter.write_dl(records)
+
+    def format_epilog(self, ctx: ClickContext, formatter: ClickFormatter) -> None:
+        """Writes the examples."""
+        formatter.write(self.examples)
+
+
+class Group(TyperGroup):
+    """Subcommands; `panels` says in which groups help lists them, and all others are under `Commands`."""
+
+    panels: Mapping[str, tuple[str, ...]] = {}
+
+    def __init__(self, *args: Any, **keywords: Any) -> None:
+        super().__init__(*args, **keywords)
+        self.help, self.examples = _without_examples(self.help)
+
+    def format_epilog(self, ctx: ClickContext, formatter: ClickFormatter) -> None:
+        """Writes the examples."""
+        formatter.write(self.examples)
+
+    def format_commands(self, ctx: ClickContext, formatter: ClickFormatter) -> None:
+        """Writes the subcommands with the first sentence of their help."""
+        names = [name for name in self.list_commands(ctx) if not self.commands[name].hidden]
+        limit = formatter.width - 6 - max(map(len, names))
+        grouped = {name for group in self.panels.values() for name in group}
+        rest = tuple(name for name in names if name not in grouped)
+        for title, group in {**self.panels, **({"Commands": rest} if rest else {})}.items():
+            with formatter.section(title):
+                formatter.write_dl([(name, self.commands[name].get_short_help_str(limit)) for name in group])
+
+
+def _without_examples(help: str | None) -> tuple[str, str]:
+    """A help text, and its examples as they are printed."""
+    text, heading, examples = (help or "").partition(EXAMPLES)
+    return text, heading + indent(dedent(examples), "  ") + "\n" if heading else ""
+
+
+def with_dashes(words: list[str], parameters: list[Any]) -> list[str]:
+    """The words of a command line with dashes in the names of options, and with values as they were."""
+    options = {
+        name: parameter
+        for parameter in parameters
+        if isinstance(parameter, TyperOption)
+        for name in (*parameter.opts, *parameter.secondary_opts)
+    }
+    found: list[str] = []
+    is_value = False
+    for number, word in enumerate(words):
+        name, equals, value = word.partition("=")
+        dashed = name.replace("_", "-")
+        if word == "--":
+            return found + words[number:]
+        if not is_value and dashed in options:
+            found.append(dashed + equals + value)
+            is_value = not equals and not options[dashed].is_flag
+        else:
+            found.append(word)
+            is_value = False
+    return found
+
+
+def _metavar(parameter: TyperArgument | TyperOption) -> str:
+    kind = parameter.type_descriptor
+    if isinstance(parameter, TyperArgument):
+        return parameter.name.upper()
+    if kind.choices is not None:
+        return f"[{'|'.join(map(str, kind.choices))}]"
+    names: dict[object, str] = {int: "NUMBER", float: "NUMBER", Path: "PATH"}
+    return names.get(kind.annotation, "TEXT")
+
+
+@contextlib.contextmanager
+def one_line_errors(context: ClickContext) -> Iterator[None]:
+    """Turns whatever goes wrong into one line on stderr and exit status 1; with `--debug`, lets the trace through."""
+    try:
+        yield
+    except (typer.Exit, typer.Abort, typer.BadParameter, BrokenPipeError):
+        raise
+    except Exception as error:
+        if context.obj is True:
+            raise
+        complain(_one_line(error))
+        raise typer.Exit(1) from error
+
+
+def _one_line(error: BaseException) -> str:
+    """The first line of an error that explains itself, with the type in front where it may not."""
+    if type(error).__name__ == "OutOfMemoryError":  # torch's, by name, because torch need not be imported yet
+        return "the device is out of memory; lower --batch-size, set --dtype bfloat16, or spread with --device auto"
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    line = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    if type(error) in (ValueError, OSError) or type(error).__module__.startswith("transformers_minigpt4"):
+        return line or type(error).__name__
+    return f"{type(error).__name__}: {line} (`minigpt4 --debug ...` shows the trace)"
+
+
+def quieten_libraries(debug: bool) -> None:
+    """Silences what libraries log, but not the progress bars of downloads."""
+    if debug is True:
+        return
+    from huggingface_hub.utils import enable_progress_bars
+    from transformers.utils import logging
+
+    warnings.simplefilter("ignore")
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    # That silenced downloads too, and ten gigabytes without a sign of life look like a hang.
+    enable_progress_bars()
+
+
+def to_stdout_in_utf8() -> None:
+    """Makes standard output UTF-8 whatever the locale: JSON is, and no caption's character may end a run."""
+    reconfigure = getattr(sys.stdout, "reconfigure", None)
+    if reconfigure is not None:
+        reconfigure(encoding="utf-8")
