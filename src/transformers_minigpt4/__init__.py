@@ -1,14 +1,23 @@
-"""MiniGPT-4 for Hugging Face transformers; importing this package registers it with the Auto classes and pipelines."""
+"""
+MiniGPT-4 for Hugging Face transformers.
 
-from .auto import register
-from .modeling.configuration_minigpt4 import MiniGPT4Config
-from .modeling.modeling_minigpt4 import (
-    MiniGPT4ForConditionalGeneration,
-    MiniGPT4Model,
-    MiniGPT4PreTrainedModel,
-)
-from .processing.pipeline_minigpt4 import MiniGPT4ImageToTextPipeline
-from .processing.processing_minigpt4 import MiniGPT4Processor
+Importing this package is cheap: it loads neither torch nor transformers. As soon as transformers is loaded, before or
+after it, MiniGPT-4 is registered with the Auto classes, the pipelines and the tables of serving, see `auto.py`.
+"""
+
+import importlib
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+from wrapt import register_post_import_hook
+
+
+if TYPE_CHECKING:
+    from .modeling.configuration_minigpt4 import MiniGPT4Config
+    from .modeling.modeling_minigpt4 import MiniGPT4ForConditionalGeneration, MiniGPT4Model, MiniGPT4PreTrainedModel
+    from .processing.pipeline_minigpt4 import MiniGPT4ImageToTextPipeline
+    from .processing.processing_minigpt4 import MiniGPT4Processor
 
 
 __version__ = "0.1.0"
@@ -22,4 +31,38 @@ __all__ = [
     "MiniGPT4Processor",
 ]
 
-register()
+
+def __getattr__(name: str) -> object:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    importlib.import_module("transformers")  # first, as everybody does: threads then take import locks in one order
+    value: object = getattr(importlib.import_module(f"{__name__}.auto"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+# What imports transformers and is imported by `auto`. Such a module is incomplete while it loads transformers.
+_MODULES = (
+    "modeling.configuration_minigpt4",
+    "modeling.modeling_minigpt4",
+    "modeling.trained_modules_minigpt4",
+    "processing.pipeline_minigpt4",
+    "processing.processing_minigpt4",
+)
+_complete: set[str] = set()
+
+
+def _register(module: ModuleType) -> None:
+    """Imports `auto`, which registers everything, as soon as no module that it needs is under way."""
+    _complete.add(module.__name__)
+    if all(name in _complete for name in _AWAITED if name in sys.modules):
+        importlib.import_module(f"{__name__}.auto")
+
+
+_AWAITED = ("transformers", *(f"{__name__}.{name}" for name in _MODULES))
+for _name in _AWAITED:
+    register_post_import_hook(_register, _name)  # called at once for what is loaded already

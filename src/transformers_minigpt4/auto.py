@@ -1,4 +1,8 @@
-"""Registers MiniGPT-4 with transformers: Auto classes, pipelines, and the tables that serving looks into."""
+"""
+Registers MiniGPT-4 with transformers on import: Auto classes, pipelines, and the tables that serving looks into.
+
+The package imports this module as soon as transformers is loaded.
+"""
 
 import logging
 
@@ -16,7 +20,7 @@ from transformers.models.auto.modeling_auto import (
 from transformers.pipelines import PIPELINE_REGISTRY
 
 from .modeling.configuration_minigpt4 import MiniGPT4Config
-from .modeling.modeling_minigpt4 import MiniGPT4ForConditionalGeneration, MiniGPT4Model
+from .modeling.modeling_minigpt4 import MiniGPT4ForConditionalGeneration, MiniGPT4Model, MiniGPT4PreTrainedModel
 from .processing.pipeline_minigpt4 import MiniGPT4ImageToTextPipeline
 from .processing.processing_minigpt4 import MiniGPT4Processor
 
@@ -63,3 +67,16 @@ def register() -> None:
     # and gives every other model the stock pipeline.
     PIPELINE_REGISTRY.supported_tasks["image-text-to-text"]["impl"] = MiniGPT4ImageToTextPipeline
     logging.getLogger("transformers.pipelines").addFilter(_REPAIR_WARNING)
+
+
+register()
+
+__all__ = [
+    "MiniGPT4Config",
+    "MiniGPT4ForConditionalGeneration",
+    "MiniGPT4ImageToTextPipeline",
+    "MiniGPT4Model",
+    "MiniGPT4PreTrainedModel",
+    "MiniGPT4Processor",
+    "register",
+]

@@ -171,7 +171,7 @@ def _split(folder: Path) -> None:
 FETCH = """
 import sys
 from transformers_minigpt4.conversion.convert import convert_checkpoint
-convert_checkpoint(sys.argv[1], vision="org/blip2", language_model="org/llm@v1", projection=sys.argv[2])
+convert_checkpoint(sys.argv[1], vision="org/blip2", language_model="org/llm@v1", projector=sys.argv[2])
 """
 
 
