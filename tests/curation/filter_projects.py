@@ -10,7 +10,8 @@ import numpy as np
 from PIL import Image
 
 from transformers_minigpt4.curation.config import CurationConfig
-from transformers_minigpt4.curation.store import IMAGES, Project, Result, text_hash
+from transformers_minigpt4.curation.records import IMAGES, Result, text_hash
+from transformers_minigpt4.curation.store import Project
 
 
 # Ten texts with nothing in common, that every rule keeps.

@@ -6,7 +6,8 @@ from pathlib import Path
 from PIL import Image
 
 from transformers_minigpt4.curation.config import CurationConfig
-from transformers_minigpt4.curation.store import IMAGES, Project, Result, text_hash
+from transformers_minigpt4.curation.records import IMAGES, Result, text_hash
+from transformers_minigpt4.curation.store import Project
 from transformers_minigpt4.llm.types import ChatSettings
 
 
@@ -27,7 +28,7 @@ def make_project(folder: Path, texts: Sequence[tuple[str, str]], *, twice: float
 
 
 def _work(project: Project, texts, step: int):
-    return list(zip(project.pending(("generate", "repair")[step], "", retry_failed=False), texts, strict=True))
+    return list(zip(project.pending(("generate", "repair")[step], ""), texts, strict=True))
 
 
 def set_texts(project: Project, texts: dict[int, str], flag: str = "") -> None:

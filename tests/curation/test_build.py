@@ -88,7 +88,7 @@ def test_it_stands_alone(project):
 def test_the_card_tells_all(tmp_path):
     settings = {"repair": ChatSettings("somebody/chat"), "checkpoint": "/home/somebody/runs/stage1", "seed": 7}
     with make_project(tmp_path / "project", [*TEXTS[:5], "Too short."], **settings) as project:
-        from transformers_minigpt4.curation.store import Result
+        from transformers_minigpt4.curation.records import Result
 
         work = list(project.pending("repair", "r"))
         project.record("repair", [Result(one.pair.id, "r", one.input, "ok") for one in work[1:]])
@@ -204,9 +204,9 @@ class TestAtomic:
         """At the worst moment: the old build is set aside and the new one not in its place yet."""
         folder = build(project).folder
         expected = files(folder)
-        folder.rename(project.folder / ".build-old")
-        (project.folder / ".build-new").mkdir()
-        (project.folder / ".build-new" / "half").write_text("x")
+        folder.rename(project.folder / ".build.0123abcd.old")
+        (project.folder / ".build.4567cdef.tmp").mkdir()
+        (project.folder / ".build.4567cdef.tmp" / "half").write_text("x")
         with limited(1_000), pytest.raises(OSError, match="too large"):
             build(project)
         assert files(folder) == expected and not list(project.folder.glob(".build*"))

@@ -1,7 +1,7 @@
 """`minigpt4 curate`: the settings file, what each command says, and one line for what goes wrong."""
 
-import fcntl
 import json
+import os
 from dataclasses import replace
 
 import pytest
@@ -13,6 +13,7 @@ from transformers_minigpt4.curation.commands import COMMANDS
 from transformers_minigpt4.curation.config import CONFIG_FILE, CurationConfig, commented_yaml, load_config
 from transformers_minigpt4.curation.store import Project
 from transformers_minigpt4.llm.types import ChatSettings
+from transformers_minigpt4.utils.files import folder_lock
 
 
 def minigpt4(*arguments):
@@ -91,7 +92,7 @@ def write_good_texts(project):
     text = "A {} square fills the whole picture. Nothing else is in it, and its colour is even from side to side."
     with Project.create(project) as opened:
         from transformers_minigpt4.curation.draw import draw_images
-        from transformers_minigpt4.curation.store import Result
+        from transformers_minigpt4.curation.records import Result
 
         draw_images(opened, opened.config, False)
         works = list(opened.pending("generate", "by hand"))
@@ -152,12 +153,9 @@ def _after_drawing(project, command):
 
 
 def test_two_processes_on_one_project(project):
-    with Project.create(project), open(project / ".lock", "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        file.write("repair, process 1234")
-        file.flush()
+    with Project.create(project), folder_lock(project, "", purpose="repair"):
         for command in ("generate", "filter", "build"):
-            assert f"another process works on {project} (repair, process 1234), so {command} cannot" in fails(
+            assert f"another process works on {project} (repair, process {os.getpid()}), so {command} cannot" in fails(
                 command, project
             )
 

@@ -1,5 +1,6 @@
 """Drawing pictures: seeded, spread over shards, resumed, without duplicates; every skipped row has its reason."""
 
+import errno
 import io
 import json
 import os
@@ -14,7 +15,8 @@ from PIL import Image
 from transformers_minigpt4.curation import draw
 from transformers_minigpt4.curation.config import CurationConfig, CurationError
 from transformers_minigpt4.curation.draw import draw_images
-from transformers_minigpt4.curation.store import IMAGES, Project
+from transformers_minigpt4.curation.records import IMAGES
+from transformers_minigpt4.curation.store import Project
 from transformers_minigpt4.data.schema import DataError
 
 
@@ -181,14 +183,16 @@ def test_a_project_keeps_its_source_and_seed(tmp_path):
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a device that is always full")
-def test_a_full_disk(tmp_path):
+def test_a_full_disk(tmp_path, monkeypatch):
+    def full(_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
     (tmp_path / "source").mkdir()
     (tmp_path / "source" / "1.png").write_bytes(content(1))
     settings = config(str(tmp_path / "source"), 1)
     with Project.create(tmp_path / "project", settings) as project:
-        # What stands in for the picture's file refuses every write as a full disk does.
-        (tmp_path / "project" / IMAGES / ".00001-1.png.new").symlink_to("/dev/full")
-        with pytest.raises(CurationError, match="No space left on device; make room there"):
+        with monkeypatch.context() as patch, pytest.raises(CurationError, match="No space left on device; free some"):
+            patch.setattr(os, "fsync", full)
             draw_images(project, settings, False)
         assert list((tmp_path / "project" / IMAGES).iterdir()) == []
         assert draw_images(project, settings, False).new == 1

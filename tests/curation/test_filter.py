@@ -2,11 +2,13 @@
 
 import pytest
 from filter_projects import TEXTS, add, jpeg, make_project, photograph, review
+from histories import history
 
 from transformers_minigpt4.curation.config import CurationConfig, CurationError
 from transformers_minigpt4.curation.filter import run_filter
+from transformers_minigpt4.curation.records import Result
 from transformers_minigpt4.curation.review import ReviewQueue
-from transformers_minigpt4.curation.store import Project, Result
+from transformers_minigpt4.curation.store import Project
 
 
 def config(**rules) -> CurationConfig:
@@ -23,7 +25,7 @@ def verdicts(project: Project) -> dict[str, str]:
 
 def histories(project: Project) -> dict[str, int]:
     """Number of the filter's entries in each pair's history."""
-    return {p.key: sum(step == "filter" for step, _ in project.history(p.id)) for p in project.pairs()}
+    return {p.key: sum(step == "filter" for step, _ in history(project, p.id)) for p in project.pairs()}
 
 
 def describe(project: Project, pair_id: int, text: str) -> None:

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from histories import history
 from PIL import Image
 
 from transformers_minigpt4.curation import generate
@@ -163,7 +164,7 @@ def test_a_changed_prompt_touches_all_and_a_changed_batch_size_none(settings, tm
         assert run_generate(project, replace(settings, batch_size=5), False).described == 0
         assert run_generate(project, replace(settings, prompt=AUTHORS_PROMPT), False).described == 7
         (pair, *_) = project.pairs()
-        assert [step for step, _ in project.history(pair.id)] == ["generate", "generate"]
+        assert [step for step, _ in history(project, pair.id)] == ["generate", "generate"]
 
 
 def test_a_checkpoint_trained_anew_in_place_is_another_one(settings, tmp_path):

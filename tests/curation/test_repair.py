@@ -7,13 +7,15 @@ import time
 from dataclasses import replace
 
 import pytest
+from histories import history
 from scripted_endpoint import HTML_PAGE, Reply, ScriptedEndpoint, user_text
 from tiny_chat_model import save_chat_model
 
 from transformers_minigpt4.curation.config import REPAIR_PROMPT, CurationConfig, CurationError
+from transformers_minigpt4.curation.records import Result
 from transformers_minigpt4.curation.repair import run_repair, used_so_far
 from transformers_minigpt4.curation.repair_checks import added_words, flags
-from transformers_minigpt4.curation.store import Project, Result
+from transformers_minigpt4.curation.store import Project
 from transformers_minigpt4.llm.types import BudgetExhausted, ChatError, ChatSettings
 
 
@@ -85,7 +87,7 @@ def test_only_what_changed_is_asked_again(tmp_path):
         elsewhere = changed(config, base_url=endpoint.base_url + "/", max_tokens=2000)
         assert run_repair(project, elsewhere, progress=False).outcomes == {}
         assert run_repair(project, replace(config, repair_prompt="Mend this."), progress=False).usage.requests == 5
-        assert [result.settings for step, result in project.history(2) if step == "repair"] != []
+        assert [result.settings for step, result in history(project, 2) if step == "repair"] != []
         # And the old prompt's answers are still known.
         back = run_repair(project, config, progress=False)
         assert back.outcomes == {"ok": 5} and back.usage.requests == 0 and back.usage.cached == 5
@@ -196,7 +198,7 @@ def test_a_kill_at_any_moment_loses_no_answer_that_was_paid_for(tmp_path):
         # What was in flight may be billed, so the next run has counted it in full.
         assert used_so_far(project).requests >= len(endpoint.requests)
         assert used_so_far(project).completion_tokens > 3 * config.repair.max_tokens
-        assert all(len([r for step, r in project.history(n) if step == "repair"]) == 1 for n in range(1, 61))
+        assert all(len([r for step, r in history(project, n) if step == "repair"]) == 1 for n in range(1, 61))
 
 
 def test_a_local_model_repairs_too(tmp_path):

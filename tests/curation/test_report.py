@@ -13,10 +13,11 @@ from filter_projects import TEXTS, jpeg, make_project, photograph, review
 from PIL import Image
 
 from transformers_minigpt4.curation.filter import run_filter
+from transformers_minigpt4.curation.records import Result
 from transformers_minigpt4.curation.report import histogram, run_report, visible
 from transformers_minigpt4.curation.rules import RULES
 from transformers_minigpt4.curation.status import save_status_png, status_text
-from transformers_minigpt4.curation.store import Project, Result
+from transformers_minigpt4.curation.store import Project
 from transformers_minigpt4.llm.types import ChatSettings
 
 

@@ -6,6 +6,7 @@ import sqlite3
 import threading
 
 import pytest
+from histories import history
 from review_projects import drop, make_project, set_texts
 
 from transformers_minigpt4.curation.config import CurationError
@@ -162,7 +163,10 @@ def test_undo_goes_back_one_by_one_and_keeps_the_history(queue, project):
     assert queue.next("anna") == first
     rows = project.connection().execute("SELECT action, undone IS NULL FROM decisions ORDER BY id").fetchall()
     assert rows == [("accepted", 0), ("rejected", 0)]
-    assert [result.outcome for step, result in project.history(first.id) if step == "review"] == ["accepted", "undone"]
+    assert [result.outcome for step, result in history(project, first.id) if step == "review"] == [
+        "accepted",
+        "undone",
+    ]
 
 
 def test_undo_is_one_s_own(queue):

@@ -9,18 +9,14 @@ import threading
 from dataclasses import replace
 
 import pytest
+from histories import history
 
 from transformers_minigpt4.curation import store
 from transformers_minigpt4.curation.config import CONFIG_FILE, CurationConfig, CurationError, load_config
+from transformers_minigpt4.curation.database import DATABASE, SCHEMA_VERSION, erase_result
+from transformers_minigpt4.curation.records import Result, text_hash
 from transformers_minigpt4.curation.repair import repair_digest
-from transformers_minigpt4.curation.store import (
-    DATABASE,
-    SCHEMA_VERSION,
-    Project,
-    Result,
-    erase_result,
-    text_hash,
-)
+from transformers_minigpt4.curation.store import Project
 from transformers_minigpt4.llm.types import ChatSettings
 
 
@@ -100,7 +96,7 @@ def test_a_changed_rule_touches_what_it_affects_and_no_more(tmp_path):
     assert [step.waiting for step in project.funnel().steps] == [0, 0, 1, 0]
     run(project, "filter", "other rules", "kept")
     assert [work.pair.id for work in project.pending("review", "s")] == [2]
-    steps = [(step, result.text) for step, result in project.history(2)]
+    steps = [(step, result.text) for step, result in history(project, 2)]
     assert steps == [
         *(("generate", "raw 2"), ("repair", "repaired 2"), ("filter", None), ("review", None)),
         *(("filter", None), ("repair", "anew"), ("filter", None)),
@@ -112,7 +108,6 @@ def test_what_failed_is_tried_again_and_goes_no_further(tmp_path):
     run(project, "generate", outcome="failed", reason="missing picture")
     assert not list(project.pending("repair", "s"))
     assert len(list(project.pending("generate", "s"))) == 3
-    assert not list(project.pending("generate", "s", retry_failed=False))
     (generate, *_) = project.funnel().steps
     assert (generate.outcomes, generate.reasons) == ({"failed": 3}, {"failed": {"missing picture": 3}})
 
@@ -151,7 +146,7 @@ def test_erased_results_stay_in_the_history(tmp_path):
     with project.transaction() as connection:
         erase_result(connection, "review", 1, "undone by anna")
     assert not list(project.accepted())
-    last, result = project.history(1)[-1]
+    last, result = history(project, 1)[-1]
     assert (last, result.outcome, result.reason) == ("review", "undone", "undone by anna")
 
 
@@ -220,7 +215,7 @@ def test_a_full_disk_is_said_in_one_line_and_loses_nothing(tmp_path):
             run(project, "repair", say=lambda work: "x" * 1_000_000)
 
     said, _ = in_child(work)
-    assert said.startswith("CurationError: cannot write to") and "is the disk full? Make room" in said
+    assert said.startswith("CurationError: cannot write to") and "is the disk full? Free some space" in said
     with Project.open(tmp_path, CONFIG) as project:
         assert [text for _, text in project.texts("repair")] == ["before"] * 3
         assert len(run(project, "repair", say=lambda work: "after")) == 3
@@ -273,7 +268,7 @@ def test_files_that_are_no_project(tmp_path):
     with pytest.raises(CurationError, match=r"there is no .*curation.yaml; create a project"):
         Project.open(tmp_path)
     (tmp_path / DATABASE).write_bytes(b"no database" * 100)
-    with pytest.raises(CurationError, match="is damaged or no project"):
+    with pytest.raises(CurationError, match="is damaged or not a project"):
         Project.open(tmp_path, CONFIG)
 
 

@@ -3,22 +3,23 @@
 import hashlib
 import json
 import os
-import platform
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from transformers_minigpt4.utils.file_names import RUN_FILE
+from transformers_minigpt4.utils.files import JsonObject, atomic_folder
+from transformers_minigpt4.utils.versions import package_versions
 
 from .config import CurationConfig, CurationError
 from .filter import project_rules
 from .progress import bar
+from .records import PASSING, Pair, now
 from .review import ReviewQueue
 from .status import STEP_WORDS, passed_on
-from .store import PASSING, Pair, Project, now
+from .store import Project
 
 
 if TYPE_CHECKING:
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
 BUILD = "build"  # the folder in the project's folder
 DATASET, ALIGN = "dataset", "cc_sbu_align"
 CARD_FILE = "README.md"
-_NEW, _OLD = f".{BUILD}-new", f".{BUILD}-old"
 _PACKAGES = ("transformers_minigpt4", "transformers", "torch", "datasets")
 
 
@@ -85,19 +85,13 @@ def run_build(
     if unreviewed is None:
         unreviewed = config.build_unreviewed
     with project.writer("build"):
-        target, new, old = (project.folder / name for name in (BUILD, _NEW, _OLD))
-        _clear(target, new, old)
-        reviewed = {pair.id for pair, _ in project.accepted()}
-        pairs = list(project.accepted(unreviewed))
-        if not pairs:
-            raise CurationError(_nothing(project, unreviewed))
-        try:
+        target = project.folder / BUILD
+        with atomic_folder(target, locked=True) as new:
+            reviewed = {pair.id for pair, _ in project.accepted()}
+            pairs = list(project.accepted(unreviewed))
+            if not pairs:
+                raise CurationError(_nothing(project, unreviewed))
             summary = _make(project, config, new, pairs, reviewed, progress)
-            if target.exists():
-                target.rename(old)
-            new.rename(target)
-        finally:
-            _clear(target, new, old)
     return BuildSummary(target, *summary)
 
 
@@ -112,16 +106,6 @@ def built_dataset(project: Project) -> Path:
     if not folder.is_dir():
         raise CurationError(f"{project.folder} has no build yet; run `minigpt4 curate build {project.folder}` first")
     return folder
-
-
-def _clear(target: Path, new: Path, old: Path) -> None:
-    """Ends what a build that was killed has left: the old build returns where no new one has taken its place."""
-    shutil.rmtree(new, ignore_errors=True)
-    if old.exists():
-        if target.exists():
-            shutil.rmtree(old)
-        else:
-            old.rename(target)
 
 
 def _nothing(project: Project, unreviewed: bool) -> str:
@@ -206,7 +190,7 @@ def _dataset(rows: Iterable[tuple[Path, str, str]], cache: Path) -> "Dataset":
     return dataset.map(embed_table_storage, batched=True, batch_size=100, cache_file_name=str(cache)).with_format(None)
 
 
-def _describe(dataset: "Dataset", folder: Path, loads: str, record: dict[str, Any]) -> None:
+def _describe(dataset: "Dataset", folder: Path, loads: str, record: JsonObject) -> None:
     from datasets import DatasetDict
 
     from transformers_minigpt4.hub.cards import dataset_card
@@ -216,9 +200,7 @@ def _describe(dataset: "Dataset", folder: Path, loads: str, record: dict[str, An
     (folder / RUN_FILE).write_text(json.dumps(record, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
 
 
-def run_info(
-    project: Project, config: CurationConfig, pairs: int, unreviewed: int, without_image: int
-) -> dict[str, Any]:
+def run_info(project: Project, config: CurationConfig, pairs: int, unreviewed: int, without_image: int) -> JsonObject:
     """
     What `hub.cards` shows of a curation: source, counts at every step, reasons, models, prompts, rules.
 
@@ -259,7 +241,7 @@ def run_info(
         "models": models,
         "prompts": prompts,
         "rules": project_rules(config).describe(),
-        "versions": dict(_versions()),
+        "versions": package_versions(_PACKAGES),
         "made_at": now(),
     }
 
@@ -291,12 +273,3 @@ def _public_name(name: str) -> str:
     """The last part of a folder's name, since the rest tells of somebody's computer; a Hub id or URL as it is."""
     local = os.path.isabs(name) or name.startswith((".", "~")) or name.count("/") > 1 or os.path.exists(name)
     return Path(name).name if local and "://" not in name else name
-
-
-def _versions() -> Iterator[tuple[str, str]]:
-    yield "python", platform.python_version()
-    for package in _PACKAGES:
-        try:
-            yield package, metadata.version(package)
-        except metadata.PackageNotFoundError:
-            yield package, "not installed"

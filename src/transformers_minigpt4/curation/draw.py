@@ -21,10 +21,12 @@ from transformers_minigpt4.data.readers import BadRow, Reader
 from transformers_minigpt4.data.sources import KINDS, open_reader, parse_source
 from transformers_minigpt4.inference.sources import IMAGE_SUFFIXES, expand_sources
 from transformers_minigpt4.processing.image_utils_minigpt4 import ImageLoadError, load_image
+from transformers_minigpt4.utils.files import write_atomically
 
 from .config import CONFIG_FILE, CurationConfig, CurationError
 from .progress import bar
-from .store import IMAGES, Project
+from .records import IMAGES
+from .store import Project
 
 
 PYTHON = "python:"  # in front of MODULE:FUNCTION
@@ -231,15 +233,9 @@ def _suffix(content: bytes) -> str:
 
 
 def _write(path: Path, content: bytes) -> None:
-    scratch = path.with_name(f".{path.name}.new")
     try:
-        with open(scratch, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(scratch, path)
+        write_atomically(path, content, sync=True)
     except OSError as error:
-        scratch.unlink(missing_ok=True)
         raise CurationError(
-            f"cannot write {path}: {error.strerror}; make room there and run the same command again"
+            f"cannot write {path}: {error.strerror}; free some space and run the same command again"
         ) from error

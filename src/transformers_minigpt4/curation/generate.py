@@ -17,7 +17,8 @@ from transformers_minigpt4.processing.image_utils_minigpt4 import ImageLoadError
 from .config import CurationConfig, CurationError, settings_hash
 from .draw import Drawn, draw_images
 from .progress import bar
-from .store import FAILED, Project, Result, Work
+from .records import FAILED, Result, Work
+from .store import Project
 
 
 PLACEHOLDER = "<ImageHere>"

@@ -13,9 +13,11 @@ from transformers_minigpt4.llm.opening import open_chat_model
 from transformers_minigpt4.llm.types import BudgetExhausted, ChatAnswer, ChatError, Usage, prefixed
 
 from .config import CONFIG_FILE, REPAIR, CurationConfig, settings_hash
+from .database import write_results
 from .progress import bar
+from .records import Result, Work, now
 from .repair_checks import VERSION, flags
-from .store import Project, Result, Work, now, write_results
+from .store import Project
 
 
 STEP = "repair"

@@ -10,13 +10,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from transformers_minigpt4.processing.image_utils_minigpt4 import ImageLoadError, load_image
+from transformers_minigpt4.utils.files import write_atomically
 from transformers_minigpt4.web.html import is_hidden
 
 from .config import CurationConfig
 from .filter import project_rules
+from .records import PASSING, Pair, Result, now
 from .rules import RULES
 from .status import funnel_rows, share
-from .store import PASSING, Pair, Project, Result, now
+from .store import Project
 
 
 REPORT_FILE = "report.html"
@@ -58,12 +60,7 @@ def run_report(project: Project, config: CurationConfig, path: str | os.PathLike
         loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined, finalize=_shown
     )
     page = environment.get_template("report.html.jinja").render(_facts(project, config))
-    scratch = path.with_name(f".{path.name}-{os.getpid()}")
-    try:
-        scratch.write_text(page, encoding="utf-8")
-        os.replace(scratch, path)
-    finally:
-        scratch.unlink(missing_ok=True)
+    write_atomically(path, page)
     return path
 
 

@@ -24,7 +24,9 @@ from typing import Any, Literal
 from transformers_minigpt4.web.html import person_name
 
 from .config import CurationError
-from .store import IMAGES, Project, Result, erase_result, incoming, now, plain_errors, write_results
+from .database import erase_result, incoming, plain_errors, write_results
+from .records import IMAGES, Result, now
+from .store import Project
 
 
 Action = Literal["accepted", "edited", "rejected"]

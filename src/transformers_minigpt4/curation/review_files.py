@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from transformers_minigpt4.utils.files import to_json
+from transformers_minigpt4.utils.files import atomic_file, to_json
 from transformers_minigpt4.web.html import person_name
 
 from .config import CurationError
@@ -77,18 +77,13 @@ def export_pairs(project: Project, path: str | os.PathLike, reviewer: str | None
         )
         for pair in pairs
     ]
-    scratch = Path(f"{os.fspath(path)}.{os.getpid()}.tmp")
-    try:
-        with open(scratch, "w", encoding="utf-8", newline="") as file:
-            if kind == "csv":
-                writer = csv.DictWriter(file, FIELDS)
-                writer.writeheader()
-                writer.writerows({field: _shield(value) for field, value in row.items()} for row in rows)
-            else:
-                file.writelines(to_json(row) + "\n" for row in rows)
-        os.replace(scratch, path)
-    finally:
-        scratch.unlink(missing_ok=True)
+    with atomic_file(path) as scratch, open(scratch, "w", encoding="utf-8", newline="") as file:
+        if kind == "csv":
+            writer = csv.DictWriter(file, FIELDS)
+            writer.writeheader()
+            writer.writerows({field: _shield(value) for field, value in row.items()} for row in rows)
+        else:
+            file.writelines(to_json(row) + "\n" for row in rows)
     return Export(len(rows), missing)
 
 

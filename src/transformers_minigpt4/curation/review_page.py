@@ -7,9 +7,10 @@ from transformers_minigpt4.web.html import escape, image_html, person_name
 from transformers_minigpt4.web.server import LOCAL_HOSTS, PageServer, import_gradio, new_page, serve
 
 from .config import CurationError
+from .records import IMAGES
 from .review import Progress, ReviewPair, ReviewQueue, same_text
 from .review_diff import mark_differences
-from .store import IMAGES, Project
+from .store import Project
 
 
 if TYPE_CHECKING:

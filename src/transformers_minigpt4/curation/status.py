@@ -2,11 +2,13 @@
 
 import os
 from collections.abc import Iterator
-from pathlib import Path
 from typing import NamedTuple
 
+from transformers_minigpt4.utils.files import atomic_file
+
 from .config import CurationError
-from .store import PASSING, Funnel, Project, StepCount
+from .records import PASSING, Funnel, StepCount
+from .store import Project
 
 
 _BAR = 30  # characters of a full bar
@@ -134,10 +136,5 @@ def save_status_png(project: Project, path: str | os.PathLike) -> None:
     axes.set_xlim(0, max(1, funnel.drawn) * 1.18)
     axes.set_xlabel("pairs")
     axes.spines[["top", "right"]].set_visible(False)
-    path = Path(path)
-    scratch = path.with_name(f".{path.name}-{os.getpid()}")
-    try:
+    with atomic_file(path) as scratch:
         figure.savefig(scratch, format="png", dpi=120)
-        os.replace(scratch, path)
-    finally:
-        scratch.unlink(missing_ok=True)

@@ -9,12 +9,13 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO, TypeAlias
+from typing import Any, BinaryIO, TypeAlias
 
 from filelock import FileLock, Timeout
 
 
 PathLike: TypeAlias = "str | os.PathLike[str]"
+JsonObject: TypeAlias = dict[str, Any]
 LOCK_FILE = ".lock"
 
 
@@ -35,10 +36,20 @@ def atomic_file(path: PathLike) -> Iterator[Path]:
         scratch.unlink(missing_ok=True)
 
 
-def write_atomically(path: PathLike, content: str | bytes) -> None:
-    """Writes a file so that readers see the old content or the new; text is UTF-8."""
-    with atomic_file(path) as scratch:
-        scratch.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
+def write_atomically(path: PathLike, content: str | bytes, sync: bool = False) -> None:
+    """
+    Writes a file so that readers see the old content or the new.
+
+    Args:
+        path (`str` or `os.PathLike`): The file to write. Its folder must exist.
+        content (`str` or `bytes`): Text is written as UTF-8.
+        sync (`bool`, *optional*, defaults to `False`): Waits until it is on the disk, so that it survives a power cut.
+    """
+    with atomic_file(path) as scratch, open(scratch, "wb") as file:
+        file.write(content.encode("utf-8") if isinstance(content, str) else content)
+        if sync:
+            file.flush()
+            os.fsync(file.fileno())
 
 
 @contextlib.contextmanager
