@@ -105,6 +105,10 @@ class Command(TyperCommand):
             quieten_libraries(ctx.obj)
             return super().invoke(ctx)
 
+    def get_params(self, ctx: ClickContext) -> list[Any]:
+        """Arguments and options, `--help` among them."""
+        return _off_by_default(super().get_params(ctx))
+
     def collect_usage_pieces(self, ctx: ClickContext) -> list[str]:
         """The words behind the command's name in its usage line."""
         arguments = [parameter for parameter in self.params if isinstance(parameter, TyperArgument)]
@@ -142,9 +146,17 @@ class Group(TyperGroup):
         super().__init__(*args, **keywords)
         self.help, self.examples = _without_examples(self.help)
 
+    def parse_args(self, ctx: ClickContext, args: list[str]) -> list[str]:
+        """Parses the words of a command line up to the subcommand."""
+        return super().parse_args(ctx, with_dashes(args, self.params))
+
     def format_epilog(self, ctx: ClickContext, formatter: ClickFormatter) -> None:
         """Writes the examples."""
         formatter.write(self.examples)
+
+    def get_params(self, ctx: ClickContext) -> list[Any]:
+        """Arguments and options, `--help` among them."""
+        return _off_by_default(super().get_params(ctx))
 
     def format_commands(self, ctx: ClickContext, formatter: ClickFormatter) -> None:
         """Writes the subcommands with the first sentence of their help."""
@@ -161,6 +173,14 @@ def _without_examples(help: str | None) -> tuple[str, str]:
     """A help text, and its examples as they are printed."""
     text, heading, examples = (help or "").partition(EXAMPLES)
     return text, heading + indent(dedent(examples), "  ") + "\n" if heading else ""
+
+
+def _off_by_default(parameters: list[Any]) -> list[Any]:
+    """Gives typer's own flags, such as `--help`, `False` for `None`, for which it would import pydantic."""
+    for parameter in parameters:
+        if isinstance(parameter, TyperOption) and parameter.is_flag and not parameter.secondary_opts:
+            parameter.default = parameter.default or False
+    return parameters
 
 
 def with_dashes(words: list[str], parameters: list[Any]) -> list[str]:
