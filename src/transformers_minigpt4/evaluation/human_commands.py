@@ -53,7 +53,7 @@ def export_(
     sheet: SheetFolder,
     output: Annotated[Path, typer.Option(metavar="FILE", help="CSV file for the table.")],
     person: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Fill in what this person has decided so far.")
+        str | None, typer.Option(metavar="NAME", help="Name of the person whose decisions the table holds.")
     ] = None,
 ) -> None:
     """
@@ -70,7 +70,7 @@ def export_(
 def import_(
     sheet: SheetFolder,
     table: Annotated[Path, typer.Argument(metavar="TABLE", help="CSV file, filled in.")],
-    person: Annotated[str, typer.Option(metavar="NAME", help="Whose decisions these are.")],
+    person: Annotated[str, typer.Option(metavar="NAME", help="Name of the person whose decisions the table holds.")],
 ) -> None:
     """
     Import decisions from a table.

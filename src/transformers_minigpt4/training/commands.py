@@ -24,6 +24,9 @@ def train(
     Every key of the recipe can be set anew: `minigpt4 train minigpt4_stage2 --model_name_or_path out/stage1`. Stopped
     or broken off, `--resume_from_checkpoint true` goes on where the run was. For several devices:
     `accelerate launch -m transformers_minigpt4.training.sft --config RECIPE`.
+
+    Examples:
+        minigpt4 train minigpt4_stage2 --model_name_or_path my-stage1 --sources cc_sbu_align:path/to/cc_sbu_align
     """
     from .sft import main, parse_recipe
 
@@ -41,6 +44,9 @@ def features(
 
     Every key of the recipe can be set anew, as with `train`; `--feature_cache FOLDER` says where features go. Stopped
     or broken off, the same command goes on with what lacks. Then: `minigpt4 train RECIPE --feature_cache FOLDER`.
+
+    Examples:
+        minigpt4 features minigpt4_stage2 --model_name_or_path my-stage1 --feature_cache features
     """
     from .sft import build_features, parse_recipe
 
