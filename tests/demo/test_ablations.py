@@ -1,4 +1,4 @@
-"""The paper's variants on the small world, with a few steps."""
+"""The paper's variants on the toy world, with a few steps."""
 
 import io
 import json

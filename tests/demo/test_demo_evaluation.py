@@ -1,4 +1,4 @@
-"""The evaluation of the demo's models: the world's truth in official forms, its judge, a small run of all tasks."""
+"""The evaluation of the demo's models: the scenes in official file formats, the judge, a small run of all tasks."""
 
 import io
 import json
@@ -7,14 +7,9 @@ import random
 import pytest
 from rich.console import Console
 
-from transformers_minigpt4.demo.evaluation import (
-    LABEL,
-    TruthJudge,
-    demo_tasks,
-    evaluate_demo,
-    unfilled,
-    write_data,
-)
+from transformers_minigpt4.demo.evaluation import LABEL, evaluate_demo
+from transformers_minigpt4.demo.evaluation_data import write_data
+from transformers_minigpt4.demo.evaluation_tasks import TruthJudge, demo_tasks, unfilled
 from transformers_minigpt4.demo.run import held_out
 from transformers_minigpt4.demo.world import Scene
 from transformers_minigpt4.evaluation.tasks.coco_coverage import JUDGE_PROMPT as COVERS
@@ -39,7 +34,7 @@ def questions(data):
 
 def test_the_truth_is_read_by_the_tasks_themselves(questions):
     counts = {name: len(found) for name, (_, found) in questions.items()}
-    # 12 pictures: a description; 4 questions by choice and freely; 7 questions; a long and a short description.
+    # 12 images: a description; 4 questions by choice and freely; 7 questions; a long and a short description.
     assert counts == {"coco_coverage": 12, "stage2_failures": 12, "aokvqa": 96, "gqa": 84, "chair": 24}
     scenes, _ = held_out(0, 12)
     for question, scene in zip(questions["coco_coverage"][1], scenes):
@@ -112,7 +107,7 @@ def test_the_judge_knows_what_is_off_topic(text, speaks):
     prompt = OFF_TOPIC.format(captions=captions, prompt="Describe the image in detail.", answer=text)
     with TruthJudge() as judge:
         assert judge.complete([{"role": "user", "content": prompt}]).text == ("yes" if speaks else "no")
-        with pytest.raises(ValueError, match="knows no such question"):
+        with pytest.raises(ValueError, match="does not know this question"):
             judge.complete([{"role": "user", "content": "Is it nice?"}])
 
 
@@ -134,8 +129,8 @@ def test_boxes_hold_the_shape(data):
 
     instances = json.loads((data / "annotations" / "instances_demo.json").read_text())
     for row in random.Random(0).sample(instances["annotations"], 6):
-        picture = Image.open(data / "images" / instances["images"][row["image_id"]]["file_name"])
-        smooth = picture.filter(ImageFilter.MedianFilter(5))
+        image = Image.open(data / "images" / instances["images"][row["image_id"]]["file_name"])
+        smooth = image.filter(ImageFilter.MedianFilter(5))
         x, y, width, height = row["bbox"]
         background, inside = smooth.getpixel((63, 63) if x < 30 else (0, 63)), []
         for dx in range(0, int(width), 2):
@@ -146,7 +141,7 @@ def test_boxes_hold_the_shape(data):
 
 @pytest.fixture(scope="module")
 def finished(demo_run, tmp_path_factory):
-    """The demo's own two checkpoints on 12 pictures."""
+    """The demo's own two checkpoints on 12 images."""
     output = tmp_path_factory.mktemp("evaluation")
     screen = io.StringIO()
     checkpoints = {"standard": {name: demo_run / name for name in ("stage1", "checkpoint")}}

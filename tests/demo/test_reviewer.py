@@ -1,4 +1,4 @@
-"""The program that plays the person in the small world's curation."""
+"""The program that plays the person in the toy world's curation."""
 
 import csv
 
@@ -37,7 +37,7 @@ def test_right_texts_are_accepted_near_ones_edited_and_others_rejected(text, dec
         assert failure(decision[1], SCENE) is None and all(right_attributes(decision[1], SCENE).values())
 
 
-def test_an_orange_thing_gets_its_article():
+def test_an_orange_shape_gets_its_article():
     assert judge(RIGHT.replace("large red", "red"), Scene("orange", "circle", "large", "top", "left"))[0] == "reject"
     text = "There is a red circle in this picture. It is large. It is in the top left of the image."
     edited = judge(text, Scene("orange", "circle", "large", "top", "left"))[1]
@@ -45,18 +45,18 @@ def test_an_orange_thing_gets_its_article():
 
 
 @pytest.mark.parametrize("key", ["large-red-circle-top-left", "0007_top_left_red_large_circle.png"])
-def test_a_key_tells_what_its_picture_shows(key):
+def test_a_key_says_what_its_image_shows(key):
     assert shown_scene(key) == SCENE
 
 
-def test_every_thing_of_the_world_can_be_told_by_its_words():
+def test_every_scene_can_be_read_from_its_words():
     for scene in all_scenes():
         assert shown_scene("-".join((scene.size, scene.colour, scene.shape, *scene.place.split()))) == scene
 
 
 @pytest.mark.parametrize("key", ["00007", "large-red-circle", "large-red-blue-circle-top-left"])
 def test_other_keys_are_refused(key):
-    with pytest.raises(ValueError, match="small world"):
+    with pytest.raises(ValueError, match="toy world"):
         shown_scene(key)
 
 

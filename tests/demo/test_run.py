@@ -51,7 +51,7 @@ def test_training_helps(finished):
     assert after["failed"] < 0.3 < before["failed"]
 
 
-def test_only_the_projection_has_changed(finished):
+def test_only_the_projector_has_changed(finished):
     folder, _, _ = finished
     start, _ = build_model()
     for name in ("stage1", "checkpoint"):
@@ -64,8 +64,8 @@ def test_checkpoint_describes(finished):
     folder, _, _ = finished
     model = MiniGPT4ForConditionalGeneration.from_pretrained(folder / "checkpoint")
     processor = MiniGPT4Processor.from_pretrained(folder / "checkpoint")
-    picture = Image.open(next((folder / "images").glob("*.png")))
-    texts, _ = describe(model, processor, [picture])
+    image = Image.open(next((folder / "images").glob("*.png")))
+    texts, _ = describe(model, processor, [image])
     assert isinstance(texts[0], str) and "###" not in texts[0]
 
 
@@ -81,7 +81,7 @@ def test_rows_hold_no_held_out_combination(make_rows):
     assert make_rows(64, 0)["completion"][:] == rows["completion"][:]
 
 
-def test_rows_give_the_models_forms():
+def test_rows_have_the_models_formats():
     """What TRL's collator makes of the rows: `<s>` once, loss on the completion alone, no prompt in stage 1."""
     _, processor = build_model()
     collator = DataCollatorForVisionLanguageModeling(processor, completion_only_loss=True)
@@ -105,7 +105,7 @@ def test_completions_are_within_the_papers_limits(make_rows, limit):
 
 
 @pytest.mark.parametrize("count", [0, 174])
-def test_impossible_number_of_pictures(tmp_path, count):
+def test_impossible_number_of_images(tmp_path, count):
     with pytest.raises(ValueError, match="173 combinations"):
         run_demo(tmp_path, held_out_images=count)
 
@@ -115,8 +115,8 @@ def test_impossible_number_of_steps(tmp_path):
         run_demo(tmp_path, stage_2_steps=0)
 
 
-def test_contact_sheet_needs_one_list_per_picture(tmp_path):
-    with pytest.raises(ValueError, match="1 pictures and 0"):
+def test_contact_sheet_needs_one_list_per_image(tmp_path):
+    with pytest.raises(ValueError, match="1 images and 0"):
         save_contact_sheet(tmp_path / "sheet.png", [Image.new("RGB", (8, 8))], [])
 
 
@@ -124,7 +124,7 @@ def test_foreign_folder_is_left_alone(tmp_path):
     mine = tmp_path / "checkpoint" / "notes.txt"
     mine.parent.mkdir()
     mine.write_text("mine")
-    with pytest.raises(FileExistsError, match="holds no checkpoint"):
+    with pytest.raises(FileExistsError, match="is not a checkpoint"):
         run_demo(tmp_path)
     assert mine.read_text() == "mine"
 

@@ -76,7 +76,7 @@ def test_summary():
 
 
 def test_summary_of_unequal_lists():
-    with pytest.raises(ValueError, match="2 texts, 1 things"):
+    with pytest.raises(ValueError, match="2 texts, 1 scenes"):
         summarise([GOOD, GOOD], [STAR], [True])
     with pytest.raises(ValueError, match="0 texts"):
         summarise([], [], [])

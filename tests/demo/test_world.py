@@ -1,4 +1,4 @@
-"""The small world: its split, its pictures and its texts."""
+"""The toy world: its split, its images and its texts."""
 
 import random
 
@@ -46,7 +46,7 @@ def test_every_value_is_on_both_sides(attribute):
     assert {getattr(scene, attribute) for scene in held_out_scenes()} == values
 
 
-def test_drawing_depends_on_thing_and_seed_alone():
+def test_drawing_depends_only_on_scene_and_seed():
     scene = Scene("blue", "star", "large", "bottom", "right")
     first, again, other = (np.asarray(draw(scene, random.Random(seed))) for seed in (3, 3, 4))
     assert first.shape == (IMAGE_SIZE, IMAGE_SIZE, 3) and first.dtype == np.uint8
@@ -54,7 +54,7 @@ def test_drawing_depends_on_thing_and_seed_alone():
     assert (first != other).any()
 
 
-def test_pictures_show_their_colour_at_their_place():
+def test_images_show_their_colour_at_their_place():
     for scene in random.Random(0).sample(all_scenes(), 60):
         if scene.shape == "ring":
             continue  # its middle is empty
@@ -66,7 +66,7 @@ def test_pictures_show_their_colour_at_their_place():
         assert np.abs(middle - corner.mean((0, 1))).max() > 30, scene
 
 
-def test_larger_things_cover_more():
+def test_larger_shapes_cover_more():
     def covered(size):
         pixels = np.asarray(draw(Scene("black", "square", size, "middle", "center"), random.Random(2)))
         return (pixels.max(-1) < 60).sum()

@@ -1,17 +1,18 @@
-"""The paper's variants (a), (b), (c) on the small world, beside the standard model, in the manner of its Table 4."""
+"""The paper's variants (a), (b), (c) and the standard model on the toy world, in the manner of its Table 4."""
 
 import json
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
-from PIL.Image import Image as Picture
+from PIL.Image import Image as PILImage
 from rich.console import Console
 from rich.table import Table
 
 from transformers_minigpt4 import MiniGPT4ForConditionalGeneration, MiniGPT4Processor
+from transformers_minigpt4.utils.files import write_json
 
 from .run import (
     CHECKPOINTS,
@@ -23,7 +24,6 @@ from .run import (
     quiet_and_single_threaded,
     save_checkpoint,
     train_stage,
-    write_json,
 )
 from .scoring import is_right_answer, summarise
 from .texts import IMAGE_TOKEN, QUESTIONS, STAGE_2_TEMPLATE
@@ -33,13 +33,20 @@ from .world import Scene
 QUESTION_IMAGES = 60  # each is asked all 8 questions
 
 
+class ModelOptions(TypedDict, total=False):
+    """Keyword arguments of `build_model`."""
+
+    with_qformer: bool
+    projector_layers: int
+
+
 @dataclass(frozen=True)
 class Variant:
     """One row of the paper's Table 4."""
 
     title: str
     trainable_modules: tuple[str, ...] = ("projector",)
-    model: dict[str, Any] = field(default_factory=dict)  # keywords of `build_model`
+    model: ModelOptions = field(default_factory=ModelOptions)
 
 
 VARIANTS = {
@@ -58,13 +65,13 @@ def train_variants(
     console: Console | None = None,
 ) -> dict[str, dict[str, Path]]:
     """
-    Trains variants of the model in both stages, all with the same pictures, steps and rates.
+    Trains variants of the model in both stages, all with the same images, steps and learning rates.
 
     A variant that an earlier call finished with the same seed and steps is not trained again.
 
     Args:
-        output_dir: Gets one folder per variant, each with `stage1/` and `checkpoint/`.
-        seed: Draws the projections, the pictures and their order.
+        output_dir: Receives one folder per variant, each with `stage1/` and `checkpoint/`.
+        seed: Draws the projectors, the images and their order.
         steps: Steps of each stage.
         variants: Names out of `VARIANTS`.
         console: Where progress goes; standard output by default.
@@ -121,24 +128,24 @@ def run_ablations(
     console: Console | None = None,
 ) -> dict[str, dict[str, float]]:
     """
-    Trains the four variants and prints what each names and answers on combinations that no training has shown.
+    Trains the four variants and prints what each names and answers on combinations that no training stage has shown.
 
-    The world is small and its Q-Former was made for it, so the figures say nothing about the paper's; they show the
-    same code at work.
+    The Q-Former was made for this toy world, so the figures say nothing about the paper's; they show the same code at
+    work.
 
     Args:
-        output_dir: Gets the variants in `ablations/`, and `ablations.json`.
-        seed: Draws the projections, the pictures and their order.
+        output_dir: Receives the variants in `ablations/`, and `ablations.json`.
+        seed: Draws the projectors, the images and their order.
         steps: Steps of each stage.
-        held_out_pictures: Pictures described, at most 173; the first 60 are also asked 8 questions each.
+        held_out_images: Images to describe, at most 173; the first 60 are also asked 8 questions each.
         console: Where progress and the table go; standard output by default.
 
     Returns:
         `dict`: for each variant the shares `named after stage1`, `failed after stage1`, `named after checkpoint` and
-        `failed after checkpoint` (see `scoring.summarise`), and `answered`: questions answered right after stage 2.
+        `failed after checkpoint` (see `scoring.summarise`), and `answered`: questions answered correctly in the end.
 
     Raises:
-        ValueError: as `train_variants`, and for a number of pictures that cannot be.
+        ValueError: as `train_variants`, and for an impossible number of images.
     """
     console = console or Console()
     output = Path(output_dir)
@@ -157,7 +164,7 @@ def run_ablations(
                 row[f"failed after {checkpoint}"] = shares["failed"]
             row["answered"] = _answered(model, processor, scenes[:QUESTION_IMAGES], images[:QUESTION_IMAGES])
             rows[name] = row
-    results = {"seed": seed, "steps": steps, "held_out_pictures": len(scenes), "variants": rows}
+    results = {"seed": seed, "steps": steps, "held_out_images": len(scenes), "variants": rows}
     write_json(output / "ablations.json", results)
     console.print(_table(rows, len(scenes)))
     return rows
@@ -167,9 +174,9 @@ def _answered(
     model: MiniGPT4ForConditionalGeneration,
     processor: MiniGPT4Processor,
     scenes: list[Scene],
-    images: list[Picture],
+    images: list[PILImage],
 ) -> float:
-    """The share of questions answered right, every question about every picture."""
+    """The share of questions answered correctly, every question about every image."""
     right = 0
     for question in QUESTIONS:
         texts, _ = describe(model, processor, images, STAGE_2_TEMPLATE.format(image=IMAGE_TOKEN, text=question))
@@ -179,8 +186,8 @@ def _answered(
 
 def _table(rows: dict[str, dict[str, float]], count: int) -> Table:
     table = Table(
-        title=f"the paper's variants on the small world, {count} held-out pictures",
-        caption="Figures of the small world: they show the code at work and say nothing about the paper's.",
+        title=f"the paper's variants on the toy world, {count} held-out images",
+        caption="Figures of the toy world: they show the code at work and say nothing about the paper's.",
     )
     columns = {
         "questions answered": "answered",

@@ -1,4 +1,4 @@
-"""Draws the demo's contact sheet: pictures with the texts that the model wrote about them."""
+"""Draws the demo's contact sheet: images with the texts that the model wrote about them."""
 
 import textwrap
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 
-_SCALE = 3  # pictures are enlarged this much, without smoothing
+_SCALE = 3  # images are enlarged by this factor, without smoothing
 _MARGIN = 12
 _LINE = 17
 _CHARACTERS = 72  # of one line of text
@@ -20,19 +20,19 @@ def save_contact_sheet(
     path: Path, images: Sequence[Image.Image], texts: Sequence[Sequence[tuple[str, str]]], columns: int = 2
 ) -> None:
     """
-    Writes a PNG with one cell per picture, its labelled texts beside it.
+    Writes a PNG with one cell per image, its labelled texts next to it.
 
     Args:
         path: The PNG to write.
-        pictures: Pictures of one size.
-        texts: For each picture its (label, text) pairs, from top to bottom.
+        images: Images of one size.
+        texts: For each image its (label, text) pairs, from top to bottom.
         columns: Cells in a row.
 
     Raises:
-        ValueError: when there is no picture, or not one list of texts per picture.
+        ValueError: when there is no image, or not one list of texts per image.
     """
     if not images or len(images) != len(texts):
-        raise ValueError(f"Got {len(images)} pictures and {len(texts)} lists of texts. Give one list per picture.")
+        raise ValueError(f"Got {len(images)} images and {len(texts)} lists of texts. Give one list per image.")
     font = ImageFont.load_default(13)
     cells = [[(label, textwrap.wrap(text, _CHARACTERS) or ["(nothing)"]) for label, text in cell] for cell in texts]
     width, height = (side * _SCALE for side in images[0].size)

@@ -1,27 +1,28 @@
-"""Pictures of the small world for curation to describe; their keys say what they show."""
+"""Images of the toy world for curation to describe; their keys say what they show."""
 
 import random
-from typing import Any
+
+from PIL import Image
 
 from .world import draw, training_scenes
 
 
-def images(count: int, seed: int) -> list[dict[str, Any]]:
+def images(count: int, seed: int) -> list[dict[str, Image.Image | str]]:
     """
-    Pictures without texts, as a curation's source `python:transformers_minigpt4.demo.curation_images:images`.
+    Images without texts, as a curation's source `python:transformers_minigpt4.demo.curation_images:images`.
 
-    Combinations held out do not occur, so that what the finished set teaches can be measured on them.
+    Held-out combinations are left out, so that what the finished data set teaches can be measured on them.
 
     Args:
         count: How many.
-        seed: Draws what they show, and how.
+        seed: Draws the scenes and the images.
 
     Returns:
         `list[dict]`: `image` and `key`, such as `0007-large-red-circle-top-left`, which `demo.reviewer` reads.
     """
     rng = random.Random(seed)
     scenes = training_scenes()
-    rows = []
+    rows: list[dict[str, Image.Image | str]] = []
     for number in range(count):
         scene = rng.choice(scenes)
         words = (scene.size, scene.colour, scene.shape, *scene.place.split())

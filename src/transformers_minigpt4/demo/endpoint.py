@@ -1,18 +1,19 @@
-"""A stand-in for the repairing language model: a local OpenAI-compatible server that mends texts by plain rules."""
+"""A stand-in for the repairing language model: a local OpenAI-compatible server that repairs texts by plain rules."""
 
 import argparse
 import json
 import re
+from collections.abc import Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from typing import Any, TypedDict
 
 
 MODEL = "demo-rules"
 DEFAULT_PORT = 8765
 NOTICE = (
-    "This is no language model. It mends texts of the small world by plain rules, without seeing a picture, so that "
-    "curation can be tried without key and network: it takes out repeated words, phrases and sentences, template "
-    "marks and characters that are none of English, and ends or drops what was left unfinished."
+    "This is not a language model. It repairs texts of the toy world by plain rules, without seeing an image, so that "
+    "curation can be tried without a key or a network: it removes repeated words, phrases and sentences, template "
+    "marks and characters that English does not use, and completes or drops what was left unfinished."
 )
 
 _MAX_BODY = 1 << 20  # bytes
@@ -31,13 +32,13 @@ _LONGEST_PHRASE, _FEWEST_WORDS = 12, 4
 
 def repair(text: str) -> str:
     """
-    Mends a paragraph by rules; knows nothing of the picture, so wrong facts stay.
+    Repairs a paragraph by rules; it knows nothing of the image, so wrong facts stay.
 
     Args:
         text: What a model wrote.
 
     Returns:
-        `str`: whole sentences, each once; `""` if nothing is left.
+        `str`: complete sentences, each once; `""` if nothing is left.
     """
     text = _NOT_ENGLISH.sub(" ", _TEMPLATE.sub(" ", text))
     found = [_without_repeats(sentence.split()) for sentence in _SENTENCE.findall(text)]
@@ -62,7 +63,7 @@ def _bare(word: str) -> str:
 
 
 def _without_repeats(words: list[str]) -> list[str]:
-    """Words without what comes twice on end, from long phrases to single words; the last time stays."""
+    """Words without immediate repetitions, from long phrases to single words; the last occurrence stays."""
     for length in range(_LONGEST_PHRASE, 0, -1):
         place = 0
         while place + 2 * length <= len(words):
@@ -91,7 +92,18 @@ def _finished(words: list[str], bare: list[str]) -> str:
     return sentence[0].upper() + sentence[1:]
 
 
-def answer(request: Any) -> dict[str, Any]:
+class Completion(TypedDict):
+    """A chat completion in OpenAI's format, as far as clients read it."""
+
+    id: str
+    object: str
+    created: int
+    model: str
+    choices: list[dict[str, object]]
+    usage: dict[str, int]
+
+
+def answer(request: Any) -> Completion:
     """
     A chat completion for a request to repair.
 
@@ -99,7 +111,7 @@ def answer(request: Any) -> dict[str, Any]:
         request: `{"messages": …}` whose last message is a prompt, an empty line, and the paragraph.
 
     Returns:
-        `dict`: in OpenAI's form. A token is a word here.
+        `dict`: in OpenAI's format. A token is a word here.
 
     Raises:
         ValueError: for any other request.
@@ -130,14 +142,14 @@ def answer(request: Any) -> dict[str, Any]:
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
-    def log_message(self, *_: Any) -> None:
-        """One line a request would bury the notice."""
+    def log_message(self, format: str, *args: object) -> None:
+        """One line per request would bury the notice."""
 
     def do_GET(self) -> None:
         if self.path.rstrip("/") == "/v1/models":
             self._send(200, {"object": "list", "data": [{"id": MODEL, "object": "model", "owned_by": "demo"}]})
         else:
-            self._send(404, _error(f"there is nothing at {self.path}; the model is at /v1/chat/completions. {NOTICE}"))
+            self._send(404, _error(f"nothing is served at {self.path}; use /v1/chat/completions. {NOTICE}"))
 
     def do_POST(self) -> None:
         length = self.headers.get("Content-Length", "")
@@ -147,14 +159,14 @@ class _Handler(BaseHTTPRequestHandler):
             return
         body = self.rfile.read(int(length))
         if self.path.rstrip("/") != "/v1/chat/completions":
-            self._send(404, _error(f"there is nothing at {self.path}; post to /v1/chat/completions"))
+            self._send(404, _error(f"nothing is served at {self.path}; post to /v1/chat/completions"))
             return
         try:
             self._send(200, answer(json.loads(body)))
         except ValueError as error:  # JSON's own errors are such
             self._send(400, _error(str(error)))
 
-    def _send(self, status: int, content: dict[str, Any]) -> None:
+    def _send(self, status: int, content: Mapping[str, object]) -> None:
         payload = json.dumps(content).encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
@@ -163,7 +175,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(payload)
 
 
-def _error(message: str) -> dict[str, Any]:
+def _error(message: str) -> dict[str, dict[str, str]]:
     return {"error": {"message": message, "type": "invalid_request_error"}}
 
 
@@ -174,7 +186,7 @@ class _Server(ThreadingHTTPServer):
 
 def make_server(port: int = DEFAULT_PORT) -> ThreadingHTTPServer:
     """
-    The server, on 127.0.0.1 alone; `serve_forever` starts it.
+    The server, on 127.0.0.1 only; `serve_forever` starts it.
 
     Args:
         port: 0 for any free one; see `server_address`.

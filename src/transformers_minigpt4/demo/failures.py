@@ -1,15 +1,16 @@
 """
-Compares checkpoints of the small world by the share of descriptions that fail.
+Compares checkpoints of the toy world by the share of descriptions that fail.
 
     python -m transformers_minigpt4.demo.failures minigpt4-demo/stage1 output/tiny_stage2
 
-Each describes the same pictures, of combinations that no training has shown; `demo.scoring` tells what has failed.
+All describe the same images, of combinations that no training stage has shown; `demo.scoring` defines a failure.
 """
 
 import sys
 from pathlib import Path
 
 from transformers_minigpt4 import MiniGPT4ForConditionalGeneration, MiniGPT4Processor
+from transformers_minigpt4.utils.text import first_line
 
 from .run import describe, held_out, quiet_and_single_threaded
 from .scoring import FAILURES, summarise
@@ -20,8 +21,8 @@ def measure(checkpoint: str | Path, images: int = 173, seed: int = 0) -> dict[st
     Shares of right attributes and of failures, see `scoring.summarise`.
 
     Args:
-        checkpoint: Folder of a model of the small world.
-        pictures: How many, at most 173.
+        checkpoint: Folder of a model of the toy world.
+        images: How many, at most 173.
         seed: Draws them.
 
     Raises:
@@ -43,7 +44,7 @@ def main(checkpoints: list[str]) -> None:
         try:
             shares = measure(checkpoint)
         except (OSError, ValueError) as error:
-            sys.exit(f"failures: {str(error).splitlines()[0]}")
+            sys.exit(f"failures: {first_line(error)}")
         kinds = ", ".join(f"{kind} {shares[kind]:.1%}" for kind in FAILURES)
         print(f"{checkpoint}: {shares['failed']:.1%} of the descriptions failed ({kinds})")
 

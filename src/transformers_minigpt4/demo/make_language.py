@@ -20,6 +20,8 @@ from tokenizers import (
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from transformers_minigpt4.inference.generation import generate_ids
+
 from .make_vision import NUM_QUERY_TOKENS, warmup_cosine
 from .scoring import right_attributes
 from .texts import (
@@ -39,14 +41,12 @@ from .world import Scene, held_out_scenes, training_scenes
 
 
 VOCABULARY = 760
-# Words of other texts that may stand in a list and mean nothing in it.
-_FILLERS = ("the", "image", "picture", "there", "it", "is", "this", "that", "of", "in", "shows", "which", "can", "and")
 NOISE = 0.5  # largest deviation of the noise on a slot, in units of the embeddings' own
 
 
 @dataclass
 class Example:
-    """Ids of one text; `slots` is where image embeddings will stand, `start` where the answer begins."""
+    """Ids of one text; `slots` are the positions of the image embeddings, `start` is where the answer begins."""
 
     ids: list[int]
     slots: range
@@ -136,9 +136,9 @@ def _corpus_texts(scene: Scene, rng: random.Random) -> list[str]:
 
 
 class Writer:
-    """Writes the language model's lessons: lists of words in the image's place, and the texts that belong to them."""
+    """Writes the language model's lessons: lists of words in place of the image, and the texts that belong to them."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, rng: random.Random):
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, rng: random.Random) -> None:
         self.tokenizer = tokenizer
         self.rng = rng
         self.cache: dict[str, list[int]] = {}
@@ -150,7 +150,7 @@ class Writer:
         return self.cache[text]
 
     def slots(self, words: list[str]) -> list[int]:
-        """Words in any order, the places left over filled with repetitions and with pieces that mean nothing here."""
+        """Words in any order, the remaining places filled with repetitions and with pieces that mean nothing here."""
         ids = [self.encode(word)[0] for word in words]
         while len(ids) < NUM_QUERY_TOKENS:
             filler = self.rng.random() < 0.4
@@ -161,14 +161,14 @@ class Writer:
         return ids
 
     def example(self, before: str | None, slots: list[int], after: str | None, target: str) -> Example:
-        """One text: `<s>`, what stands before the image, the image's slots, what stands behind it, the answer."""
+        """One text: `<s>`, the text before the image, the image's slots, the text after it, the answer."""
         ids = [self.tokenizer.bos_token_id, *(self.encode(before) if before else [])]
         place = range(len(ids), len(ids) + len(slots))
         ids += slots + (self.encode(after) if after else [])
         return Example(ids + self.encode(target), place, len(ids))
 
     def caption(self, scene: Scene) -> Example:
-        """The form of stage 1: no prompt; the list may leave out what the caption does not say."""
+        """The format of stage 1: no prompt; the list may leave out what the caption does not say."""
         text = web_caption(scene, self.rng)
         words = list(scene.words)
         if self.rng.random() < 0.3:
@@ -176,7 +176,7 @@ class Writer:
         return self.example(None, self.slots(words), None, text + "\n")
 
     def instruction(self, scene: Scene) -> Example:
-        """The form of stage 2, `###Human: <Img>...</Img> instruction ###Assistant: `."""
+        """The format of stage 2, `###Human: <Img>...</Img> instruction ###Assistant: `."""
         prompt, target = self._request(scene)
         before, after = STAGE_2_TEMPLATE.format(image="\0", text=prompt).split("\0")
         if prompt == DETAIL_PROMPTS[-1] and self.rng.random() < 0.5:  # the curation's own spacing
@@ -184,7 +184,7 @@ class Writer:
         return self.example(before, self.slots(list(scene.words)), after, target + "###")
 
     def chat(self, scene: Scene) -> Example:
-        """The form of the chat, with one or two turns; earlier answers stand in the text of the prompt."""
+        """The format of the chat, with one or two turns; earlier answers are part of the prompt."""
         before = f"{SYSTEM}###Human: <Img>"
         prompt, target = self._request(scene, questions=0.8)
         after = f"</Img> {prompt}###Assistant: "
@@ -217,9 +217,9 @@ def collate(examples: list[Example]) -> dict[str, torch.Tensor]:
 
 
 def noisy_embeddings(model: LlamaForCausalLM, ids: torch.Tensor, slots: torch.Tensor, noise: float) -> torch.Tensor:
-    """Embeddings `(B, T, D)` with scaled and noisy slots, since no projection will hit a word's embedding exactly."""
-    embeddings = model.get_input_embeddings()(ids)
-    size = model.get_input_embeddings().weight[3:].detach().std()
+    """Embeddings `(B, T, D)` with scaled and noisy slots, since no projector will hit a word's embedding exactly."""
+    embeddings = model.model.embed_tokens(ids)
+    size = model.model.embed_tokens.weight[3:].detach().std()
     shape = (*ids.shape, 1)
     if not noise:
         return embeddings
@@ -231,7 +231,7 @@ def noisy_embeddings(model: LlamaForCausalLM, ids: torch.Tensor, slots: torch.Te
 def train_language(
     tokenizer: PreTrainedTokenizerFast, steps: int = 1000, batch: int = 32, lr: float = 2e-3, seed: int = 0
 ) -> LlamaForCausalLM:
-    """Trains the language model in fp32 on the three forms, caption, instruction and chat, in turn."""
+    """Trains the language model in fp32 on the three formats, caption, instruction and chat, in turn."""
     torch.manual_seed(seed)
     rng = random.Random(seed)
     model = LlamaForCausalLM(
@@ -249,13 +249,13 @@ def train_language(
         )
     )
     writer = Writer(tokenizer, rng)
-    forms = [writer.caption, writer.instruction, writer.instruction, writer.chat]
+    formats = [writer.caption, writer.instruction, writer.instruction, writer.chat]
     scenes = training_scenes()
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_cosine(step, 100, steps))
     for step in range(steps):
-        form = forms[step % len(forms)]
-        rows = collate([form(rng.choice(scenes)) for _ in range(batch)])
+        make = formats[step % len(formats)]
+        rows = collate([make(rng.choice(scenes)) for _ in range(batch)])
         embeddings = noisy_embeddings(model, rows["input_ids"], rows["slots"], NOISE)
         loss = model(inputs_embeds=embeddings, labels=rows["labels"]).loss
         optimizer.zero_grad()
@@ -264,7 +264,7 @@ def train_language(
         optimizer.step()
         schedule.step()
         if step % 100 >= 96:
-            print(f"language step {step + 1}/{steps} {form.__name__} loss {loss.item():.4f}", flush=True)
+            print(f"language step {step + 1}/{steps} {make.__name__} loss {loss.item():.4f}", flush=True)
         if (step + 1) % 500 == 0 or step + 1 == steps:
             print(f"language step {step + 1}: held-out {describe_lists(model, tokenizer, seed)}", flush=True)
     return model.eval()
@@ -282,7 +282,8 @@ def describe_lists(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, 
         rows = collate([Example(example.ids[: example.start], example.slots, 0) for example in examples])
         embeddings = noisy_embeddings(model, rows["input_ids"], rows["slots"], noise)
         attention = torch.ones(rows["input_ids"].shape, dtype=torch.long)
-        ids = model.generate(inputs_embeds=embeddings, attention_mask=attention, max_new_tokens=80, do_sample=False)
+        inputs = {"inputs_embeds": embeddings, "attention_mask": attention}
+        ids = generate_ids(model, inputs, max_new_tokens=80, do_sample=False)
         texts = [text.split("###")[0] for text in tokenizer.batch_decode(ids)]
         right = [sum(right_attributes(text, scene).values()) for text, scene in zip(texts, scenes)]
         shares.append(f"{sum(right) / (4 * count):.3f}")

@@ -1,4 +1,4 @@
-"""Trains the demo's vision tower and Q-Former with throw-away classifiers, ahead of time and without any text."""
+"""Trains the demo's vision tower and Q-Former with throwaway classifiers, ahead of time and without any text."""
 
 import math
 import random
@@ -15,7 +15,7 @@ from .world import COLOURS, COLUMNS, IMAGE_SIZE, ROWS, SHAPES, SIZES, Scene, dra
 NUM_QUERY_TOKENS = 8
 POST_LAYERNORM_EPS = 1e-5  # what MiniGPT4Config gives the LayerNorm behind the tower
 _VALUES = (tuple(COLOURS), SHAPES, tuple(SIZES), ROWS, COLUMNS)
-# Which of the five words (colour, shape, size, row, column) each query's throw-away classifier names.
+# Which of the five words (colour, shape, size, row, column) each query's throwaway classifier names.
 _WORD_OF_QUERY = (0, 0, 1, 1, 2, 2, 3, 4)
 
 VISION_CONFIG = Blip2VisionConfig(
@@ -25,7 +25,7 @@ VISION_CONFIG = Blip2VisionConfig(
     num_attention_heads=4,
     image_size=IMAGE_SIZE,
     patch_size=8,
-    initializer_range=0.08,  # the class's own 1e-10 is for loading weights, not for learning
+    initializer_range=0.08,  # the class's own 1e-10 suits loading weights, not training
 )
 QFORMER_CONFIG = Blip2QFormerConfig(
     hidden_size=96,
@@ -41,10 +41,10 @@ QFORMER_CONFIG = Blip2QFormerConfig(
 )
 
 
-class VisionParts(nn.Module):
+class VisionModules(nn.Module):
     """Tower, learned queries and Q-Former, with the shapes and the post-LayerNorm of the model that will use them."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.vision_tower = Blip2VisionModel(VISION_CONFIG)
         self.vision_tower.post_layernorm.eps = POST_LAYERNORM_EPS
@@ -59,7 +59,7 @@ class VisionParts(nn.Module):
 
 
 def make_images(scenes: list[Scene], count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pictures `(count, 3, 64, 64)` of bytes and the indices `(count, 5)` of their words, things drawn evenly."""
+    """Images `(count, 3, 64, 64)` of bytes and the indices `(count, 5)` of their words, scenes drawn evenly."""
     rng = random.Random(seed)
     pixels = np.empty((count, IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.uint8)
     words = np.empty((count, len(_VALUES)), dtype=np.int64)
@@ -79,30 +79,30 @@ def normalise(pixels: torch.Tensor) -> torch.Tensor:
 
 def train_vision(
     steps: int = 4000, batch: int = 64, lr: float = 1.5e-3, pool: int = 16384, seed: int = 0
-) -> VisionParts:
+) -> VisionModules:
     """
     Trains tower, queries and Q-Former until each query's output names its attribute through a linear layer.
 
     Returns:
-        `VisionParts`: the trained parts in fp32; the linear classifiers are thrown away.
+        `VisionModules`: the trained modules in fp32; the linear classifiers are thrown away.
     """
     torch.manual_seed(seed)
     rng = random.Random(seed)
-    parts = VisionParts()
+    vision = VisionModules()
     heads = nn.ModuleList(nn.Linear(QFORMER_CONFIG.hidden_size, len(_VALUES[word])) for word in _WORD_OF_QUERY)
     pixels, words = make_images(training_scenes(), pool, seed + 1)
     with torch.no_grad():
         # Positions that start at the scale of what they are added to halve the steps that place and shape need.
-        embeddings = parts.vision_tower.embeddings
+        embeddings = vision.vision_tower.embeddings
         embeddings.position_embedding.normal_(std=embeddings.patch_embedding(normalise(pixels[:64])).std().item())
-    parameters = [*parts.parameters(), *heads.parameters()]
+    parameters = [*vision.parameters(), *heads.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_cosine(step, 200, steps))
     for step in range(steps):
         rows = torch.tensor([rng.randrange(pool) for _ in range(batch)])
         images = normalise(pixels[rows].float() * (1 + 0.06 * torch.randn(batch, 3, 1, 1)))
         images = images.roll((rng.randint(-1, 1), rng.randint(-1, 1)), dims=(2, 3)) + 0.03 * torch.randn_like(images)
-        outputs = parts(images)
+        outputs = vision(images)
         losses = [
             nn.functional.cross_entropy(head(outputs[:, query]), words[rows, word])
             for query, (head, word) in enumerate(zip(heads, _WORD_OF_QUERY))
@@ -116,9 +116,9 @@ def train_vision(
         if (step + 1) % 100 == 0 or step + 1 == steps:
             print(f"vision step {step + 1}/{steps} loss {loss.item():.4f}", flush=True)
         if (step + 1) % 500 == 0 or step + 1 == steps:
-            shares = [f"{share:.3f}" for share in _classified(parts, heads, held_out_scenes(), seed + 2)]
+            shares = [f"{share:.3f}" for share in _classified(vision, heads, held_out_scenes(), seed + 2)]
             print(f"vision step {step + 1}: held-out right per query {' '.join(shares)}", flush=True)
-    return parts.eval()
+    return vision.eval()
 
 
 def warmup_cosine(step: int, warmup: int, steps: int) -> float:
@@ -129,10 +129,10 @@ def warmup_cosine(step: int, warmup: int, steps: int) -> float:
 
 
 @torch.no_grad()
-def _classified(parts: VisionParts, heads: nn.ModuleList, scenes: list[Scene], seed: int) -> list[float]:
-    """Share of pictures whose word each query's classifier names."""
+def _classified(vision: VisionModules, heads: nn.ModuleList, scenes: list[Scene], seed: int) -> list[float]:
+    """Share of images whose word each query's classifier names."""
     pixels, words = make_images(scenes, 4 * len(scenes), seed)
-    outputs = torch.cat([parts(normalise(chunk)) for chunk in pixels.split(173)])
+    outputs = torch.cat([vision(normalise(chunk)) for chunk in pixels.split(173)])
     return [
         (head(outputs[:, query]).argmax(-1) == words[:, word]).float().mean().item()
         for query, (head, word) in enumerate(zip(heads, _WORD_OF_QUERY))

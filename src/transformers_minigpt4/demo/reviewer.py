@@ -1,11 +1,11 @@
 """
-Plays the person in the small world's curation.
+Plays the person in the toy world's curation.
 
     python -m transformers_minigpt4.demo.reviewer EXPORT.csv DECISIONS.csv
 
-Nobody looks at these pictures. The program reads in each picture's key what was drawn, and decides by rule what a
-careful person would: it accepts texts that are right, edits those that need little, and rejects the rest. In a real
-curation people do this, on the page of `minigpt4 curate review` or in the exported file.
+Nobody looks at these images. The program reads from each image's key what was drawn, and decides by rule what a
+careful person would: it accepts correct texts, edits those that need little, and rejects the rest. In a real curation
+people do this, on the page of `minigpt4 curate review` or in the exported file.
 """
 
 import csv
@@ -13,7 +13,8 @@ import os
 import re
 import sys
 from collections import Counter
-from pathlib import Path
+
+from transformers_minigpt4.utils.files import atomic_file
 
 from .scoring import failure, named_values, right_attributes
 from .world import COLOURS, COLUMNS, ROWS, SHAPES, SIZES, Scene
@@ -28,7 +29,7 @@ _VALUES = {"colour": COLOURS, "shape": SHAPES, "size": SIZES}
 
 def shown_scene(key: str) -> Scene:
     """
-    What the picture with this key shows: the key has size, colour, shape and place as words, in any order.
+    What the image with this key shows: the key has size, colour, shape and place as words, in any order.
 
     Raises:
         ValueError: when the key does not name each of them once.
@@ -41,8 +42,8 @@ def shown_scene(key: str) -> Scene:
         rows = ["middle"]
     if any(len(values) != 1 for values in (*found.values(), rows, columns)):
         raise ValueError(
-            f"the key {key!r} does not say what the picture shows; this reviewer only knows pictures of the small "
-            "world, whose keys are like 0007-large-red-circle-top-left"
+            f"the key {key!r} does not say what the image shows; this reviewer only knows images of the toy world, "
+            "whose keys look like 0007-large-red-circle-top-left"
         )
     return Scene(found["colour"][0], found["shape"][0], found["size"][0], rows[0], columns[0])
 
@@ -53,12 +54,12 @@ def judge(text: str, scene: Scene) -> tuple[str, str]:
 
     Args:
         text: The description.
-        thing: What the picture shows.
+        scene: What the image shows.
 
     Returns:
-        The action and the text that goes with it: `("accept", "")` where all four attributes are right and the text
-        did not fail; `("edit", new text)` where leaving sentences out and putting one right value in makes it so;
-        `("reject", "")` for the rest.
+        The action and its text: `("accept", "")` where all four attributes are right and the text did not fail;
+        `("edit", new text)` where leaving out sentences and correcting one value makes it so; `("reject", "")` for the
+        rest.
     """
     if _is_right(text, scene):
         return "accept", ""
@@ -74,13 +75,13 @@ def _is_right(text: str, scene: Scene) -> bool:
 
 
 def _whole_sentences(text: str) -> str:
-    """Without sentences that stand there already and without an unfinished end."""
+    """Without repeated sentences and without an unfinished end."""
     sentences = [" ".join(sentence.split()) for sentence in re.findall(r"[^.!?]+[.!?]", text)]
     return " ".join(dict.fromkeys(sentences))
 
 
 def _put_right(text: str, scene: Scene) -> str:
-    """With the one attribute that is wrong named as it is; a text with more wrong ones stays as it is."""
+    """With the one wrong attribute corrected; a text with more wrong ones is left unchanged."""
     wrong = [attribute for attribute, right in right_attributes(text, scene).items() if not right]
     if len(wrong) != 1 or not named_values(text)[wrong[0]]:
         return text
@@ -104,7 +105,7 @@ def review(export: str | os.PathLike, decisions: str | os.PathLike) -> Counter[s
         `Counter`: pairs for each action.
 
     Raises:
-        ValueError: when the export lacks a column, or a key does not tell what its picture shows.
+        ValueError: when the export lacks a column, or a key does not say what its image shows.
         OSError: when a file cannot be read or written.
     """
     with open(export, encoding="utf-8-sig", newline="") as file:
@@ -114,28 +115,26 @@ def review(export: str | os.PathLike, decisions: str | os.PathLike) -> Counter[s
     if missing:
         raise ValueError(f"{str(export)!r} has no column {', '.join(sorted(missing))}; export the pairs as CSV")
     counts: Counter[str] = Counter()
-    scratch = Path(f"{os.fspath(decisions)}.{os.getpid()}.tmp")
-    with open(scratch, "w", encoding="utf-8", newline="") as file:
+    with atomic_file(decisions) as scratch, scratch.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS_OUT)
         writer.writeheader()
         for row in rows:
             action, text = judge(row["text_after"].removeprefix("'"), shown_scene(row["pair"]))
             counts[action] += 1
             writer.writerow(dict(zip(COLUMNS_OUT, (row["pair"], row["text_id"], action, text, REVIEWER))))
-    os.replace(scratch, decisions)
     return counts
 
 
 def main(arguments: list[str]) -> None:
-    """The command; exits with one line where it cannot go on."""
+    """The command; on an error it exits with one line."""
     if len(arguments) != 2:
         sys.exit("usage: python -m transformers_minigpt4.demo.reviewer EXPORT.csv DECISIONS.csv")
     try:
         counts = review(*arguments)
     except (ValueError, OSError) as error:
         sys.exit(f"reviewer: {error}")
-    told = ", ".join(f"{counts[action]} to {action}" for action in ("accept", "edit", "reject"))
-    print(f"{sum(counts.values())} pairs decided by rule, no person involved: {told}; now in {arguments[1]}")
+    summary = ", ".join(f"{counts[action]} to {action}" for action in ("accept", "edit", "reject"))
+    print(f"{sum(counts.values())} pairs decided by rule, no person involved: {summary}; written to {arguments[1]}")
 
 
 if __name__ == "__main__":

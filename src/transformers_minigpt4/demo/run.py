@@ -1,21 +1,18 @@
-"""Runs the demo: both stages of training on the small world, a table after each, a checkpoint and a contact sheet."""
+"""Runs the demo: both training stages on the toy world, a table after each, a checkpoint and a contact sheet."""
 
 import contextlib
-import json
 import os
 import random
 import shutil
-import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import torch
 from datasets import Dataset, Features, Image, Value
-from PIL.Image import Image as Picture
+from PIL.Image import Image as PILImage
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file
@@ -33,7 +30,11 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from transformers_minigpt4 import MiniGPT4Config, MiniGPT4ForConditionalGeneration, MiniGPT4Processor
+from transformers_minigpt4.inference.generation import generate_ids
+from transformers_minigpt4.inference.loading import GenerativeModel
 from transformers_minigpt4.training.sft import load_rows, make_trainer, parse_recipe
+from transformers_minigpt4.utils.files import atomic_folder, write_json
+from transformers_minigpt4.utils.versions import PACKAGE, package_versions
 
 from .contact_sheet import save_contact_sheet
 from .scoring import FAILURES, failure, right_attributes, summarise
@@ -42,12 +43,11 @@ from .world import ATTRIBUTES, IMAGE_SIZE, Scene, draw, held_out_scenes, trainin
 
 
 CHECKPOINTS = ("stage1", "checkpoint")  # what stage 1 and stage 2 leave
-PARTS = Path(__file__).parent / "parts"
+BASE = Path(__file__).parent / "base"
 BOS = "<s>"  # in the prompts, because TRL adds no special tokens to them
 TABLE_PROMPT = STAGE_2_TEMPLATE.format(image=IMAGE_TOKEN, text=DETAIL_PROMPTS[0])  # the paper's Table 3
-SHOWN = 12  # pictures on the contact sheet and in `pictures/`
+SHOWN = 12  # images on the contact sheet and in `images/`
 MAX_NEW_TOKENS = 100  # the longest description of the training texts has 43
-
 
 RECIPES = ("tiny", "tiny_stage2")  # one for each checkpoint
 STEPS = 200  # of each stage, as in the recipes
@@ -57,23 +57,23 @@ STAGE_1_IMAGES, STAGE_2_IMAGES = 3000, 1200  # different ones; longer training s
 def build_model(
     seed: int = 0, with_qformer: bool = True, projector_layers: int = 1
 ) -> tuple[MiniGPT4ForConditionalGeneration, MiniGPT4Processor]:
-    """The shipped frozen parts with a projection drawn at random between them: the state before stage 1."""
+    """The shipped frozen modules with a randomly initialised projector between them: the state before stage 1."""
     set_seed(seed)
-    vision_tower = Blip2VisionModel.from_pretrained(PARTS / "vision_tower", dtype=torch.float32)
-    qformer = Blip2QFormerModel.from_pretrained(PARTS / "qformer", dtype=torch.float32)
-    query_tokens = load_file(PARTS / "query_tokens.safetensors")["query_tokens"].float()
-    language_model = LlamaForCausalLM.from_pretrained(PARTS / "language_model", dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(PARTS / "language_model")
+    vision_tower = Blip2VisionModel.from_pretrained(BASE / "vision_tower", dtype=torch.float32)
+    qformer = Blip2QFormerModel.from_pretrained(BASE / "qformer", dtype=torch.float32)
+    query_tokens = load_file(BASE / "query_tokens.safetensors")["query_tokens"].float()
+    language_model = LlamaForCausalLM.from_pretrained(BASE / "language_model", dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(BASE / "language_model")
     config = MiniGPT4Config(
         vision_config=vision_tower.config,
         qformer_config=qformer.config if with_qformer else None,
         text_config=language_model.config,
         num_query_tokens=query_tokens.shape[1],
         projector_layers=projector_layers,
-        image_token_id=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
+        image_token_id=tokenizer.get_vocab()[IMAGE_TOKEN],
     )
-    for part in filter(None, (config.vision_config, config.qformer_config, config.text_config)):
-        part.name_or_path = ""  # a path of this machine, which would be saved with the checkpoint
+    for module in filter(None, (config.vision_config, config.qformer_config, config.text_config)):
+        module.name_or_path = ""  # a path of this machine, which would be saved with the checkpoint
     model = MiniGPT4ForConditionalGeneration(config)
     model.model.vision_tower.load_state_dict(vision_tower.state_dict())
     if with_qformer:
@@ -91,16 +91,16 @@ def build_model(
 
 
 def stage_1_rows(count: int, seed: int) -> Dataset:
-    """At most 3,000 pictures with web captions and no prompt; combinations held out do not occur."""
+    """At most 3,000 images with web captions and no prompt; held-out combinations are left out."""
     count = min(count, STAGE_1_IMAGES)
     return _rows(count, seed, lambda scene, rng: (BOS + IMAGE_TOKEN, web_caption(scene, rng) + "\n"))
 
 
 def stage_2_rows(count: int, seed: int) -> Dataset:
     """
-    At most 1,200 pictures with one of the four instructions and a detailed description.
+    At most 1,200 images with one of the four instructions and a detailed description.
 
-    Combinations held out do not occur.
+    Held-out combinations are left out.
     """
 
     def write(scene: Scene, rng: random.Random) -> tuple[str, str]:
@@ -110,7 +110,7 @@ def stage_2_rows(count: int, seed: int) -> Dataset:
     return _rows(min(count, STAGE_2_IMAGES), seed, write)
 
 
-def _rows(count: int, seed: int, write) -> Dataset:
+def _rows(count: int, seed: int, write: Callable[[Scene, random.Random], tuple[str, str]]) -> Dataset:
     rng = random.Random(seed)
     scenes = training_scenes()
     rows = []
@@ -123,9 +123,9 @@ def _rows(count: int, seed: int, write) -> Dataset:
 
 
 class _Progress(TrainerCallback):
-    """Prints the loss as training goes."""
+    """Prints the loss during training."""
 
-    def __init__(self, console: Console, name: str):
+    def __init__(self, console: Console, name: str) -> None:
         self.console = console
         self.name = name
 
@@ -147,18 +147,18 @@ def train_stage(
     trainable_modules: Sequence[str] = ("projector",),
 ) -> None:
     """
-    Trains one of `RECIPES` in place and leaves its run record in `output_dir`, as `minigpt4 train` would.
+    Trains one of `RECIPES` in place and leaves its run info in `output_dir`, as `minigpt4 train` would.
 
     Args:
         recipe: Name of the recipe.
         model: The model; after training it is in evaluation mode.
         processor: Its processor.
-        output_dir: Gets the resolved recipe and the loss curve; what an earlier run left there is removed.
-        steps: Steps; an eighth of them warms up, as in the recipe.
-        seed: Draws the pictures and their order.
+        output_dir: Receives the resolved recipe and the loss curve; the output of an earlier run is removed.
+        steps: Training steps; the first eighth warms up, as in the recipe.
+        seed: Draws the images and their order.
         console: Where the loss goes.
-        title: What the lines of progress begin with; the recipe's name by default.
-        trainable_modules: Parts that learn.
+        title: Prefix of the progress lines; the recipe's name by default.
+        trainable_modules: Modules to train; the others stay frozen.
     """
     shutil.rmtree(output_dir, ignore_errors=True)
     settings = {
@@ -169,7 +169,7 @@ def train_stage(
         "logging_steps": max(1, steps // 5),
         "save_strategy": "no",
     }
-    overrides = [part for key, value in settings.items() for part in (f"--{key}", str(value))]
+    overrides = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
     stage, config, model_args = parse_recipe(
         ["--config", recipe, *overrides, "--trainable_modules", *trainable_modules]
     )
@@ -182,31 +182,34 @@ def train_stage(
 
 
 def describe(
-    model: MiniGPT4ForConditionalGeneration,
-    processor: MiniGPT4Processor,
-    pictures: list[Picture],
-    prompt: str = TABLE_PROMPT,
+    model: GenerativeModel, processor: MiniGPT4Processor, images: list[PILImage], prompt: str = TABLE_PROMPT
 ) -> tuple[list[str], list[bool]]:
-    """Greedy descriptions of pictures, and whether each came to its end mark within 100 new tokens."""
-    inputs = processor(images=[[picture] for picture in pictures], text=[prompt] * len(pictures), return_tensors="pt")
-    ids = model.generate(
-        **inputs, do_sample=False, top_p=None, top_k=None, temperature=None, max_new_tokens=MAX_NEW_TOKENS
+    """Greedy descriptions of images, and whether each reached its stop string within 100 new tokens."""
+    inputs = processor(images=[[image] for image in images], text=[prompt] * len(images), return_tensors="pt")
+    new = generate_ids(
+        model, inputs, do_sample=False, top_p=None, top_k=None, temperature=None, max_new_tokens=MAX_NEW_TOKENS
     )
-    new = ids[:, inputs["input_ids"].shape[1] :]
     ended = ["###" in text or "</s>" in text for text in processor.tokenizer.batch_decode(new)]
     return processor.post_process_image_text_to_text(new), ended
 
 
 def save_checkpoint(model: MiniGPT4ForConditionalGeneration, processor: MiniGPT4Processor, folder: Path) -> None:
-    """Saves model and processor so that `folder` is either as it was or whole, never half written."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
-        new, old = Path(scratch) / "new", Path(scratch) / "old"
+    """Saves model and processor in one step: `folder` is either as before or complete, never half written."""
+    with atomic_folder(folder) as new:
         model.save_pretrained(new)
         processor.save_pretrained(new)
-        if folder.exists():
-            os.replace(folder, old)
-        os.replace(new, folder)
+
+
+class DemoResults(TypedDict):
+    """What `results.json` holds, apart from the descriptions; `shares` is by state, see `scoring.summarise`."""
+
+    shares: dict[str, dict[str, float]]
+    held_out_images: int
+    prompt: str
+    seed: int
+    recipes: dict[str, int]
+    versions: dict[str, str]
+    seconds: float
 
 
 def run_demo(
@@ -216,29 +219,29 @@ def run_demo(
     stage_2_steps: int = STEPS,
     held_out_images: int = 173,
     console: Console | None = None,
-) -> dict[str, Any]:
+) -> DemoResults:
     """
-    Trains MiniGPT-4's projection on the small world in its two stages and shows what each brings.
+    Trains MiniGPT-4's projector on the toy world in its two stages and shows what each one adds.
 
-    The vision tower, the Q-Former and the language model are shipped and frozen; they share nothing but the one linear
-    layer that the recipes `tiny` and `tiny_stage2` train. Pictures are drawn on the fly. What is measured comes from
-    combinations of attributes that no training has shown.
+    The vision tower, the Q-Former and the language model are shipped and frozen; only the one linear layer between
+    them is trained, with the recipes `tiny` and `tiny_stage2`. Images are drawn on the fly. The measurements use
+    combinations of attributes that no training stage has shown.
 
     Args:
-        output_dir: Gets `stage1/` and `checkpoint/` (model and processor), `results.json`, `contact_sheet.png`, a few
-            held-out pictures in `pictures/` and the records of both runs in `training/`.
-        seed: Draws the projection, the pictures and the order of training.
+        output_dir: Receives `stage1/` and `checkpoint/` (model and processor), `results.json`, `contact_sheet.png`, a
+            few held-out images in `images/` and the run info of both stages in `training/`.
+        seed: Draws the projector, the images and the order of training.
         stage_1_steps: Steps of stage 1.
         stage_2_steps: Steps of stage 2.
-        held_out_pictures: Pictures per table, at most one for each of the 173 held-out combinations.
+        held_out_images: Images per table, at most one for each of the 173 held-out combinations.
         console: Where progress and tables go; standard output by default.
 
     Returns:
-        `dict`: `shares` (per state, see `summarise`), `seconds`, the prompt, the steps of each recipe and the seed.
+        `DemoResults`: a dict.
 
     Raises:
-        ValueError: for a number of pictures or steps that cannot be.
-        FileExistsError: when `output_dir` is a file, or holds a folder of the same name as a checkpoint that is none.
+        ValueError: for an impossible number of images or steps.
+        FileExistsError: when `output_dir` is a file, or a folder in it has a checkpoint's name but no checkpoint.
     """
     shown = held_out(seed, held_out_images)
     if min(stage_1_steps, stage_2_steps) < 1:
@@ -247,7 +250,7 @@ def run_demo(
     for folder in (output / name for name in CHECKPOINTS):
         if folder.exists() and not (folder / "config.json").is_file():
             raise FileExistsError(
-                f"{folder} exists and holds no checkpoint, so the demo will not replace it. Choose another output_dir."
+                f"{folder} exists but is not a checkpoint, so the demo will not replace it. Choose another --output."
             )
     output.mkdir(parents=True, exist_ok=True)
     console = console or Console()
@@ -272,17 +275,17 @@ def quiet_and_single_threaded() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def held_out(seed: int, count: int) -> tuple[list[Scene], list[Picture]]:
+def held_out(seed: int, count: int) -> tuple[list[Scene], list[PILImage]]:
     """
-    What is measured on: combinations that no training shows, and one picture of each.
+    The test set: combinations that no training stage shows, and one image of each.
 
     Raises:
-        ValueError: for a number of pictures that cannot be.
+        ValueError: for an impossible number of images.
     """
     every = held_out_scenes()
     if not 1 <= count <= len(every):
         raise ValueError(
-            f"held_out_pictures={count}, but {len(every)} combinations are held out, one picture each. Choose 1 to "
+            f"held_out_images={count}, but {len(every)} combinations are held out, with one image each. Choose 1 to "
             f"{len(every)}."
         )
     scenes = random.Random(seed + 1).sample(every, count)
@@ -291,19 +294,19 @@ def held_out(seed: int, count: int) -> tuple[list[Scene], list[Picture]]:
 
 
 def _run(
-    output: Path, seed: int, steps: tuple[int, int], scenes: list[Scene], pictures: list[Picture], console: Console
-) -> dict[str, Any]:
+    output: Path, seed: int, steps: tuple[int, int], scenes: list[Scene], images: list[PILImage], console: Console
+) -> DemoResults:
     start = time.perf_counter()
     model, processor = build_model(seed)
     trained = sum(parameter.numel() for parameter in model.model.multi_modal_projector.parameters())
     total = sum(parameter.numel() for parameter in model.parameters())
-    console.print(f"MiniGPT-4 of the small world: {total:,} parameters, of which the projection's {trained:,} learn.")
+    console.print(f"MiniGPT-4 of the toy world: {total:,} parameters, of which {trained:,} (the projector) train.")
 
     shares: dict[str, dict[str, float]] = {}
     answers: dict[str, tuple[list[str], list[bool]]] = {}
 
     def measure(state: str) -> None:
-        texts, ended = answers[state] = describe(model, processor, pictures)
+        texts, ended = answers[state] = describe(model, processor, images)
         shares[state] = summarise(texts, scenes, ended)
 
     measure("before training")
@@ -313,28 +316,28 @@ def _run(
         save_checkpoint(model, processor, output / folder)
         measure(f"after {title}")
         console.print(_table(shares, len(scenes)))
-    results = {
+    results: DemoResults = {
         "shares": shares,
-        "held_out_pictures": len(scenes),
+        "held_out_images": len(scenes),
         "prompt": TABLE_PROMPT,
         "seed": seed,
         "recipes": dict(zip(RECIPES, steps)),
-        "versions": {name: version(name) for name in ("torch", "transformers", "trl", "transformers_minigpt4")},
+        "versions": package_versions(("torch", "transformers", "trl", PACKAGE)),
         "seconds": round(time.perf_counter() - start, 1),
     }
-    _write_outputs(output, results, scenes, pictures, answers)
+    _write_outputs(output, results, scenes, images, answers)
     for what, path in (
         ("checkpoint", output / "checkpoint"),
         ("contact sheet", output / "contact_sheet.png"),
-        ("pictures to try it on", output / "images"),
+        ("images to try it on", output / "images"),
     ):
         console.print(f"{what}: {path}", soft_wrap=True)
-    console.print(f"{results['seconds']} seconds in all.")
+    console.print(f"{results['seconds']} seconds in total.")
     return results
 
 
 def _table(shares: dict[str, dict[str, float]], count: int) -> Table:
-    table = Table(title=f"'{DETAIL_PROMPTS[0]}', {count} held-out pictures")
+    table = Table(title=f"'{DETAIL_PROMPTS[0]}', {count} held-out images")
     table.add_column("")
     for state in shares:
         table.add_column(state, justify="right")
@@ -349,9 +352,9 @@ def _table(shares: dict[str, dict[str, float]], count: int) -> Table:
 
 def _write_outputs(
     output: Path,
-    results: dict[str, Any],
+    results: DemoResults,
     scenes: list[Scene],
-    pictures: list[Picture],
+    images: list[PILImage],
     answers: dict[str, tuple[list[str], list[bool]]],
 ) -> None:
     descriptions = [
@@ -363,18 +366,11 @@ def _write_outputs(
         [(_verdict(state, texts[i], scene, ended[i]), texts[i]) for state, (texts, ended) in answers.items()]
         for i, scene in enumerate(scenes[:SHOWN])
     ]
-    save_contact_sheet(output / "contact_sheet.png", pictures[:SHOWN], cells)
+    save_contact_sheet(output / "contact_sheet.png", images[:SHOWN], cells)
     folder = output / "images"
     folder.mkdir(exist_ok=True)
-    for scene, picture in list(zip(scenes, pictures))[:SHOWN]:
-        picture.save(folder / f"{'-'.join((scene.size, scene.colour, scene.shape, *scene.place.split()))}.png")
-
-
-def write_json(path: Path, content: Any) -> None:
-    """A file appears whole or not at all."""
-    scratch = path.with_name(f".{path.name}")
-    scratch.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    os.replace(scratch, path)
+    for scene, image in list(zip(scenes, images))[:SHOWN]:
+        image.save(folder / f"{'-'.join((scene.size, scene.colour, scene.shape, *scene.place.split()))}.png")
 
 
 def _verdict(state: str, text: str, scene: Scene, ended: bool) -> str:

@@ -28,7 +28,7 @@ def named_values(text: str) -> dict[str, set[str]]:
 
 
 def right_attributes(text: str, scene: Scene) -> dict[str, bool]:
-    """Whether a text names each attribute with the picture's value and with no other value."""
+    """Whether a text names each attribute with the image's value and with no other value."""
     named = named_values(text)
     return {attribute: named[attribute] == {getattr(scene, attribute)} for attribute in ATTRIBUTES}
 
@@ -47,7 +47,7 @@ ASKED = {
 
 
 def is_right_answer(question: str, text: str, scene: Scene) -> bool:
-    """Whether an answer to one of `texts.QUESTIONS` names what was asked with the picture's value and no other."""
+    """Whether an answer to one of `texts.QUESTIONS` names what was asked with the image's value and no other."""
     right = right_attributes(text, scene)
     return all(right[attribute] for attribute in ASKED[question])
 
@@ -56,14 +56,14 @@ def failure(text: str, scene: Scene, ended: bool = True) -> Failure | None:
     """
     How a description failed, after the three kinds of the paper's section 4.3, or `None`.
 
-    - `repeated`: a sentence occurs twice, a word three times on end, or a phrase of 2 to 8 words twice on end.
-    - `cut off`: the end mark did not come, the last sentence does not end, or there are fewer than 8 words.
-    - `off-topic`: of the four attributes, two or more are wrong or missing: it tells of another picture.
+    - `repeated`: a sentence occurs twice, a word three times in a row, or a phrase of 2 to 8 words twice in a row.
+    - `cut off`: the stop string was not reached, the last sentence does not end, or there are fewer than 8 words.
+    - `off-topic`: of the four attributes, two or more are wrong or missing: it describes another image.
 
     Args:
-        text: The answer without its end mark.
-        thing: What the picture shows.
-        ended: Whether the end mark came before the limit of new tokens.
+        text: The answer without its stop string.
+        scene: What the image shows.
+        ended: Whether the stop string came before the limit of new tokens.
 
     Returns:
         The first of the three that holds.
@@ -96,9 +96,9 @@ def summarise(texts: Sequence[str], scenes: Sequence[Scene], ended: Sequence[boo
     Shares over a set of descriptions.
 
     Args:
-        texts: One description per picture.
-        things: What each picture shows.
-        ended: Whether each description's end mark came.
+        texts: One description per image.
+        scenes: What each image shows.
+        ended: Whether each description reached its stop string.
 
     Returns:
         `dict`: `colour`, `shape`, `size`, `place` and their mean `attributes`; `repeated`, `cut off`, `off-topic` and
@@ -109,7 +109,7 @@ def summarise(texts: Sequence[str], scenes: Sequence[Scene], ended: Sequence[boo
     """
     if not texts or not len(texts) == len(scenes) == len(ended):
         raise ValueError(
-            f"Got {len(texts)} texts, {len(scenes)} things and {len(ended)} end flags. Give one of each per picture."
+            f"Got {len(texts)} texts, {len(scenes)} scenes and {len(ended)} end flags. Give one of each per image."
         )
     right = [right_attributes(text, scene) for text, scene in zip(texts, scenes)]
     kinds = [failure(text, scene, end) for text, scene, end in zip(texts, scenes, ended)]

@@ -1,4 +1,4 @@
-"""What people would write about the small world's pictures: web captions, detailed descriptions, questions."""
+"""What people would write about the toy world's images: web captions, detailed descriptions, questions."""
 
 import random
 
@@ -20,7 +20,7 @@ DETAIL_PROMPTS = (
 )
 SHORT_PROMPT = "Please describe the image shortly and precisely, in less than 20 words."
 
-# The authors' prompt formats. The image stands where `{image}` is.
+# The authors' prompt formats; `{image}` is the place of the image.
 IMAGE_TOKEN = "<ImageHere>"
 STAGE_2_TEMPLATE = "###Human: <Img>{image}</Img> {text} ###Assistant: "
 SYSTEM = (

@@ -1,4 +1,4 @@
-"""Pictures of the small world: one coloured shape each, drawn from four attributes and a random seed."""
+"""Images of the toy world: one coloured shape each, drawn from four attributes and a random seed."""
 
 import itertools
 import math
@@ -20,7 +20,7 @@ COLOURS = {
     "white": (252, 252, 252),
 }
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
-SIZES = {"small": 7.0, "large": 11.0}  # radius in pixels of the finished picture
+SIZES = {"small": 7.0, "large": 11.0}  # radius in pixels of the finished image
 ROWS = ("top", "middle", "bottom")
 COLUMNS = ("left", "center", "right")
 
@@ -36,7 +36,7 @@ _HELD_OUT_OF = 5
 
 @dataclass(frozen=True)
 class Scene:
-    """What one picture shows: the four attributes, place being a row and a column of a 3 x 3 grid."""
+    """What one image shows: the four attributes, place being a row and a column of a 3 x 3 grid."""
 
     colour: str
     shape: str
@@ -62,9 +62,9 @@ def all_scenes() -> list[Scene]:
 
 def is_held_out(scene: Scene) -> bool:
     """
-    Whether a combination is kept from every training: of the tower, of the language model and of the projection.
+    Whether a combination is held out of all training: of the tower, of the language model and of the projector.
 
-    A sum of the attributes' indices modulo 5, so that each value and each pair of values stays on both sides.
+    A sum of the attributes' indices modulo 5, so that each value and each pair of values occurs on both sides.
     """
     place = 3 * ROWS.index(scene.row) + COLUMNS.index(scene.column)
     total = list(COLOURS).index(scene.colour) + 2 * SHAPES.index(scene.shape) + 3 * list(SIZES).index(scene.size)
@@ -83,10 +83,10 @@ def held_out_scenes() -> list[Scene]:
 
 def draw(scene: Scene, rng: random.Random) -> Image.Image:
     """
-    Draws one picture; everything but the four attributes varies with `rng`.
+    Draws one image; everything but the four attributes varies with `rng`.
 
     Args:
-        thing: What to show.
+        scene: What to show.
         rng: Draws background, tint, position within the cell, tilt and noise.
 
     Returns:
@@ -108,7 +108,14 @@ def _tinted(colour: tuple[int, int, int], rng: random.Random, spread: int) -> tu
     return red, green, blue
 
 
-def _draw_shape(pen, scene: Scene, centre: tuple[float, float], radius: float, colour, rng: random.Random) -> None:
+def _draw_shape(
+    pen: ImageDraw.ImageDraw,
+    scene: Scene,
+    centre: tuple[float, float],
+    radius: float,
+    colour: tuple[int, int, int],
+    rng: random.Random,
+) -> None:
     x, y = centre
     tilt = math.radians(rng.uniform(-8.0, 8.0))
 

@@ -2,7 +2,7 @@
 
 import copy
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -73,19 +73,40 @@ def answer_prompts(
     inputs = _inputs(images, prompts, processor).to(model.device, dtype=model.dtype)
     if getattr(model.generation_config, "max_new_tokens", None) is None:
         generate_kwargs = {"max_new_tokens": DEFAULT_MAX_NEW_TOKENS, **generate_kwargs}
-    sequences = model.generate(**inputs, **generate_kwargs)
-    if not isinstance(sequences, torch.Tensor):
-        raise ValueError("the generation settings ask for more than the answers; leave out return_dict_in_generate")
+    sequences = generate_ids(model, inputs, **generate_kwargs)
     if len(sequences) != len(prompts):
         raise ValueError(
             f"the generation settings gave {len(sequences)} answers for {len(prompts)} prompts, but a record holds "
             "one; leave num_return_sequences at 1"
         )
-    prompt_ids = inputs["input_ids"]
-    # Decoder-only models repeat the prompt before the answer, encoder-decoder models do not.
-    if torch.equal(sequences[:, : prompt_ids.shape[1]], prompt_ids.to(sequences.device)):
-        sequences = sequences[:, prompt_ids.shape[1] :]
     return decode_answers(processor, sequences)
+
+
+def generate_ids(
+    model: GenerativeModel, inputs: Mapping[str, torch.Tensor], **generate_kwargs: object
+) -> torch.Tensor:
+    """
+    Generates, and returns the new ids only.
+
+    Args:
+        model (`PreTrainedModel`): generates.
+        inputs (`Mapping[str, torch.Tensor]`): what its processor returned, on its device.
+        generate_kwargs: passed on to `model.generate`.
+
+    Returns:
+        `torch.Tensor`: of shape `(B, new tokens)`, without the prompt.
+
+    Raises:
+        ValueError: if `generate_kwargs` ask for more than the ids.
+    """
+    sequences = model.generate(**inputs, **generate_kwargs)
+    if not isinstance(sequences, torch.Tensor):
+        raise ValueError("the generation settings ask for more than the answers; leave out return_dict_in_generate")
+    prompt = inputs.get("input_ids")
+    # Decoder-only models repeat the prompt before the answer, encoder-decoder models do not.
+    if prompt is not None and torch.equal(sequences[:, : prompt.shape[1]], prompt.to(sequences.device)):
+        sequences = sequences[:, prompt.shape[1] :]
+    return sequences
 
 
 def decode_answers(processor: ProcessorMixin, sequences: torch.Tensor) -> list[str]:

@@ -52,6 +52,11 @@ def write_atomically(path: PathLike, content: str | bytes, sync: bool = False) -
             os.fsync(file.fileno())
 
 
+def write_json(path: PathLike, content: object) -> None:
+    """Writes an indented JSON file in one step."""
+    write_atomically(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+
 @contextlib.contextmanager
 def atomic_folder(folder: PathLike, locked: bool = False) -> Iterator[Path]:
     """

@@ -1,4 +1,4 @@
-"""The shipped parts: the tokenizer's LLaMA-1 behaviour, sizes, and what tower and language model can do."""
+"""The shipped frozen modules: the tokenizer's LLaMA-1 behaviour, sizes, and what tower and language model can do."""
 
 import random
 
@@ -7,9 +7,8 @@ import torch
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from transformers_minigpt4.demo.make_language import Example, Writer, collate
-from transformers_minigpt4.demo.make_parts import load_vision
 from transformers_minigpt4.demo.make_vision import make_images, normalise
-from transformers_minigpt4.demo.run import PARTS, build_model
+from transformers_minigpt4.demo.run import BASE, build_model
 from transformers_minigpt4.demo.scoring import right_attributes
 from transformers_minigpt4.demo.texts import INSTRUCTIONS, STAGE_2_TEMPLATE
 from transformers_minigpt4.demo.world import held_out_scenes, training_scenes
@@ -17,12 +16,12 @@ from transformers_minigpt4.demo.world import held_out_scenes, training_scenes
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return AutoTokenizer.from_pretrained(PARTS / "language_model")
+    return AutoTokenizer.from_pretrained(BASE / "language_model")
 
 
 @pytest.fixture(scope="module")
 def language_model():
-    return LlamaForCausalLM.from_pretrained(PARTS / "language_model", dtype=torch.float32).eval()
+    return LlamaForCausalLM.from_pretrained(BASE / "language_model", dtype=torch.float32).eval()
 
 
 def pieces(tokenizer, text, **kwargs):
@@ -51,7 +50,7 @@ def test_every_segment_has_its_own_prefix(tokenizer):
     assert pieces(tokenizer, "The star", add_special_tokens=False) == ["▁The", "▁star"]
 
 
-def test_the_end_mark_is_one_piece_or_two(tokenizer):
+def test_the_stop_string_is_one_piece_or_two(tokenizer):
     assert pieces(tokenizer, "###", add_special_tokens=False) == ["▁###"]
     assert pieces(tokenizer, "star.###", add_special_tokens=False)[-3:] == [".", "##", "#"]
 
@@ -70,13 +69,19 @@ def test_saving_keeps_ids(tokenizer, tmp_path):
     assert again(text)["input_ids"] == tokenizer(text)["input_ids"]
 
 
-def test_parts_are_small():
-    assert sum(path.stat().st_size for path in PARTS.rglob("*") if path.is_file()) < 4e6
+def test_they_are_small():
+    assert sum(path.stat().st_size for path in BASE.rglob("*") if path.is_file()) < 4e6
 
 
-def test_query_outputs_tell_held_out_pictures_apart():
+def test_query_outputs_tell_held_out_images_apart():
     """A linear classifier fitted on shown combinations names the attributes of held-out ones."""
-    vision = load_vision(PARTS)
+    model = build_model()[0].model
+
+    def vision(pixels):
+        patches = model.vision_tower(pixel_values=pixels).last_hidden_state
+        queries = model.query_tokens.expand(len(patches), -1, -1)
+        return model.qformer(query_embeds=queries, encoder_hidden_states=patches).last_hidden_state
+
     with torch.no_grad():
         pixels, words = make_images(training_scenes(), 691, seed=5)
         features = torch.cat([vision(normalise(chunk)) for chunk in pixels.split(100)]).flatten(1)
@@ -103,7 +108,7 @@ def test_language_model_describes_what_a_list_holds(tokenizer, language_model):
     assert sum(right) >= 0.95 * 4 * len(scenes), texts
 
 
-def test_model_holds_the_parts_and_differs_by_seed_in_the_projection_alone(language_model):
+def test_model_holds_them_and_only_the_projector_depends_on_the_seed(language_model):
     first, _ = build_model(seed=0)
     second, _ = build_model(seed=1)
     states = first.state_dict(), second.state_dict()
