@@ -1,5 +1,7 @@
 """README and docs: their links lead somewhere, their commands exist, their Python runs and prints what they say."""
 
+import ast
+import importlib
 import re
 import shlex
 import subprocess
@@ -39,6 +41,48 @@ def test_links_lead_somewhere(page):
             if anchor:
                 headings = re.findall(r"^#+ (.+)$", found.read_text(encoding="utf-8"), flags=re.MULTILINE)
                 assert anchor in {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings}, target
+
+
+def test_readme_is_short():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 120
+
+
+def resolve(name: str) -> object:
+    """The object that a dotted name means; fails where a module or attribute of it does not exist."""
+    parts = name.split(".")
+    for end in range(len(parts), 0, -1):
+        try:
+            found = importlib.import_module(".".join(parts[:end]))
+        except ModuleNotFoundError:
+            continue
+        for part in parts[end:]:
+            found = getattr(found, part)
+        return found
+    raise ModuleNotFoundError(name)
+
+
+def imported_names(code: str) -> list[str]:
+    """The names that a code block imports from this package."""
+    names = []
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "transformers_minigpt4":
+            names += [f"{node.module}.{alias.name}" for alias in node.names]
+    return names
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_names_exist(page):
+    """Of API pages, and of the imports in code blocks that are not run."""
+    names = re.findall(r"^::: (\S+)$", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    for match in blocks(page, "python"):
+        names += imported_names(match["body"])
+    for name in names:
+        assert resolve(name) is not None, name
+
+
+def test_every_page_is_on_the_site():
+    listed = set(re.findall(r": (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), flags=re.MULTILINE))
+    assert listed == {path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md")}
 
 
 def commands() -> list[tuple[str, str]]:
