@@ -80,6 +80,13 @@ def test_names_exist(page):
         assert resolve(name) is not None, name
 
 
+def test_pages_that_the_code_names_exist():
+    for path in (ROOT / "src").rglob("*"):
+        if path.suffix in (".py", ".yaml", ".jinja"):
+            for name in re.findall(r"\bdocs/[\w/-]+\.md\b", path.read_text(encoding="utf-8")):
+                assert (ROOT / name).is_file(), f"{path.name} names {name}"
+
+
 def test_every_page_is_on_the_site():
     listed = set(re.findall(r": (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), flags=re.MULTILINE))
     assert listed == {path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md")}

@@ -26,7 +26,7 @@ def init(
         str,
         typer.Option(
             metavar="SOURCE",
-            help="Where images come from: a folder, KIND:PATH as in docs/data.md, or python:MODULE:FUNCTION.",
+            help="Where images come from: a folder, KIND:PATH (docs/reference/formats.md) or python:MODULE:FUNCTION.",
         ),
     ],
     checkpoint: Annotated[

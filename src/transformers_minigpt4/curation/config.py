@@ -39,7 +39,7 @@ class CurationConfig:
     What a project is made of. Every field is a key of `curation.yaml`, except that `repair` is flat there.
 
     Args:
-        source: Where images come from: `KIND:PATH` as in docs/data.md, a folder of images, or
+        source: Where images come from: `KIND:PATH` as in docs/reference/formats.md, a folder of images, or
             `python:MODULE:FUNCTION`, called with the number of images and the seed, giving rows with `image`.
         checkpoint: Folder or Hub id of the model that describes them.
         images: How many are sampled; the paper has 5,000.
