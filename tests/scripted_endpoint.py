@@ -76,7 +76,7 @@ class ScriptedEndpoint(ThreadingHTTPServer):
 
     Args:
         respond: What answers a request's JSON body (`{"model", "messages", ...}`): a function, called in many threads;
-            or a list of replies, given in the order of arrival, whose last one goes on for ever. Text stands for
+            or a list of replies, given in the order of arrival, whose last one is repeated forever. Text stands for
             `Reply(text)`.
         key: With one, requests without `Authorization: Bearer KEY` get status 401.
 

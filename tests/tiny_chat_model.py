@@ -15,7 +15,7 @@ TEMPLATE = (
 
 
 def save_chat_model(folder: Path) -> str:
-    """It writes descriptions of the small world's pictures, whatever it is asked."""
+    """It writes descriptions of the toy world's images, whatever it is asked."""
     tokenizer, model = AutoTokenizer.from_pretrained(PART), AutoModelForCausalLM.from_pretrained(PART)
     tokenizer.chat_template = TEMPLATE
     model.generation_config.eos_token_id = tokenizer.convert_tokens_to_ids("##")  # what `###` begins with

@@ -4,34 +4,27 @@ import contextlib
 import sqlite3
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from processes import program
 from scripted_endpoint import Reply, ScriptedEndpoint, user_text
 
-from transformers_minigpt4 import llm
 from transformers_minigpt4.llm.cache import AnswerCache
 from transformers_minigpt4.llm.opening import open_chat_model
 from transformers_minigpt4.llm.types import ChatAnswer, ChatError, ChatSettings
 
 
-# Loads the cache's two modules alone, because the package would bring torch. Writes and reads along with another
-# process, as soon as that one is ready too.
+# Writes and reads along with another process, as soon as that one is ready too.
 WRITER = """
-import sys, types
-package = types.ModuleType("chat")
-package.__path__ = [sys.argv[1]]
-sys.modules["chat"] = package
-from pathlib import Path
-from chat.cache import AnswerCache
-from chat.types import ChatAnswer
+import sys
+from transformers_minigpt4.llm.cache import AnswerCache
+from transformers_minigpt4.llm.types import ChatAnswer
 print("ready", flush=True)
 sys.stdin.readline()
-cache = AnswerCache(Path(sys.argv[2]))
+cache = AnswerCache(sys.argv[1])
 for number in range(200):
-    cache.put(f"shared {number}", ChatAnswer(sys.argv[3], "stop", 1, 1, 0.0))
-    cache.put(f"{sys.argv[3]} {number}", ChatAnswer("own", "stop", 1, 1, 0.0))
+    cache.put(f"shared {number}", ChatAnswer(sys.argv[2], "stop", 1, 1, 0.0))
+    cache.put(f"{sys.argv[2]} {number}", ChatAnswer("own", "stop", 1, 1, 0.0))
     assert cache.get(f"shared {number}").text in ("a", "b")
 cache.close()
 """
@@ -80,7 +73,7 @@ def test_failures_are_asked_again_and_answers_cut_off_are_not(tmp_path):
 
 
 def test_two_processes_share_one_file(tmp_path):
-    command = [sys.executable, "-c", WRITER, str(Path(llm.__file__).parent), str(tmp_path / "answers")]
+    command = [sys.executable, "-c", WRITER, str(tmp_path / "answers")]
     with contextlib.ExitStack() as stack:
         processes = [stack.enter_context(program([*command, name], stdin=subprocess.PIPE)) for name in "ab"]
         for process in processes:
@@ -103,7 +96,7 @@ def test_files_that_are_no_cache(tmp_path):
     connection = sqlite3.connect(later)
     connection.execute("PRAGMA user_version = 99")
     connection.close()
-    with pytest.raises(ValueError, match="is no cache of answers"):
+    with pytest.raises(ValueError, match="is not a cache of answers"):
         AnswerCache(text)
     with pytest.raises(OSError, match="cannot open the cache"):
         AnswerCache(folder)

@@ -49,12 +49,12 @@ def test_an_answer_with_what_it_took(monkeypatch):
         ScriptedEndpoint([Reply(" It is red.\n", prompt_tokens=1000, completion_tokens=500)], key=KEY) as endpoint,
         open_chat_model(settings(endpoint, price_in=2.0, price_out=8.0, max_tokens=77)) as model,
     ):
-        answer = model.complete(ask("Which colour?"))
+        answer = model.complete(ask("Which color?"))
         assert answer == ChatAnswer("It is red.", "stop", 1000, 500, 0.006)
         assert model.usage == Usage(requests=1, prompt_tokens=1000, completion_tokens=500, cost=0.006)
         assert model.name == "small-judge"
         assert endpoint.requests == [
-            {"model": "small-judge", "messages": ask("Which colour?"), "temperature": 0.0, "max_tokens": 77}
+            {"model": "small-judge", "messages": ask("Which color?"), "temperature": 0.0, "max_tokens": 77}
         ]
 
 
@@ -170,14 +170,14 @@ FAULTS = {
     "slow": (Reply(delay=3), "timeout", "did not answer within 0.3 s", "raise the time-out", 2),
     "429": (Reply(status=429), "rate_limit", "too many requests", "requests_per_minute", 2),
     "500": (Reply(status=500), "server", "status 500 (scripted fault 500)", "server's log", 2),
-    "garbage": (Reply(body="{{{"), "garbage", "no chat completion: '{{{'", "base_url", 2),
-    "other JSON": (Reply(body='{"choices": []}'), "garbage", "no chat completion", "base_url", 2),
-    "a number": (Reply(body="17"), "garbage", "no chat completion", "base_url", 2),
-    "no bytes": (Reply(body=b""), "garbage", "no chat completion", "base_url", 2),
+    "garbage": (Reply(body="{{{"), "garbage", "not a chat completion: '{{{'", "base_url", 2),
+    "other JSON": (Reply(body='{"choices": []}'), "garbage", "not a chat completion", "base_url", 2),
+    "a number": (Reply(body="17"), "garbage", "not a chat completion", "base_url", 2),
+    "no bytes": (Reply(body=b""), "garbage", "not a chat completion", "base_url", 2),
     "text as number": (
         Reply(body='{"choices": [{"message": {"content": 3}}]}'),
         "garbage",
-        "no chat completion",
+        "not a chat completion",
         "base_url",
         2,
     ),
@@ -188,16 +188,16 @@ FAULTS = {
     "dropped": (Reply(drop=True), "connection", "broke the connection", "server's log", 2),
     "length": (Reply("half an", finish_reason="length"), "cut_off", "was cut off at 2 tokens", "raise max_tokens", 1),
     "nothing before length": (Reply("", finish_reason="length"), "empty", "before its limit", "raise max_tokens", 2),
-    "filtered": (Reply("", finish_reason="content_filter"), "filtered", "held the answer back", "another model", 1),
-    "no key": (Reply(status=401), "auth", "wants a key (status 401", "environment variable OPENAI_API_KEY", 1),
+    "filtered": (Reply("", finish_reason="content_filter"), "filtered", "blocked the answer", "another model", 1),
+    "no key": (Reply(status=401), "auth", "requires a key (status 401", "environment variable OPENAI_API_KEY", 1),
     "404": (Reply(status=404), "not_found", "404", "check base_url and the model", 1),
     "400": (Reply(status=400), "refused", "refuses the request", "check settings and prompt", 1),
-    "402": (Reply(status=402), "quota", "asks for money", "top the account up", 1),
+    "402": (Reply(status=402), "quota", "asks for payment", "top up the account", 1),
     "quota": (
         Reply(status=429, body='{"error": {"message": "You exceeded your quota", "code": "insufficient_quota"}}'),
         "quota",
         "You exceeded your quota",
-        "top the account up",
+        "top up the account",
         1,
     ),
 }

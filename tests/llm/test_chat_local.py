@@ -1,4 +1,4 @@
-"""A chat model loaded with transformers: batches, token counts, the budget, and models that are none."""
+"""A chat model loaded with transformers: batches, token counts, the budget, and folders without a usable model."""
 
 import pytest
 from tiny_chat_model import PART, save_chat_model
@@ -80,7 +80,7 @@ def test_a_prompt_near_the_limit_leaves_less_room_for_the_answer(chat_model):
         assert answer.prompt_tokens > 1000 and answer.prompt_tokens + answer.completion_tokens == 1024
 
 
-def test_what_is_no_chat_model(tmp_path, tiny_checkpoint):
+def test_folders_without_a_chat_model(tmp_path, tiny_checkpoint):
     with pytest.raises(ValueError, match="there is no model folder"):
         open_chat_model(ChatSettings(str(tmp_path / "nothing")))
     with pytest.raises(ValueError, match="as chat model"):

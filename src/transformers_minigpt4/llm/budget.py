@@ -1,4 +1,4 @@
-"""Counts what requests use and keeps them within a hard budget: the most a request can use is set aside first."""
+"""Counts what requests use and keeps them within a hard budget: the most a request can use is reserved first."""
 
 import threading
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from .types import BudgetExhausted, ChatError, ChatSettings, Usage
 
 @dataclass(frozen=True)
 class Reservation:
-    """Tokens set aside for one request: at most `prompt_tokens` in and `completion_tokens` out."""
+    """Tokens reserved for one request: at most `prompt_tokens` in and `completion_tokens` out."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -40,11 +40,11 @@ class Ledger:
 
     def reserve(self, prompt_tokens: int, *, wait: bool = True, stop: threading.Event | None = None) -> Reservation:
         """
-        Sets aside the most that a request can use: `prompt_tokens` and the settings' `max_tokens`.
+        Reserves the most that a request can use: `prompt_tokens` and the settings' `max_tokens`.
 
         Args:
             prompt_tokens: Upper bound of the prompt.
-            wait: Whether to wait while requests in flight may still give some of theirs back.
+            wait: Whether to wait while requests in flight may still return some of theirs.
             stop: Gives up waiting when set.
 
         Raises:
@@ -63,7 +63,7 @@ class Ledger:
         return wanted
 
     def settle(self, reservation: Reservation, prompt_tokens: int, completion_tokens: int) -> float:
-        """Gives a reservation back, counts one request with what it used, and returns the cost of that."""
+        """Ends a reservation, counts one request with what it used, and returns its cost."""
         cost = self._settings.cost(prompt_tokens, completion_tokens)
         with self._changed:
             del self._reserved[id(reservation)]
@@ -74,7 +74,7 @@ class Ledger:
         return cost
 
     def release(self, reservation: Reservation) -> float:
-        """Gives a reservation back whose request was never sent; it cost 0."""
+        """Ends a reservation whose request was never sent; its cost is 0."""
         with self._changed:
             del self._reserved[id(reservation)]
             self._changed.notify_all()
@@ -100,11 +100,11 @@ class Ledger:
         if not self._tokens_fit(wanted):
             return (
                 f"the budget is exhausted: {used.tokens:,} of {settings.budget_tokens:,} tokens are used and the next "
-                f"request may take {wanted.prompt_tokens + wanted.completion_tokens:,}; raise budget_tokens to go on, "
-                "or lower max_tokens"
+                f"request may take {wanted.prompt_tokens + wanted.completion_tokens:,}; raise budget_tokens to "
+                "continue, or lower max_tokens"
             )
         cost = settings.cost(wanted.prompt_tokens, wanted.completion_tokens)
         return (
             f"the budget is exhausted: {used.cost:.4f} of {settings.budget_cost:.4f} is spent and the next request "
-            f"may cost {cost:.4f}; raise budget_cost to go on, or lower max_tokens"
+            f"may cost {cost:.4f}; raise budget_cost to continue, or lower max_tokens"
         )

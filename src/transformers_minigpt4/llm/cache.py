@@ -20,7 +20,7 @@ CREATE TABLE IF NOT EXISTS answers(
     at TEXT NOT NULL
 )
 """
-_BUSY_SECONDS = 60.0  # writes take milliseconds; a longer wait means a process that hangs
+_BUSY_SECONDS = 60.0  # writes take milliseconds; a longer wait means that a process hangs
 
 
 class AnswerCache:
@@ -28,10 +28,10 @@ class AnswerCache:
     A SQLite file of answers, shared by threads and by processes. An answer is on disk when `put` returns.
 
     Args:
-        path: The file; it and its folder are made if they do not exist.
+        path: The file; it and its folder are created if they do not exist.
 
     Raises:
-        ValueError: if the file is no such cache, or one of a later version.
+        ValueError: if the file is not such a cache, or one of a later version.
         OSError: if it cannot be opened or written.
     """
 
@@ -40,7 +40,7 @@ class AnswerCache:
         self._lock = threading.Lock()
         self.path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            # Autocommit: each answer is a transaction of its own.
+            # Autocommit: each answer is one transaction.
             self._connection = sqlite3.connect(
                 self.path, timeout=_BUSY_SECONDS, isolation_level=None, check_same_thread=False
             )
@@ -53,7 +53,7 @@ class AnswerCache:
             if isinstance(error, sqlite3.OperationalError):
                 raise OSError(f"cannot write the cache of answers {str(self.path)!r}: {error}") from error
             raise ValueError(
-                f"{str(self.path)!r} is no cache of answers ({error}); delete it, or name another file"
+                f"{str(self.path)!r} is not a cache of answers ({error}); delete it, or choose another file"
             ) from error
         except ValueError:
             self._connection.close()
@@ -61,7 +61,7 @@ class AnswerCache:
 
     def _prepare(self) -> None:
         execute = self._connection.execute
-        # With the write lock first: of two processes that switch to WAL at once, one is told "database is locked".
+        # With the write lock first: of two processes that switch to WAL at once, one fails with "database is locked".
         if execute("PRAGMA journal_mode").fetchone()[0] != "wal":
             execute("BEGIN IMMEDIATE")
             execute("COMMIT")
@@ -70,13 +70,13 @@ class AnswerCache:
         if version > _SCHEMA_VERSION:
             raise ValueError(
                 f"the cache of answers {str(self.path)!r} was made by a later version of this package "
-                f"(format {version}, here {_SCHEMA_VERSION}); upgrade, or name another file"
+                f"(format {version}, here {_SCHEMA_VERSION}); upgrade, or choose another file"
             )
         execute(_TABLE)
         execute(f"PRAGMA user_version = {_SCHEMA_VERSION}")
 
     def get(self, digest: str) -> ChatAnswer | None:
-        """The answer kept under a digest, or `None`."""
+        """The answer stored under a digest, or `None`."""
         with self._lock:
             row = self._connection.execute(
                 "SELECT text, finish_reason, prompt_tokens, completion_tokens, cost FROM answers WHERE digest = ?",
@@ -86,7 +86,7 @@ class AnswerCache:
 
     def put(self, digest: str, answer: ChatAnswer) -> None:
         """
-        Keeps an answer; the first one stays if another process was quicker.
+        Stores an answer; if another process was quicker, its answer stays.
 
         Raises:
             OSError: if it cannot be written, for instance on a full disk.
@@ -100,7 +100,7 @@ class AnswerCache:
                 )
             except sqlite3.OperationalError as error:
                 raise OSError(
-                    f"cannot keep an answer in {str(self.path)!r}: {error}; free some space and run again"
+                    f"cannot store an answer in {str(self.path)!r}: {error}; free some space and run again"
                 ) from error
 
     def close(self) -> None:

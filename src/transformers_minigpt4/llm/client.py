@@ -44,17 +44,17 @@ class ChatModel(ABC):
 
     @abstractmethod
     def identity(self) -> str:
-        """What tells this model from others of the same name, for the cache."""
+        """What distinguishes this model from others of the same name, for the cache."""
 
     @abstractmethod
     def complete_many(
         self, requests: Iterable[tuple[Key, list[Message]]]
     ) -> Iterator[tuple[Key, ChatAnswer | ChatError]]:
         """
-        Answers many conversations, lazily: only as many are drawn as are in work.
+        Answers many conversations, lazily: only as many are taken as are being worked on.
 
         Args:
-            requests: Pairs of a key of any kind and a conversation.
+            requests: Pairs of a key of any type and a conversation.
 
         Yields:
             `(key, answer or error)` in the order in which they are finished.
@@ -93,13 +93,13 @@ class ChatModel(ABC):
         self.close()
 
     def request_digest(self, messages: list[Message]) -> str:
-        """SHA-256 of all that decides an answer: model, settings of decoding, conversation."""
+        """SHA-256 of everything that decides an answer: model, decoding settings, conversation."""
         settings = self.settings
         asked = [self.identity(), settings.model, settings.temperature, settings.max_tokens, messages]
         return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
 
     def from_cache(self, messages: list[Message]) -> ChatAnswer | None:
-        """The answer of an earlier time, checked as a fresh one is."""
+        """The answer of an earlier request, checked as a fresh one is."""
         if self.cache is None:
             return None
         answer = self.cache.get(self.request_digest(messages))
@@ -109,17 +109,17 @@ class ChatModel(ABC):
         return self.checked(replace(answer, cost=0.0, cached=True))
 
     def keep(self, messages: list[Message], answer: ChatAnswer) -> ChatAnswer:
-        """Puts a fresh answer into the cache, one that was cut off too, which would be so again; then checks it."""
+        """Puts a fresh answer into the cache, even one that was cut off, since it would be again; then checks it."""
         if self.cache is not None:
             self.cache.put(self.request_digest(messages), answer)
         return self.checked(answer)
 
     def checked(self, answer: ChatAnswer) -> ChatAnswer:
         """
-        The answer, if it ended by itself.
+        The answer, if it is complete.
 
         Raises:
-            ChatError: if it was cut off (`kind="cut_off"`, with the answer), or held back (`kind="filtered"`).
+            ChatError: if it was cut off (`kind="cut_off"`, with the answer) or blocked (`kind="filtered"`).
         """
         if answer.finish_reason == "length":
             raise ChatError(
@@ -129,5 +129,5 @@ class ChatModel(ABC):
                 answer=answer,
             )
         if answer.finish_reason == "content_filter":
-            raise ChatError("filtered", f"the content filter of {self.name} held the answer back; try another model")
+            raise ChatError("filtered", f"the content filter of {self.name} blocked the answer; try another model")
         return answer

@@ -1,16 +1,16 @@
-"""A chat model behind any OpenAI-compatible endpoint: retries, pace, time-outs, and errors that say what to do."""
+"""A chat model at any OpenAI-compatible endpoint: retries, pace, time-outs, and errors that say what to do."""
 
 import json
 import os
 import random
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .budget import Reservation
 from .cache import AnswerCache
@@ -18,25 +18,28 @@ from .client import ChatModel, Key
 from .types import ChatAnswer, ChatError, ChatSettings, Message, Usage, checked_messages
 
 
-# Faults that another try may mend. Those of the second line cost tokens each time, and seldom pass by themselves.
+if TYPE_CHECKING:
+    from openai import APIStatusError
+
+# Faults that a retry may resolve. Those of the second line cost tokens each time, and seldom go away by themselves.
 _TRANSPORT = ("connection", "down", "rate_limit", "server", "timeout")
 _CONTENT, _CONTENT_RETRIES = ("empty", "garbage"), 2
-_FIRST_DELAY, _LONGEST_DELAY = 0.5, 30.0  # seconds; doubled at each try, then shortened by chance to 50-100 %
-_LONGEST_RETRY_AFTER = 300.0  # seconds; an endpoint that asks for more is better asked again another time
+_FIRST_DELAY, _LONGEST_DELAY = 0.5, 30.0  # seconds; doubled at each try, then cut at random to 50-100 %
+_LONGEST_RETRY_AFTER = 300.0  # seconds; if an endpoint asks for more, it is better to run again later
 _FAILURES_IN_A_ROW = 10  # requests without an answer, retries included, after which the endpoint counts as broken
-_LARGEST_QUOTED = 4096  # bytes that are looked at for a quotation
+_LARGEST_QUOTED = 4096  # bytes of which a quotation is made
 _LARGEST_ANSWER = 16 << 20  # bytes; no text model writes as much, a wrong address may
-# Prompt tokens of a chat template: role and end marks of each message, and a date or system text of its own.
+# Prompt tokens of a chat template: role and end tokens of each message, and a date or system text that it adds.
 _TOKENS_PER_MESSAGE, _TOKENS_PER_REQUEST = 16, 64
 _DETAIL_LENGTH = 200  # characters of an endpoint's own words that an error quotes
-# From a gateway that has not waited for the server behind it, which may have finished all the same.
+# From a gateway that did not wait for the server behind it, which may have finished nevertheless.
 _MAYBE_BILLED = (408, 502, 504, 524)
 _SHORTEST_KEY = 8  # characters; what is shorter is a placeholder for a local server, such as "none"
 
 
 class EndpointChatModel(ChatModel):
     """
-    See [`ChatModel`]. The key is read from the environment once and stands in no message.
+    See [`ChatModel`]. The key is read from the environment once and appears in no message.
 
     Raises:
         ChatError: if the `openai` package is missing (`kind="missing"`).
@@ -58,20 +61,20 @@ class EndpointChatModel(ChatModel):
         if not self._key.isascii() or not self._key.isprintable():
             raise ChatError(
                 "auth",
-                f"the key in the environment variable {settings.api_key_env} holds characters that no key has; "
+                f"the key in the environment variable {settings.api_key_env} holds characters that keys do not have; "
                 "set it again",
                 fatal=True,
             )
         self._client = openai.OpenAI(
             base_url=settings.base_url,
             api_key=self._key or "none",
-            # Retries are counted, paced and paid for here.
+            # Retries are counted, paced and paid for in this class.
             max_retries=0,
             timeout=settings.timeout,
         )
         self._headers = {} if self._key else {"Authorization": openai.omit}
         self._gate = _Gate(settings.requests_per_minute)
-        # OpenAI's newer models refuse `max_tokens`; most other servers know nothing else.
+        # OpenAI's newer models refuse `max_tokens`; most other servers know only that.
         self._limit_name = "max_tokens"
         self._lock = threading.Lock()
         self._failures_in_a_row = 0
@@ -105,7 +108,7 @@ class EndpointChatModel(ChatModel):
                     key = running.pop(future)
                     result = _result(future)
                     if isinstance(result, ChatError) and (result.fatal or result.kind == "stopped"):
-                        # Requests in flight go on, because they are paid for; their retries and waits end.
+                        # Requests in flight are finished, because they are paid for; their retries and waits end.
                         stop.set()
                         fatal = fatal if fatal is not None or result.kind == "stopped" else result
                     else:
@@ -146,14 +149,14 @@ class EndpointChatModel(ChatModel):
     def _wait_to_retry(self, fault: "_Fault", tries: int, stop: threading.Event) -> None:
         delay = min(_FIRST_DELAY * 2 ** min(tries - 1, 20), _LONGEST_DELAY) * random.uniform(0.5, 1.0)
         if fault.retry_after is not None:
-            # All threads hear it. The delay comes on top, so that they do not return in the same moment.
+            # It holds for all threads. The delay is added, so that they do not return at the same moment.
             self._gate.close_for(fault.retry_after)
             delay += fault.retry_after
         if stop.wait(delay):
             raise ChatError("stopped", f"given up after {tries} tries: {fault.what}")
 
     def _failed(self, fault: "_Fault", tries: int, began: float) -> ChatError:
-        """The error for a request that is given up; fatal where the endpoint rather than the request is at fault."""
+        """The error for a request that is given up; fatal if the endpoint rather than the request is at fault."""
         fatal = fault.fatal
         if fault.kind in (*_TRANSPORT, "garbage"):
             with self._lock:
@@ -165,14 +168,14 @@ class EndpointChatModel(ChatModel):
         return ChatError(fault.kind, f"{where} {fault.what}{count}; {fault.remedy}", fatal=fatal)
 
     def _quote(self, text: str) -> str:
-        """One short line of an endpoint's words, without the key, which some repeat, and control characters."""
+        """One short line of an endpoint's message, without control characters and the key, which some repeat."""
         if len(self._key) >= _SHORTEST_KEY:
             text = text.replace(self._key, "***")
         line = " ".join("".join(c if c.isprintable() else " " for c in text).split())
         return line if len(line) <= _DETAIL_LENGTH else line[: _DETAIL_LENGTH - 1] + "…"
 
     def _try_once(self, messages: list[Message], stop: threading.Event) -> ChatAnswer:
-        """Sends one request; what it used is counted whatever comes of it."""
+        """Sends one request; what it used is counted whatever the outcome."""
         most = sum(len(m["content"].encode(errors="replace")) + _TOKENS_PER_MESSAGE for m in messages)
         reservation = self.ledger.reserve(most + _TOKENS_PER_REQUEST, stop=stop)
         # An answer that got lost may be billed.
@@ -200,7 +203,7 @@ class EndpointChatModel(ChatModel):
         The bytes of one answer.
 
         Raises:
-            _Fault: for everything that can go wrong on the way.
+            _Fault: for everything that can go wrong.
         """
         settings, openai = self.settings, self._openai
         deadline = time.monotonic() + settings.timeout
@@ -213,7 +216,7 @@ class EndpointChatModel(ChatModel):
         }
         received = bytearray()
         try:
-            # As a stream, because the client's time-out is one for each read and a slow trickle never meets it.
+            # As a stream, because the client's time-out is one for each read and a slow trickle never reaches it.
             with self._client.chat.completions.with_streaming_response.create(**arguments) as response:
                 for chunk in response.iter_bytes():
                     received += chunk
@@ -243,7 +246,7 @@ class EndpointChatModel(ChatModel):
 
     def _garbage(self, payload: bytes) -> "_Fault":
         text = payload[:_LARGEST_QUOTED].decode(errors="replace").lstrip("\ufeff").lstrip()
-        what = "a web page" if text[:1] == "<" else "what is no chat completion"
+        what = "a web page" if text[:1] == "<" else "what is not a chat completion"
         return _Fault(
             "garbage",
             f"answered with {what}: {self._quote(text)!r}",
@@ -267,7 +270,7 @@ class EndpointChatModel(ChatModel):
             cause = cause.__cause__
         return _Fault("connection", f"broke the connection ({reason})", "see the server's log, then run again")
 
-    def _refusal(self, error: Any) -> "_Fault":
+    def _refusal(self, error: "APIStatusError") -> "_Fault":
         """What an HTTP status of 400 or more means."""
         status = error.status_code
         said = self._quote(str(error.message).removeprefix(f"Error code: {status} - "))
@@ -276,19 +279,22 @@ class EndpointChatModel(ChatModel):
             fault.used = 0, 0
         return fault
 
-    def _refusal_of(self, status: int, said: str, error: Any) -> "_Fault":
+    def _refusal_of(self, status: int, said: str, error: "APIStatusError") -> "_Fault":
         variable = f"the environment variable {self.settings.api_key_env}"
         if status in (401, 403) and not self._key:
-            return _Fault("auth", f"wants a key (status {status}: {said})", f"put one into {variable}", fatal=True)
+            return _Fault("auth", f"requires a key (status {status}: {said})", f"put one into {variable}", fatal=True)
         if status in (401, 403):
             return _Fault(
                 "auth", f"refuses the key (status {status}: {said})", f"put a valid one into {variable}", fatal=True
             )
         if status == 402 or error.code == "insufficient_quota":
-            return _Fault("quota", f"asks for money (status {status}: {said})", "top the account up", fatal=True)
+            return _Fault("quota", f"asks for payment (status {status}: {said})", "top up the account", fatal=True)
         if status == 404:
             return _Fault(
-                "not_found", f"knows no such thing (status 404: {said})", "check base_url and the model", fatal=True
+                "not_found",
+                f"has no such address or model (status 404: {said})",
+                "check base_url and the model",
+                fatal=True,
             )
         if status in (408, 409, 429) or status >= 500:
             return self._passing(status, said, _retry_after(error.response.headers))
@@ -301,7 +307,7 @@ class EndpointChatModel(ChatModel):
         if retry_after is not None and retry_after > _LONGEST_RETRY_AFTER:
             what = f"asks to wait {retry_after:,.0f} s (status {status}: {said})"
             kind = "rate_limit" if status == 429 else "server"
-            return _Fault(kind, what, "run again later; what is done is kept", fatal=True)
+            return _Fault(kind, what, "run again later; what was finished is kept", fatal=True)
         if status == 429:
             remedy = "set requests_per_minute, or lower the concurrency"
             return _Fault("rate_limit", f"gets too many requests (429: {said})", remedy, retry_after=retry_after)
@@ -328,7 +334,7 @@ class _Fault(Exception):
 
 
 class _Gate:
-    """Lets requests through at their pace, and none while the endpoint has asked for silence."""
+    """Lets requests through at their pace, and none while the endpoint has asked for a pause."""
 
     def __init__(self, requests_per_minute: float | None) -> None:
         self._interval = 60.0 / requests_per_minute if requests_per_minute else 0.0
@@ -353,7 +359,7 @@ class _Gate:
                     self._next = now + self._interval
                     return
                 pause = self._next - now
-            # Not its whole turn at once: the gate may close for longer meanwhile.
+            # In short waits: the gate may close for longer meanwhile.
             if stop.wait(min(pause, 1.0)):
                 raise ChatError("stopped", "given up while waiting to send")
 
@@ -369,11 +375,11 @@ def _result(future: Future[ChatAnswer]) -> ChatAnswer | ChatError:
 class _Completion:
     text: str
     finish_reason: str
-    usage: Any
+    usage: object
 
 
 def _read(payload: bytes) -> _Completion | None:
-    """The first choice of a chat completion; `None` if the bytes are none."""
+    """The first choice of a chat completion; `None` if the bytes are not one."""
     try:
         completion = json.loads(payload)
         choice = completion["choices"][0]
@@ -383,13 +389,13 @@ def _read(payload: bytes) -> _Completion | None:
         return None
     if not isinstance(text, str | None):
         return None
-    # JSON can write half a surrogate pair, which no file can hold.
+    # JSON can hold half a surrogate pair, which no file can.
     text = (text or "").encode("utf-8", "replace").decode().strip()
     return _Completion(text, finish_reason if isinstance(finish_reason, str) else "stop", usage)
 
 
 def _tokens(completion: _Completion, reservation: Reservation) -> tuple[int, int]:
-    """(prompt, answer) tokens as the endpoint says; where it says nothing usable, the most that it can have been."""
+    """(prompt, answer) tokens as the endpoint reports them; without a usable report, the most that they can be."""
     said = completion.usage if isinstance(completion.usage, dict) else {}
     longest = min(reservation.completion_tokens, len(completion.text.encode()))
     prompt, answer = (
@@ -408,8 +414,8 @@ def _empty(finish_reason: str, used: tuple[int, int]) -> _Fault:
     return _Fault("empty", f"gave an empty answer{why}", remedy, used=used)
 
 
-def _retry_after(headers: Any) -> float | None:
-    """Seconds that the header `Retry-After` asks to wait, given as a number or a date; `None` without a usable one."""
+def _retry_after(headers: Mapping[str, str]) -> float | None:
+    """Seconds to wait by the header `Retry-After`, which is a number or a date; `None` without a usable one."""
     value = headers.get("retry-after")
     if value is None:
         return None
@@ -420,7 +426,7 @@ def _retry_after(headers: Any) -> float | None:
             when = parsedate_to_datetime(value)
         except (TypeError, ValueError, OverflowError):
             return None
-        if when.tzinfo is None:  # "-0000", by RFC 5322: UTC without a place
+        if when.tzinfo is None:  # "-0000", by RFC 5322: UTC without a time zone
             when = when.replace(tzinfo=UTC)
         seconds = (when - datetime.now(UTC)).total_seconds()
     return max(0.0, seconds) if seconds == seconds else None

@@ -6,12 +6,39 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, Protocol, cast
+
+import torch
+from jinja2 import TemplateError
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BatchEncoding,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+)
+from transformers.generation.utils import GenerateOutput
+
+from transformers_minigpt4.utils.devices import usable_device
+from transformers_minigpt4.utils.text import first_line
 
 from .budget import Reservation
 from .cache import AnswerCache
 from .client import ChatModel, Key
 from .types import BudgetExhausted, ChatAnswer, ChatError, ChatSettings, Message, Usage, checked_messages
+
+
+class _CausalLM(Protocol):
+    """What is needed of a causal language model of transformers."""
+
+    config: PreTrainedConfig
+    generation_config: GenerationConfig
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def generate(self, **kwargs: Any) -> torch.Tensor | GenerateOutput: ...
 
 
 class LocalChatModel(ChatModel):
@@ -27,7 +54,7 @@ class LocalChatModel(ChatModel):
         self.tokenizer, self.model = _load(settings.model)
         self._identity = _fingerprint(settings.model, self.model)
         self._end_tokens = _end_tokens(self.tokenizer, self.model)
-        self._context = getattr(self.model.config, "max_position_embeddings", None)
+        self._context: int | None = getattr(self.model.config, "max_position_embeddings", None)
 
     def identity(self) -> str:
         return self._identity
@@ -52,8 +79,8 @@ class LocalChatModel(ChatModel):
             yield from self._answer(asked)
 
     def _answer(self, batch: list[tuple[Key, list[Message]]]) -> Iterator[tuple[Key, ChatAnswer | ChatError]]:
-        """Answers a batch, in several parts where the budget does not hold the most that the whole can take."""
-        waiting: list[_Prompt] = []
+        """Answers a batch; in several parts if the budget does not cover the most that all of it can use."""
+        waiting: list[_Prompt[Key]] = []
         for key, messages in batch:
             ids = self._token_ids(messages)
             if self._context is not None and len(ids) >= self._context:
@@ -61,7 +88,7 @@ class LocalChatModel(ChatModel):
             else:
                 waiting.append(_Prompt(key, messages, ids))
         while waiting:
-            part: list[tuple[_Prompt, Reservation]] = []
+            part: list[tuple[_Prompt[Key], Reservation]] = []
             for prompt in waiting:
                 try:
                     part.append((prompt, self.ledger.reserve(len(prompt.ids), wait=False)))
@@ -73,22 +100,20 @@ class LocalChatModel(ChatModel):
             yield from self._generate(part)
 
     def _token_ids(self, messages: list[Message]) -> list[int]:
-        from jinja2 import TemplateError
-
         try:
-            return self.tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, tokenize=True, return_dict=True
-            )["input_ids"]
+            encoding = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
         except TemplateError as error:  # some know no system role, some want roles to alternate
             raise ChatError(
                 "refused",
                 f"the chat template of {self.name} refuses the conversation ({error}); choose another model",
                 fatal=True,
             ) from error
+        ids: list[int] = cast(BatchEncoding, encoding)["input_ids"]
+        return ids
 
-    def _generate(self, part: "list[tuple[_Prompt, Reservation]]") -> Iterator[tuple[Any, ChatAnswer | ChatError]]:
-        import torch
-
+    def _generate(
+        self, part: "list[tuple[_Prompt[Key], Reservation]]"
+    ) -> Iterator[tuple[Key, ChatAnswer | ChatError]]:
         inputs = self.tokenizer.pad(
             {"input_ids": [prompt.ids for prompt, _ in part]}, padding_side="left", return_tensors="pt"
         ).to(self.model.device)
@@ -96,7 +121,7 @@ class LocalChatModel(ChatModel):
         longest = settings.max_tokens
         if self._context is not None:
             longest = min(longest, self._context - inputs["input_ids"].shape[1])
-        sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+        sampling: dict[str, object] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
         if settings.temperature > 0:
             sampling = {"do_sample": True, "temperature": settings.temperature, "top_p": 1.0, "top_k": 0}
         try:
@@ -105,25 +130,26 @@ class LocalChatModel(ChatModel):
                     **inputs,
                     max_new_tokens=longest,
                     pad_token_id=self.tokenizer.pad_token_id,
+                    return_dict_in_generate=False,
                     **sampling,
                 )
         except BaseException:
             for _, reservation in part:
                 self.ledger.release(reservation)
             raise
-        answers = sequences[:, inputs["input_ids"].shape[1] :].tolist()
-        # All are counted before the first is given away, because the consumer may stop there.
+        answers = cast(torch.Tensor, sequences)[:, inputs["input_ids"].shape[1] :].tolist()
+        # All are counted before the first is yielded, because the consumer may stop there.
         results = [self._counted(prompt, reservation, ids) for (prompt, reservation), ids in zip(part, answers)]
         for (prompt, _), answer in zip(part, results):
             yield prompt.key, self._kept(prompt.messages, answer)
 
-    def _counted(self, prompt: "_Prompt", reservation: Reservation, ids: list[int]) -> ChatAnswer:
+    def _counted(self, prompt: "_Prompt[Key]", reservation: Reservation, ids: list[int]) -> ChatAnswer:
         end = next((place for place, token in enumerate(ids) if token in self._end_tokens), None)
         count = len(ids) if end is None else end + 1
         cost = self.ledger.settle(reservation, len(prompt.ids), count)
-        # Without the end mark, which need not be a special token.
-        text = self.tokenizer.decode(ids[:end], skip_special_tokens=True).strip()
-        return ChatAnswer(text, "length" if end is None else "stop", len(prompt.ids), count, cost)
+        # Without the end token, which need not be a special token.
+        (text,) = self.tokenizer.batch_decode([ids[:end]], skip_special_tokens=True)
+        return ChatAnswer(text.strip(), "length" if end is None else "stop", len(prompt.ids), count, cost)
 
     def _kept(self, messages: list[Message], answer: ChatAnswer) -> ChatAnswer | ChatError:
         if not answer.text:
@@ -141,46 +167,41 @@ class LocalChatModel(ChatModel):
 
 
 @dataclass(frozen=True)
-class _Prompt:
-    key: Any
+class _Prompt(Generic[Key]):
+    key: Key
     messages: list[Message]
     ids: list[int]
 
 
-def _load(name: str) -> tuple[Any, Any]:
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
+def _load(name: str) -> tuple[PreTrainedTokenizerBase, _CausalLM]:
     if (os.path.isabs(name) or name.startswith(".")) and not os.path.isdir(name):
         # transformers would take it for a Hub id and complain about its characters.
         raise ValueError(f"there is no model folder {name!r}; check the path, or set base_url for an endpoint")
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
-        model = AutoModelForCausalLM.from_pretrained(name, dtype="auto")
+        model = AutoModelForCausalLM.from_pretrained(name, dtype="auto", device_map=usable_device(None))
     except (OSError, ValueError) as error:
-        reason = str(error).strip().partition("\n")[0].rstrip(".")
         raise ValueError(
-            f"cannot load {name!r} as chat model: {reason}; give a folder or Hub id of a causal language model, or "
-            "set base_url for an endpoint"
+            f"cannot load {name!r} as chat model: {first_line(error)}; give a folder or Hub id of a causal language "
+            "model, or set base_url for an endpoint"
         ) from error
     if not tokenizer.chat_template:
-        raise ValueError(f"{name!r} has no chat template, so it is no chat model; choose an instruction-tuned one")
+        raise ValueError(f"{name!r} has no chat template, so it is not a chat model; choose an instruction-tuned one")
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
-            raise ValueError(f"the tokenizer of {name!r} has neither padding nor end token; name one in its config")
+            raise ValueError(f"the tokenizer of {name!r} has neither padding nor end token; set one in its config")
         tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer, model.to(accelerator or "cpu").eval()
+    return tokenizer, model
 
 
-def _end_tokens(tokenizer: Any, model: Any) -> set[int]:
+def _end_tokens(tokenizer: PreTrainedTokenizerBase, model: _CausalLM) -> set[int]:
     ends = model.generation_config.eos_token_id
     listed = ends if isinstance(ends, list) else [ends]
     return {token for token in (*listed, tokenizer.eos_token_id) if token is not None}
 
 
-def _fingerprint(name: str, model: Any) -> str:
-    """The commit of a model from the Hub; for a folder a digest of its files' names, sizes and times."""
+def _fingerprint(name: str, model: _CausalLM) -> str:
+    """The commit of a model from the Hub; for a folder, a digest of its files' names, sizes and times."""
     commit = getattr(model.config, "_commit_hash", None)
     if commit:
         return str(commit)

@@ -11,15 +11,15 @@ from .types import ChatSettings, Usage
 
 def open_chat_model(settings: ChatSettings, cache: Path | None = None, spent: Usage | None = None) -> ChatModel:
     """
-    Opens the model that the settings name: at an endpoint if they hold a `base_url`, else here with transformers.
+    Opens the model that the settings name: at an endpoint if they have a `base_url`, else here with transformers.
 
     Args:
         settings: See [`ChatSettings`].
-        cache: SQLite file for answers, made if it does not exist; several processes may share it.
+        cache: SQLite file for answers, created if it does not exist; several processes may share it.
         spent: What earlier runs have used of the same budget.
 
     Raises:
-        ValueError: if a local model cannot be loaded or the cache is no such file.
+        ValueError: if a local model cannot be loaded or the cache is not such a file.
         ChatError: if the `openai` package is missing (`kind="missing"`).
 
     Example:

@@ -11,7 +11,7 @@ from transformers_minigpt4.utils.settings import field_names, field_values
 
 Message = dict[str, str]  # {"role": "system", "user" or "assistant", "content": text}
 
-# What can be wrong with a request, and what each word means.
+# What can go wrong with a request, and what each word means.
 KINDS = {
     "auth": "no key, or one that the endpoint refuses",
     "budget": "the next request could cost more than is left of the budget",
@@ -19,15 +19,15 @@ KINDS = {
     "cut_off": "the answer was cut off at its limit of tokens",
     "down": "nothing answers at the address",
     "empty": "an answer without text",
-    "filtered": "the endpoint's content filter held the answer back",
+    "filtered": "the endpoint's content filter blocked the answer",
     "garbage": "an answer that is not a chat completion: a web page, broken JSON, JSON of another shape",
     "missing": "a package that is not installed",
-    "not_found": "the endpoint knows no such address or model",
+    "not_found": "the endpoint has no such address or model",
     "quota": "the account's own quota is used up",
     "rate_limit": "too many requests, after all retries",
     "refused": "the endpoint refuses this one request, for instance because it is too long",
     "server": "the endpoint failed, after all retries",
-    "stopped": "given up because another request has failed for a reason that concerns all",
+    "stopped": "given up because another request has failed for a reason that affects all",
     "timeout": "no complete answer in time, after all retries",
 }
 
@@ -40,7 +40,7 @@ class ChatError(RuntimeError):
         kind: One of [`KINDS`].
         message: What happened and what to do, in one line.
         fatal: Whether further requests would fail for the same reason.
-        answer: What came of the answer, where something did (`kind="cut_off"`).
+        answer: The part of the answer that there is (`kind="cut_off"`).
     """
 
     def __init__(self, kind: str, message: str, *, fatal: bool = False, answer: "ChatAnswer | None" = None) -> None:
@@ -58,12 +58,12 @@ class BudgetExhausted(ChatError):
 @dataclass(frozen=True)
 class ChatSettings:
     """
-    Which model answers, and how far to go for an answer.
+    Which model answers, and how much an answer may take.
 
     Args:
         model: Name of the model at the endpoint, or folder or Hub id of a local one.
         base_url: Address of an OpenAI-compatible endpoint, usually ending in `/v1`. Without it the model is loaded
-            here with transformers.
+            on this machine with transformers.
         concurrency: Requests in flight at once; for a local model, prompts in one batch.
         requests_per_minute: Requests are sent at least 60 / this many seconds apart. Endpoint only.
         timeout: Seconds that one request may take from sending to the last byte. Endpoint only.
@@ -74,8 +74,8 @@ class ChatSettings:
             still fits.
         budget_cost: Limit of the cost, in the currency of the prices, which it needs.
         price_in, price_out: Price of a million prompt tokens and of a million answer tokens.
-        api_key_env: Name of the environment variable that holds the endpoint's key. It may be unset, as local servers
-            want none.
+        api_key_env: Name of the environment variable that holds the endpoint's key. It may be unset, since local
+            servers need none.
 
     Raises:
         ValueError: for settings that cannot work.
@@ -125,7 +125,7 @@ class ChatSettings:
                 raise ValueError(f"base_url is {self.base_url!r}; give an address such as http://127.0.0.1:8000/v1")
 
     def cost(self, prompt_tokens: int, completion_tokens: int) -> float:
-        """The price of so many tokens; 0 without prices."""
+        """The price of this many tokens; 0 without prices."""
         return (prompt_tokens * (self.price_in or 0.0) + completion_tokens * (self.price_out or 0.0)) / 1e6
 
     @classmethod
@@ -156,10 +156,11 @@ class ChatSettings:
 @dataclass(frozen=True)
 class ChatAnswer:
     """
-    An answer with what it took.
+    An answer with what it used.
 
-    `finish_reason` is `"stop"`, or `"length"` where the limit of tokens cut it off. `cost` is in the currency of the
-    prices; an answer from the cache (`cached`) costs nothing, and its token counts are those of its first time.
+    `finish_reason` is `"stop"`, or `"length"` if the answer was cut off at the limit of tokens. `cost` is in the
+    currency of the prices; an answer from the cache (`cached`) costs nothing, and has the token counts of the original
+    request.
     """
 
     text: str
@@ -175,7 +176,7 @@ class Usage:
     """
     What a model has used: `requests` sent (retries count), answers found in the cache, tokens, and their cost.
 
-    A request whose answer got lost after it was sent may be billed all the same, so it counts with the most that it
+    A request whose answer got lost after it was sent may be billed nevertheless, so it counts with the most that it
     can have used. So does one whose endpoint reports no token counts.
     """
 
