@@ -166,3 +166,24 @@ def test_interrupted(checkpoint, data, monkeypatch):
     monkeypatch.setattr(running, "answer_batches", stop)
     result = evaluate(checkpoint, "--tasks", "letters", "--data", data)
     assert result.exit_code == 130 and "rerun the same command to resume" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [(["my-model"], "my-model"), (["--seed", "1", "--tasks", "gqa"], "--tasks"), (["run", "--limit=3"], "--limit")],
+)
+def test_demo_takes_no_other_options(words, named):
+    result = evaluate("--demo", *words)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr == f"minigpt4: --demo has its own model, tasks and data; leave out {named}\n"
+
+
+def test_demo_is_short_for_its_command(monkeypatch, tmp_path):
+    from transformers_minigpt4.demo import evaluation
+
+    called = []
+    monkeypatch.setattr(evaluation, "evaluate_demo", lambda *arguments: called.append(arguments))
+    for words in (["--demo", "--seed=3", "--output", tmp_path], ["demo", "--output", tmp_path, "--seed", 3]):
+        assert evaluate(*words).exit_code == 0
+    assert called == [(tmp_path, 3)] * 2
+    assert "Usage: " in evaluate("--demo", "--help").stdout

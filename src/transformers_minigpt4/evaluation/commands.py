@@ -32,14 +32,24 @@ class EvaluateGroup(Group):
     def parse_args(self, ctx: ClickContext, args: list[str]) -> list[str]:
         """Puts the subcommand in front where the short form leaves it out."""
         if "--demo" in args:
-            args = ["demo", *(word for word in args if word not in ("--demo", "run"))]
-            own = ("--output", "--seed", "--help", "-h")
-            if other := [word for word in args[1:] if word.startswith("-") and not word.startswith(own)]:
-                complain(f"--demo has its own model, tasks and data; leave out {other[0]}")
-                raise typer.Exit(2)
+            rest = [word for word in args if word not in ("--demo", "run")]
+            _refuse_options(rest, ctx.help_option_names)
+            args = ["demo", *rest]
         if args and args[0] not in self.commands and args[0] not in ctx.help_option_names:
             args = ["run", *args]
         return super().parse_args(ctx, args)
+
+
+def _refuse_options(words: list[str], help_options: list[str]) -> None:
+    """Ends with one line at the first word that `evaluate demo` does not take."""
+    rest = iter(words)
+    for word in rest:
+        name, equals, _ = word.partition("=")
+        if name in ("--output", "--seed") and not equals:
+            next(rest, None)  # its value
+        elif name not in ("--output", "--seed", *help_options):
+            complain(f"--demo has its own model, tasks and data; leave out {name}")
+            raise typer.Exit(2)
 
 
 def run(

@@ -247,7 +247,7 @@ def quieten_libraries(debug: bool) -> None:
     """Silences what libraries log, but not the progress bars of downloads."""
     if debug is True:
         return
-    from huggingface_hub.utils import enable_progress_bars
+    from huggingface_hub.utils.tqdm import enable_progress_bars
     from transformers.utils import logging
 
     warnings.simplefilter("ignore")
