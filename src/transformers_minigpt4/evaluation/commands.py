@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, TypeAlias
+from typing import Annotated, Any, TypeAlias
 
 import typer
 
@@ -23,6 +23,63 @@ OUTPUTS = Path("minigpt4-evaluation")
 Tasks: TypeAlias = Annotated[
     list[str] | None,
     typer.Option(metavar="NAME,...", help="Tasks, separated by commas, such as gqa,chair; see --list-tasks."),
+]
+
+
+Data: TypeAlias = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="SOURCE",
+        help="Folder of the official files (FOLDER/TASK if that exists), or TASK=PATH, which can be repeated. "
+        "hub:namespace/name[@revision] is a dataset of the Hub.",
+    ),
+]
+Results: TypeAlias = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FOLDER",
+        help="Folder for results.json and the answers. By default the checkpoint's own, where `minigpt4 push` "
+        "finds them for the card; for a Hub id minigpt4-evaluation/NAME.",
+    ),
+]
+
+
+def _judge(*names: str, **keywords: Any) -> object:
+    """An option of the judge; the parameters are named after the fields of `ChatSettings`."""
+    return typer.Option(*names, rich_help_panel="Judge", **keywords)
+
+
+JudgeModel: TypeAlias = Annotated[
+    str | None,
+    _judge(
+        "--judge",
+        metavar="MODEL",
+        help="Language model that judges: its name at --judge-url, or a folder or Hub id of a local one.",
+    ),
+]
+JudgeUrl: TypeAlias = Annotated[
+    str | None,
+    _judge("--judge-url", metavar="URL", help="OpenAI-compatible endpoint, such as http://127.0.0.1:8000/v1."),
+]
+JudgeKeyEnv: TypeAlias = Annotated[
+    str, _judge("--judge-key-env", metavar="NAME", help="Environment variable that holds the endpoint's key.")
+]
+JudgeConcurrency: TypeAlias = Annotated[int, _judge(min=1, help="Maximum number of requests at the same time.")]
+JudgeRate: TypeAlias = Annotated[float | None, _judge(help="Maximum number of requests per minute.")]
+JudgeTimeout: TypeAlias = Annotated[float, _judge(metavar="SECONDS", help="Timeout of a request.")]
+JudgeRetries: TypeAlias = Annotated[int, _judge("--judge-retries", min=0, help="Retries after a transient failure.")]
+JudgeBudgetTokens: TypeAlias = Annotated[int | None, _judge(help="Stop before more tokens than this are used.")]
+JudgeBudgetCost: TypeAlias = Annotated[
+    float | None, _judge(help="Stop before the cost exceeds this; needs both prices.")
+]
+JudgePriceIn: TypeAlias = Annotated[float | None, _judge(help="Price of a million prompt tokens.")]
+JudgePriceOut: TypeAlias = Annotated[float | None, _judge(help="Price of a million answer tokens.")]
+JudgeCache: TypeAlias = Annotated[
+    Path | None,
+    _judge(
+        metavar="FILE",
+        help="Cache of the judge's replies, so that none is paid for twice. By default in --output.",
+    ),
 ]
 
 
@@ -62,22 +119,8 @@ def run(
         ),
     ] = None,
     tasks: Tasks = None,
-    data: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="SOURCE",
-            help="Folder of the official files (FOLDER/TASK if that exists), or TASK=PATH, which can be repeated. "
-            "hub:namespace/name[@revision] is a dataset of the Hub.",
-        ),
-    ] = None,
-    output: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FOLDER",
-            help="Folder for results.json and the answers. By default the checkpoint's own, where `minigpt4 push` "
-            "finds them for the card; for a Hub id minigpt4-evaluation/NAME.",
-        ),
-    ] = None,
+    data: Data = None,
+    output: Results = None,
     list_tasks: Annotated[
         bool, typer.Option("--list-tasks", help="Show the tasks and their files, and exit.")
     ] = False,
@@ -87,67 +130,18 @@ def run(
     device: Device = None,
     trust_remote_code: TrustRemoteCode = False,
     seed: Seed = 0,
-    judge_model: Annotated[
-        str | None,
-        typer.Option(
-            "--judge",
-            metavar="MODEL",
-            help="Language model that judges: its name at --judge-url, or a folder or Hub id of a local one.",
-            rich_help_panel="Judge",
-        ),
-    ] = None,
-    judge_base_url: Annotated[
-        str | None,
-        typer.Option(
-            "--judge-url",
-            metavar="URL",
-            help="OpenAI-compatible endpoint, such as http://127.0.0.1:8000/v1.",
-            rich_help_panel="Judge",
-        ),
-    ] = None,
-    judge_api_key_env: Annotated[
-        str,
-        typer.Option(
-            "--judge-key-env",
-            metavar="NAME",
-            help="Environment variable that holds the endpoint's key.",
-            rich_help_panel="Judge",
-        ),
-    ] = "OPENAI_API_KEY",
-    judge_concurrency: Annotated[
-        int, typer.Option(min=1, help="Maximum number of requests at the same time.", rich_help_panel="Judge")
-    ] = 8,
-    judge_requests_per_minute: Annotated[
-        float | None, typer.Option(help="Maximum number of requests per minute.", rich_help_panel="Judge")
-    ] = None,
-    judge_timeout: Annotated[
-        float, typer.Option(metavar="SECONDS", help="Timeout of a request.", rich_help_panel="Judge")
-    ] = 60.0,
-    judge_max_retries: Annotated[
-        int,
-        typer.Option("--judge-retries", min=0, help="Retries after a transient failure.", rich_help_panel="Judge"),
-    ] = 5,
-    judge_budget_tokens: Annotated[
-        int | None, typer.Option(help="Stop before more tokens than this are used.", rich_help_panel="Judge")
-    ] = None,
-    judge_budget_cost: Annotated[
-        float | None,
-        typer.Option(help="Stop before the cost exceeds this; needs both prices.", rich_help_panel="Judge"),
-    ] = None,
-    judge_price_in: Annotated[
-        float | None, typer.Option(help="Price of a million prompt tokens.", rich_help_panel="Judge")
-    ] = None,
-    judge_price_out: Annotated[
-        float | None, typer.Option(help="Price of a million answer tokens.", rich_help_panel="Judge")
-    ] = None,
-    judge_cache: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="Cache of the judge's replies, so that none is paid for twice. By default in --output.",
-            rich_help_panel="Judge",
-        ),
-    ] = None,
+    judge_model: JudgeModel = None,
+    judge_base_url: JudgeUrl = None,
+    judge_api_key_env: JudgeKeyEnv = "OPENAI_API_KEY",
+    judge_concurrency: JudgeConcurrency = 8,
+    judge_requests_per_minute: JudgeRate = None,
+    judge_timeout: JudgeTimeout = 60.0,
+    judge_max_retries: JudgeRetries = 5,
+    judge_budget_tokens: JudgeBudgetTokens = None,
+    judge_budget_cost: JudgeBudgetCost = None,
+    judge_price_in: JudgePriceIn = None,
+    judge_price_out: JudgePriceOut = None,
+    judge_cache: JudgeCache = None,
 ) -> None:
     """
     Ask a model the questions of some tasks, score the answers and write results.json.
