@@ -47,6 +47,7 @@ def __dir__() -> list[str]:
 
 # What imports transformers and is imported by `auto`. Such a module is incomplete while it loads transformers.
 _MODULES = (
+    "modeling.checkpoint_mixin_minigpt4",
     "modeling.configuration_minigpt4",
     "modeling.modeling_minigpt4",
     "modeling.trained_modules_minigpt4",

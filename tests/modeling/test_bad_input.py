@@ -66,7 +66,7 @@ def test_loading_info_on_request(tiny_checkpoint):
 
 def test_more_placeholders_than_images(model):
     ids = torch.tensor([[1, *[1200] * 16, 5]])
-    with pytest.raises(ValueError, match="hold 16 image placeholders, but the images give 1 x 8 tokens"):
+    with pytest.raises(ValueError, match="contain 16 image placeholders, but the images give 1 x 8 tokens"):
         model(ids, pixel_values=torch.zeros(1, 3, 56, 56))
 
 

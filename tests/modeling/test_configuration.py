@@ -1,7 +1,10 @@
 """Every variant of the paper is a configuration, and impossible ones say so when they are built."""
 
+import json
+
 import pytest
 from transformers import (
+    AutoConfig,
     BertConfig,
     Blip2QFormerConfig,
     Blip2VisionConfig,
@@ -65,7 +68,7 @@ def test_qformer_takes_the_towers_width_unless_told():
         ({"qformer_config": Blip2QFormerConfig(encoder_hidden_size=99)}, "must equal"),
         ({"num_query_tokens": 0}, "at least one query"),
         ({"projector_layers": 2}, "projector_layers is 2"),
-        ({"projector_hidden_act": "gelu"}, "no place with one linear layer"),
+        ({"projector_hidden_act": "gelu"}, "no effect with one linear layer"),
         ({"image_token_id": 32001}, "outside the language model's vocabulary"),
         ({"image_token_id": -1}, "outside the language model's vocabulary"),
         ({"vision_config": SiglipConfig()}, "vision tower alone"),
@@ -82,3 +85,35 @@ def test_qformer_takes_the_towers_width_unless_told():
 def test_impossible_configurations(kwargs, message):
     with pytest.raises(ValueError, match=message):
         MiniGPT4Config(**kwargs)
+
+
+def test_keys_of_early_versions_are_read_and_saved_under_their_new_names(tmp_path):
+    MiniGPT4Config(qformer_config=None, projector_layers=3, projector_hidden_act="gelu").save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    saved = json.loads(path.read_text())
+    for new in ("layers", "hidden_act"):
+        saved[f"projection_{new}"] = saved.pop(f"projector_{new}")
+    saved["base_parts"] = saved.pop("base_checkpoints")
+    path.write_text(json.dumps(saved))
+    for config in (MiniGPT4Config.from_pretrained(tmp_path), AutoConfig.from_pretrained(tmp_path)):
+        assert (config.projector_layers, config.projector_hidden_act, config.base_checkpoints) == (3, "gelu", None)
+        config.save_pretrained(tmp_path / "new")
+        again = json.loads((tmp_path / "new" / "config.json").read_text())
+        assert again["projector_layers"] == 3 and "base_checkpoints" in again
+        assert not {"projection_layers", "projection_hidden_act", "base_parts"} & set(again)
+
+
+def test_old_and_new_key_must_agree(tmp_path):
+    MiniGPT4Config(qformer_config=None, projector_layers=3).save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    saved = json.loads(path.read_text())
+    path.write_text(json.dumps({**saved, "projection_layers": 3}))
+    assert MiniGPT4Config.from_pretrained(tmp_path).projector_layers == 3
+    path.write_text(json.dumps({**saved, "projection_layers": 1}))
+    with pytest.raises(ValueError, match=r"projector_layers=3 and, under its old name, projection_layers=1"):
+        MiniGPT4Config.from_pretrained(tmp_path)
+
+
+def test_an_old_argument_is_refused_with_its_new_name():
+    with pytest.raises(ValueError, match="projection_layers is called projector_layers now"):
+        MiniGPT4Config(projection_layers=3)

@@ -1,4 +1,4 @@
-"""A checkpoint of the trained parts alone equals the full one in every output bit, and knows its base."""
+"""A checkpoint of only the trained modules equals the full one in every output bit, and knows its base."""
 
 import json
 import os
@@ -27,7 +27,7 @@ def base(tiny_checkpoint, tmp_path):
 
 
 def train(model):
-    """Moves the projection, as training does."""
+    """Moves the projector, as training does."""
     model.requires_grad_(False)
     projector = model.model.multi_modal_projector.requires_grad_(True)
     with torch.no_grad():
@@ -38,14 +38,14 @@ def train(model):
 
 @pytest.fixture
 def folders(base, tmp_path, processor):
-    """The same trained model, saved whole and as its trained parts."""
+    """The same trained model, saved completely and as its trained modules."""
     model = train(AutoModelForImageTextToText.from_pretrained(base))
-    full, parts = tmp_path / "full", tmp_path / "parts"
+    full, trained = tmp_path / "full", tmp_path / "trained"
     model.save_pretrained(full)
-    model.save_pretrained(parts, trained_only=True)
-    for folder in (full, parts):
+    model.save_pretrained(trained, trained_only=True)
+    for folder in (full, trained):
         processor.save_pretrained(folder)
-    return full, parts
+    return full, trained
 
 
 @pytest.fixture
@@ -54,10 +54,10 @@ def inputs(processor, pictures):
 
 
 def test_size_and_record(folders, base):
-    _, parts = folders
-    tensors = load_file(parts / "model.safetensors")
+    _, trained = folders
+    tensors = load_file(trained / "model.safetensors")
     assert set(tensors) == {PROJECTOR + "weight", PROJECTOR + "bias"}
-    config = json.loads((parts / "config.json").read_text())
+    config = json.loads((trained / "config.json").read_text())
     (record,) = config["base_checkpoints"]
     assert record["name_or_path"] == str(base) and len(record["fingerprint"]) == 64
     assert config["trained_parameters"] == sorted(tensors)
@@ -65,31 +65,31 @@ def test_size_and_record(folders, base):
 
 
 def test_every_bit_of_the_output(folders, inputs):
-    full, parts = (AutoModelForImageTextToText.from_pretrained(folder) for folder in folders)
-    assert torch.equal(full(**inputs).logits, parts(**inputs).logits)
-    assert full.state_dict().keys() == parts.state_dict().keys()
-    assert all(torch.equal(a, b) for a, b in zip(full.state_dict().values(), parts.state_dict().values()))
-    assert parts.generation_config.to_dict() == full.generation_config.to_dict()
-    assert parts.model.vision_tower.post_layernorm.eps == 1e-5
+    full, trained = (AutoModelForImageTextToText.from_pretrained(folder) for folder in folders)
+    assert torch.equal(full(**inputs).logits, trained(**inputs).logits)
+    assert full.state_dict().keys() == trained.state_dict().keys()
+    assert all(torch.equal(a, b) for a, b in zip(full.state_dict().values(), trained.state_dict().values()))
+    assert trained.generation_config.to_dict() == full.generation_config.to_dict()
+    assert trained.model.vision_tower.post_layernorm.eps == 1e-5
 
 
 @pytest.mark.parametrize(
     "options", [{"device_map": "auto"}, {"dtype": torch.bfloat16}, {"attn_implementation": "eager"}]
 )
 def test_options_of_loading(folders, inputs, options):
-    full, parts = (AutoModelForImageTextToText.from_pretrained(folder, **options) for folder in folders)
+    full, trained = (AutoModelForImageTextToText.from_pretrained(folder, **options) for folder in folders)
     cast = {k: v.to(full.dtype) if v.is_floating_point() else v for k, v in inputs.items()}
-    assert torch.equal(full(**cast).logits, parts(**cast).logits)
-    assert parts.model.multi_modal_projector.linear_1.weight.dtype == torch.float32
+    assert torch.equal(full(**cast).logits, trained(**cast).logits)
+    assert trained.model.multi_modal_projector.linear_1.weight.dtype == torch.float32
 
 
 def test_base_class_and_pipeline(folders, pictures):
-    full, parts = folders
-    a, b = AutoModel.from_pretrained(full), AutoModel.from_pretrained(parts)
+    full, trained = folders
+    a, b = AutoModel.from_pretrained(full), AutoModel.from_pretrained(trained)
     assert all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values()))
     options = {"generate_kwargs": {"do_sample": False, "max_new_tokens": 5}}
     assert pipeline("image-to-text", model=str(full))(pictures[0], **options) == pipeline(
-        "image-to-text", model=str(parts)
+        "image-to-text", model=str(trained)
     )(pictures[0], **options)
 
 
@@ -101,13 +101,13 @@ def test_merging_is_bit_exact(folders, tmp_path):
     assert a == b
 
 
-def test_second_stage_stands_on_the_first_base(folders, base, tmp_path):
+def test_second_stage_refers_to_the_first_base(folders, base, tmp_path):
     model = train(AutoModelForImageTextToText.from_pretrained(folders[1]))
     model.save_pretrained(tmp_path / "stage2", trained_only=True)
     again = AutoModelForImageTextToText.from_pretrained(tmp_path / "stage2")
     assert again.config.base_checkpoints[0]["name_or_path"] == str(base)
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values()))
-    # Another part on top: what the first stage trained stays in the checkpoint.
+    # Another module on top: what the first stage trained stays in the checkpoint.
     again.requires_grad_(False)
     again.model.query_tokens.requires_grad_(True)
     with torch.no_grad():
@@ -138,10 +138,10 @@ def test_bases_of_other_shapes_and_names(base, golden, inputs, tmp_path):
     save_file(vision, tmp_path / "blip2" / "model.safetensors")
     for key in ("model.language_model.embed_tokens.weight", "lm_head.weight"):
         own[key + "@rows"] = weights[key][1200:]
-    parts = tmp_path / "parts"
-    shutil.copytree(base, parts)
-    save_file(own, parts / "model.safetensors")
-    config = json.loads((parts / "config.json").read_text())
+    trained = tmp_path / "trained"
+    shutil.copytree(base, trained)
+    save_file(own, trained / "model.safetensors")
+    config = json.loads((trained / "config.json").read_text())
     blip2 = {
         "vision_model.": "model.vision_tower.",
         "qformer.": "model.qformer.",
@@ -156,8 +156,8 @@ def test_bases_of_other_shapes_and_names(base, golden, inputs, tmp_path):
         base_checkpoint_record(str(tmp_path / "blip2"), blip2),
         base_checkpoint_record(str(ALPHA / "llm"), llm),
     ]
-    (parts / "config.json").write_text(json.dumps(config))
-    model = AutoModelForImageTextToText.from_pretrained(parts)
+    (trained / "config.json").write_text(json.dumps(config))
+    model = AutoModelForImageTextToText.from_pretrained(trained)
     expected = AutoModelForImageTextToText.from_pretrained(base)
     assert torch.equal(model(**inputs).logits, expected(**inputs).logits)
 
@@ -188,7 +188,7 @@ AutoModelForImageTextToText.from_pretrained(sys.argv[3], trust_remote_code=True)
     assert done.returncode == 0, done.stderr
 
 
-def test_lora_on_trained_parts(folders, inputs, tmp_path):
+def test_lora_on_trained_modules(folders, inputs, tmp_path):
     from peft import LoraConfig, PeftModel, get_peft_model
 
     model = AutoModelForImageTextToText.from_pretrained(folders[1])
@@ -228,27 +228,27 @@ def test_other_weights_in_the_bases_place(folders, base):
 
 def test_base_that_has_gone(folders, base):
     shutil.rmtree(base)
-    with pytest.raises(OSError, match=r"stands on .*base.*cannot be read"):
+    with pytest.raises(OSError, match=r"the rest is in .*base.*cannot be read"):
         AutoModelForImageTextToText.from_pretrained(folders[1])
 
 
 def test_base_with_a_truncated_file(folders, base):
     path = base / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(OSError, match="no whole safetensors file"):
+    with pytest.raises(OSError, match="not a complete safetensors file"):
         AutoModelForImageTextToText.from_pretrained(folders[1])
 
 
 def test_model_without_a_base(model, tmp_path):
     with pytest.raises(ValueError, match="not loaded from a checkpoint"):
-        model.save_pretrained(tmp_path / "parts", trained_only=True)
+        model.save_pretrained(tmp_path / "trained", trained_only=True)
 
 
 def test_nothing_trained(base, tmp_path):
     model = AutoModelForImageTextToText.from_pretrained(base).requires_grad_(False)
     with pytest.raises(ValueError, match="No parameter requires gradients"):
-        model.save_pretrained(tmp_path / "parts", trained_only=True)
-    assert not (tmp_path / "parts").exists()
+        model.save_pretrained(tmp_path / "trained", trained_only=True)
+    assert not (tmp_path / "trained").exists()
 
 
 def test_the_bases_own_folder(base):
@@ -259,23 +259,23 @@ def test_the_bases_own_folder(base):
     assert (base / "model.safetensors").read_bytes() == weights
 
 
-def test_one_folder_for_both_forms(folders, tmp_path, inputs):
-    """What lies in the folder is the last thing saved, and nothing of the form before."""
-    full, parts = folders
-    model = AutoModelForImageTextToText.from_pretrained(parts)
+def test_one_folder_for_both_kinds(folders, tmp_path, inputs):
+    """The folder holds what was saved last, and nothing of the kind saved before."""
+    full, trained = folders
+    model = AutoModelForImageTextToText.from_pretrained(trained)
     expected = model(**inputs).logits
-    model.save_pretrained(parts, max_shard_size="100KB")
-    assert not (parts / "model.safetensors").exists()
-    assert torch.equal(AutoModelForImageTextToText.from_pretrained(parts)(**inputs).logits, expected)
-    train(AutoModelForImageTextToText.from_pretrained(full)).save_pretrained(parts, trained_only=True)
-    assert [path.name for path in parts.glob("*.safetensors*")] == ["model.safetensors"]
-    AutoModelForImageTextToText.from_pretrained(parts)
+    model.save_pretrained(trained, max_shard_size="100KB")
+    assert not (trained / "model.safetensors").exists()
+    assert torch.equal(AutoModelForImageTextToText.from_pretrained(trained)(**inputs).logits, expected)
+    train(AutoModelForImageTextToText.from_pretrained(full)).save_pretrained(trained, trained_only=True)
+    assert [path.name for path in trained.glob("*.safetensors*")] == ["model.safetensors"]
+    AutoModelForImageTextToText.from_pretrained(trained)
 
 
 def test_other_processes_write_nothing(base, tmp_path):
     model = train(AutoModelForImageTextToText.from_pretrained(base))
-    model.save_pretrained(tmp_path / "parts", trained_only=True, is_main_process=False)
-    assert not (tmp_path / "parts").exists()
+    model.save_pretrained(tmp_path / "trained", trained_only=True, is_main_process=False)
+    assert not (tmp_path / "trained").exists()
 
 
 def test_grown_vocabulary_would_be_lost(base, tmp_path):
@@ -284,7 +284,7 @@ def test_grown_vocabulary_would_be_lost(base, tmp_path):
     model.requires_grad_(False)
     model.model.multi_modal_projector.requires_grad_(True)
     with pytest.raises(ValueError, match="would lose them"):
-        model.save_pretrained(tmp_path / "parts", trained_only=True)
+        model.save_pretrained(tmp_path / "trained", trained_only=True)
 
 
 def test_adapters_are_peft_s_to_save(base, tmp_path):
@@ -293,15 +293,15 @@ def test_adapters_are_peft_s_to_save(base, tmp_path):
     model = AutoModelForImageTextToText.from_pretrained(base)
     get_peft_model(model, LoraConfig(r=2, target_modules=r".*language_model.*q_proj"))
     with pytest.raises(ValueError, match="saved by PEFT"):
-        model.save_pretrained(tmp_path / "parts", trained_only=True)
+        model.save_pretrained(tmp_path / "trained", trained_only=True)
 
 
 def test_base_class_and_foreign_options(base, tmp_path):
     with pytest.raises(ValueError, match="has no head"):
-        AutoModel.from_pretrained(base).save_pretrained(tmp_path / "parts", trained_only=True)
+        AutoModel.from_pretrained(base).save_pretrained(tmp_path / "trained", trained_only=True)
     model = train(AutoModelForImageTextToText.from_pretrained(base))
-    with pytest.raises(ValueError, match="does not go with push_to_hub"):
-        model.save_pretrained(tmp_path / "parts", trained_only=True, push_to_hub=True)
+    with pytest.raises(ValueError, match="cannot be combined with push_to_hub"):
+        model.save_pretrained(tmp_path / "trained", trained_only=True, push_to_hub=True)
 
 
 def test_changes_that_would_be_lost(base, tmp_path):
@@ -309,5 +309,17 @@ def test_changes_that_would_be_lost(base, tmp_path):
     with torch.no_grad():
         model.lm_head.weight.mul_(2)
     with pytest.raises(ValueError, match=r"lm_head.weight.*would lose them"):
-        model.save_pretrained(tmp_path / "parts", trained_only=True)
-    assert not (tmp_path / "parts" / "model.safetensors").exists()
+        model.save_pretrained(tmp_path / "trained", trained_only=True)
+    assert not (tmp_path / "trained" / "model.safetensors").exists()
+
+
+def test_a_checkpoint_saved_under_the_old_key_still_loads(folders, inputs):
+    _, trained = folders
+    path = trained / "config.json"
+    saved = json.loads(path.read_text())
+    saved["base_parts"] = saved.pop("base_checkpoints")
+    saved["projection_layers"] = saved.pop("projector_layers")
+    path.write_text(json.dumps(saved))
+    models = [AutoModelForImageTextToText.from_pretrained(folder) for folder in folders]
+    assert torch.equal(models[0](**inputs).logits, models[1](**inputs).logits)
+    assert models[1].config.trained_parameters == sorted(load_file(trained / "model.safetensors"))

@@ -300,7 +300,7 @@ class TestBadPictures:
 
     @pytest.mark.parametrize("source", [None, 3, ["a.jpg"], np.zeros((4, 4, 3))])
     def test_wrong_type(self, source):
-        assert f"{type(source).__name__} is no image source" in error_of(source)
+        assert f"{type(source).__name__} is not an image source" in error_of(source)
 
     def test_text_file_handle(self, tmp_path):
         (tmp_path / "a.txt").write_text("x")

@@ -85,7 +85,7 @@ def test_prompt_of_the_pipeline(tiny_checkpoint, pipe, pictures):
 
 
 def test_neither_picture_nor_text(pipe):
-    with pytest.raises(ValueError, match="list of pictures is empty"):
+    with pytest.raises(ValueError, match="list of images is empty"):
         pipe([])
     with pytest.raises(ValueError, match="at least provide either text or images"):
         pipe()

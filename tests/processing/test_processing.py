@@ -270,7 +270,7 @@ def test_truncation_never_cuts_image_tokens(processor, pictures):
 @pytest.mark.parametrize("content", ["see <ImageHere>", [{"type": "text", "text": "see <ImageHere>"}]])
 def test_placeholder_in_a_users_text(processor, content):
     chat = [{"role": "user", "content": content}]
-    with pytest.raises(ValueError, match="holds the image placeholder"):
+    with pytest.raises(ValueError, match="contains the image placeholder"):
         processor.apply_chat_template(chat)
     ids = processor.apply_chat_template(chat, tokenize=True, sanitize_control_tokens=True)[0]
     assert IMAGE_ID not in ids
@@ -282,7 +282,7 @@ def test_placeholder_in_a_users_text(processor, content):
     [
         ([], "at least one message"),
         ({"role": "user", "content": "x"}, "at least one message"),
-        (["hello"], "A message is 'hello'"),
+        (["hello"], "A message cannot be 'hello'"),
         ([{"role": "user", "content": ["hello"]}], "part without type"),
         ([{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": ""}]}], "user message is empty"),
         ([{"role": "user", "content": ""}], "user message is empty"),
@@ -299,7 +299,7 @@ def test_bad_chats(processor, chat, message):
 
 @pytest.mark.parametrize("image", [Image.new("RGB", (0, 5)), np.zeros((0, 0, 3), dtype=np.uint8)])
 def test_image_without_a_pixel(processor, image):
-    with pytest.raises(ValueError, match="without a single pixel"):
+    with pytest.raises(ValueError, match="that is, no pixels"):
         processor(images=image, text="<ImageHere>")
 
 

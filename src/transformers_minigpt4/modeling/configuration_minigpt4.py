@@ -1,7 +1,8 @@
-"""Configuration of MiniGPT-4: a vision tower, an optional Q-Former, a projection and a language model."""
+"""Configuration of MiniGPT-4: a vision tower, an optional Q-Former, a projector and a language model."""
 
+from collections.abc import Mapping
 from dataclasses import field
-from typing import Any
+from typing import Any, Self, TypeAlias
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, Blip2QFormerConfig, PreTrainedConfig
@@ -26,7 +27,36 @@ CUSTOM_PIPELINES = {
     for task in ("image-to-text", "image-text-to-text")
 }
 
+# Keys of configs saved by early versions, with today's names.
+OLD_KEYS = {
+    "projection_layers": "projector_layers",
+    "projection_hidden_act": "projector_hidden_act",
+    "base_parts": "base_checkpoints",
+}
+
 PATCHES_PER_TOKEN = 4  # without Q-Former, patches concatenated into one token (authors' `has_qformer=False`)
+
+# What `base_checkpoints` lists; `strict` knows no TypedDict. The keys are described in `trained_modules_minigpt4.py`.
+BaseCheckpoint: TypeAlias = dict[str, Any]
+
+
+def with_current_keys(config: Mapping[str, Any]) -> dict[str, Any]:
+    """
+    The content of a `config.json` with today's names for the keys of early versions.
+
+    Raises:
+        ValueError: for a key that is given under both names with different values.
+    """
+    current = dict(config)
+    for old, new in OLD_KEYS.items():
+        if old not in current:
+            continue
+        value = current.pop(old)
+        if current.setdefault(new, value) != value:
+            raise ValueError(
+                f"The config has {new}={current[new]!r} and, under its old name, {old}={value!r}. Keep one of the two."
+            )
+    return current
 
 
 @strict
@@ -53,20 +83,20 @@ class MiniGPT4Config(PreTrainedConfig):
         projector_hidden_act (`str`, *optional*):
             Activation between the layers when there are 3. The paper does not say whether it had one; default none.
         vision_post_layernorm_eps (`float`, *optional*, defaults to 1e-5):
-            Epsilon of the LayerNorm behind a `Blip2VisionModel`. The authors' `ln_vision` has torch's default 1e-5,
+            Epsilon of the LayerNorm after a `Blip2VisionModel`. The authors' `ln_vision` has torch's default 1e-5,
             where transformers' BLIP-2 tower uses the 1e-6 of its blocks. Other towers keep their own.
         image_token_id (`int`, *optional*, defaults to 32000):
             Id of the placeholder whose embeddings the image replaces. It has a row in the language model's vocabulary.
         base_checkpoints (`list[dict]`, *optional*):
-            Set in checkpoints that hold trained parts alone: the checkpoints they stand on, see
-            `trained_parts_minigpt4.py`.
+            Set in checkpoints that hold only trained modules: the checkpoints that hold the rest, see
+            `trained_modules_minigpt4.py`.
         trained_parameters (`list[str]`, *optional*):
             Names of the tensors that such a checkpoint holds itself.
         tie_word_embeddings (`bool`, *optional*, defaults to `False`):
             Whether `lm_head` shares the input embeddings. Taken over from `text_config` when that ties them.
 
     Raises:
-        ValueError: for parts that cannot work together, naming the values and what to change.
+        ValueError: for sub-models that cannot work together, naming the values and what to change.
 
     Example:
 
@@ -92,6 +122,7 @@ class MiniGPT4Config(PreTrainedConfig):
         ),
     }
 
+    # Of the tower's, the Q-Former's and the language model's own classes; `dict` and `None` only as arguments.
     vision_config: Any = None
     qformer_config: Any = field(default_factory=dict)
     text_config: Any = None
@@ -100,11 +131,19 @@ class MiniGPT4Config(PreTrainedConfig):
     projector_hidden_act: str | None = None
     vision_post_layernorm_eps: float = 1e-5
     image_token_id: int = 32000
-    base_checkpoints: list[dict] | None = None
+    base_checkpoints: list[BaseCheckpoint] | None = None
     trained_parameters: list[str] | None = None
     tie_word_embeddings: bool = False
 
-    def __post_init__(self, **kwargs):
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Self:
+        """See [`~PreTrainedConfig.from_dict`]; keys of early versions (`OLD_KEYS`) are read as today's."""
+        return super().from_dict(with_current_keys(config_dict), **kwargs)
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        for old, new in OLD_KEYS.items():
+            if old in kwargs:
+                raise ValueError(f"{old} is called {new} now. Rename the argument.")
         kwargs.setdefault("auto_map", dict(AUTO_MAP))
         if not __name__.startswith("transformers_modules"):
             # Only for the remote code: `pipeline()` would ask for `trust_remote_code` although the package is here.
@@ -116,18 +155,18 @@ class MiniGPT4Config(PreTrainedConfig):
             if width is not None:
                 self.qformer_config.setdefault("encoder_hidden_size", width)
         super().__post_init__(**kwargs)
-        self._check_parts()
+        self._check_sub_configs()
         # Tying is a property of the language model, but transformers reads it from the outer config.
         self.tie_word_embeddings = self.tie_word_embeddings or bool(
             getattr(self.text_config, "tie_word_embeddings", False)
         )
 
-    def _check_parts(self) -> None:
+    def _check_sub_configs(self) -> None:
         text, vision, qformer = self.text_config, self.vision_config, self.qformer_config
         if text.is_encoder_decoder:
             raise ValueError(
                 f"text_config names an encoder-decoder model ({text.model_type!r}), which cannot continue a prompt "
-                "that holds image embeddings. Use a decoder-only language model, such as `llama` or `qwen3`."
+                "that contains image embeddings. Use a decoder-only language model, such as `llama` or `qwen3`."
             )
         if text.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
             raise ValueError(
@@ -160,20 +199,20 @@ class MiniGPT4Config(PreTrainedConfig):
             )
         if self.projector_hidden_act is not None and self.projector_layers == 1:
             raise ValueError(
-                f"projector_hidden_act={self.projector_hidden_act!r} has no place with one linear layer. "
+                f"projector_hidden_act={self.projector_hidden_act!r} has no effect with one linear layer. "
                 "Set projector_layers=3 or projector_hidden_act=None."
             )
         if not 0 <= self.image_token_id < text.vocab_size:
             raise ValueError(
-                f"image_token_id={self.image_token_id} lies outside the language model's vocabulary of "
-                f"{text.vocab_size} tokens. Set it to the image token's id and raise text_config.vocab_size "
-                "(`resize_token_embeddings`) where the tokenizer gained that token."
+                f"image_token_id={self.image_token_id} is outside the language model's vocabulary of "
+                f"{text.vocab_size} tokens. Set it to the image token's id; if the tokenizer gained that token, raise "
+                "text_config.vocab_size as well (`resize_token_embeddings`)."
             )
-        for part, sub in (("vision_config", vision), ("qformer_config", qformer), ("text_config", text)):
+        for name, sub in (("vision_config", vision), ("qformer_config", qformer), ("text_config", text)):
             heads = getattr(sub, "num_attention_heads", None)
             if heads and getattr(sub, "head_dim", None) is None and sub.hidden_size % heads != 0:
                 raise ValueError(
-                    f"{part}: hidden_size={sub.hidden_size} is not a multiple of num_attention_heads={heads}."
+                    f"{name}: hidden_size={sub.hidden_size} is not a multiple of num_attention_heads={heads}."
                 )
         context = getattr(text, "max_position_embeddings", None)
         if qformer is None:
@@ -221,7 +260,7 @@ class MiniGPT4Config(PreTrainedConfig):
         """Positions that one image takes in the language model: queries, or patches / 4 without Q-Former."""
         return self.num_query_tokens if self.qformer_config is not None else self.num_patches // PATCHES_PER_TOKEN
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
         output = super().to_dict()
         output["custom_pipelines"] = CUSTOM_PIPELINES
         return output

@@ -1,39 +1,35 @@
-"""MiniGPT-4 in PyTorch: image features projected into the input embeddings of a frozen language model.
+"""
+MiniGPT-4 in PyTorch: image features projected into the input embeddings of a frozen language model.
 
 Shapes in the comments: N images, B prompts, T positions, P patches, S tower positions (P + class/register tokens),
 K tokens per image, C tower width, D language-model width, V vocabulary.
 """
 
-import json
-import os
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
-from transformers import AutoModel, Blip2QFormerModel, Blip2VisionConfig, Blip2VisionModel
+from transformers import AutoModel, Blip2QFormerModel, Blip2VisionConfig, Blip2VisionModel, PreTrainedConfig
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
-from transformers.dynamic_module_utils import custom_object_save
-from transformers.generation import GenerationConfig, GenerationMixin, StoppingCriteria
-from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
+from transformers.generation.configuration_utils import GenerationConfig
+from transformers.generation.logits_process import LogitsProcessorList
+from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
+from transformers.generation.utils import GenerateOutput, GenerationMixin
+from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling
 from transformers.modeling_utils import PreTrainedModel, slice_logits_to_keep
 from transformers.processing_utils import Unpack
-from transformers.utils import (
-    SAFE_WEIGHTS_INDEX_NAME,
-    SAFE_WEIGHTS_NAME,
-    TransformersKwargs,
-    auto_docstring,
-    torch_compilable_check,
-)
-from transformers.utils.generic import can_return_tuple
+from transformers.utils import TransformersKwargs, auto_docstring, torch_compilable_check
+from transformers.utils.generic import ModelOutput, can_return_tuple
 
+from .checkpoint_mixin_minigpt4 import CheckpointMixin
 from .configuration_minigpt4 import PATCHES_PER_TOKEN, MiniGPT4Config
-from .trained_modules_minigpt4 import assemble, checkpoint_files, commit_of, save_trained_modules
 
 
 _NEVER = -1e4  # a logit whose share is 0 in every dtype, and finite where all are summed (label smoothing)
-_HUB_KWARGS = ("revision", "token", "cache_dir", "local_files_only", "subfolder")
+AnyModel = TypeVar("AnyModel", bound=PreTrainedModel)
 
 
 @dataclass
@@ -75,7 +71,7 @@ class MiniGPT4CausalLMOutputWithPast(ModelOutput):
         loss (`torch.Tensor` of shape `()`, *optional*, returned with `labels`):
             Mean cross-entropy of the next token over all positions whose label is not -100.
         logits (`torch.Tensor` of shape `(B, T, V)`):
-            Scores of the vocabulary. The image placeholder, which is no word, has -10,000.
+            Scores of the vocabulary. The image placeholder, which is not a word, has -10,000.
         past_key_values (`Cache`, *optional*):
             Keys and values of the language model.
         hidden_states (`tuple[torch.Tensor]`, *optional*):
@@ -95,7 +91,7 @@ class MiniGPT4CausalLMOutputWithPast(ModelOutput):
 
 
 class MiniGPT4MultiModalProjector(nn.Module):
-    """The trained part: one linear layer with bias (paper §3), or three (its variant (b), §4.4)."""
+    """What stage 1 trains: one linear layer with bias (paper §3), or three (its variant (b), §4.4)."""
 
     def __init__(self, config: MiniGPT4Config):
         super().__init__()
@@ -111,7 +107,7 @@ class MiniGPT4MultiModalProjector(nn.Module):
         self.act = nn.Identity() if act is None else ACT2FN[act]
 
     def forward(self, image_features: torch.Tensor) -> torch.Tensor:
-        hidden_states = self.linear_1(image_features.to(self.linear_1.weight.dtype))
+        hidden_states: torch.Tensor = self.linear_1(image_features.to(self.linear_1.weight.dtype))
         if self.linear_2 is not None and self.linear_3 is not None:
             hidden_states = self.linear_3(self.act(self.linear_2(self.act(hidden_states))))
         return hidden_states
@@ -121,14 +117,14 @@ class StopSequenceCriteria(StoppingCriteria):
     """
     Ends a row whose last generated ids are one of `stop_sequences`, each row of a batch for itself.
 
-    The mark `###` has two tokenisations (one token after a space, two after a word), and the second cannot be an
-    `eos_token_id`. transformers' `stop_strings` would need the tokenizer at every call of `generate`.
+    The stop string `###` has two tokenizations (one token after a space, two after a word), and the second cannot be
+    an `eos_token_id`. transformers' `stop_strings` would need the tokenizer at every call of `generate`.
     """
 
     def __init__(self, stop_sequences: list[list[int]], device: torch.device | None = None):
         self.stop_sequences = [torch.tensor(sequence, device=device) for sequence in stop_sequences]
 
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs) -> torch.BoolTensor:
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs: object) -> torch.Tensor:
         done = torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
         for sequence in self.stop_sequences:
             if input_ids.shape[1] >= len(sequence):
@@ -137,18 +133,18 @@ class StopSequenceCriteria(StoppingCriteria):
 
 
 @auto_docstring
-class MiniGPT4PreTrainedModel(PreTrainedModel):
+class MiniGPT4PreTrainedModel(CheckpointMixin):
     config: MiniGPT4Config
     config_class = MiniGPT4Config
     base_model_prefix = "model"
-    input_modalities = ("image", "text")
+    input_modalities = ["image", "text"]
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
     _skip_keys_device_placement = ["past_key_values"]
     _no_split_modules = ["MiniGPT4MultiModalProjector"]
-    # The authors keep Q-Former, `ln_vision` and projection in fp32 under autocast. fp16 would overflow in the first
-    # two; the projection also learns, and a step of 1e-4 is lost in the 8 bits of bf16. Quantisers, which match whole
-    # paths and skip what stands here, leave them alone too.
+    # The authors keep Q-Former, `ln_vision` and projector in fp32 under autocast. fp16 would overflow in the first
+    # two; the projector also learns, and a step of 1e-4 is lost in the 8 bits of bf16. Quantizers, which match full
+    # paths and skip what is listed here, leave them alone too.
     _keep_in_fp32_modules = ["query_tokens", "post_layernorm", "qformer", ".*qformer", ".*multi_modal_projector"]
     _keep_in_fp32_modules_strict = ["multi_modal_projector"]
 
@@ -161,112 +157,19 @@ class MiniGPT4PreTrainedModel(PreTrainedModel):
     @property
     def dtype(self) -> torch.dtype:
         """That of the language model; in fp16 the first parameters of the model stay fp32."""
-        return self.get_input_embeddings().weight.dtype
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
-        """
-        See [`~PreTrainedModel.from_pretrained`].
-
-        Raises:
-            ValueError: for a checkpoint that lacks parameters or holds others, where transformers would go on with
-                random ones. `ignore_mismatched_sizes=True` accepts parameters of other shapes, as it does there.
-        """
-        wants_info = kwargs.pop("output_loading_info", False)
-        name, config = pretrained_model_name_or_path, kwargs.get("config")
-        if (
-            name is not None
-            and config is None
-            and os.path.isfile(adapter := os.path.join(name, "adapter_config.json"))
-        ):
-            # Auto classes have looked up the base of a PEFT adapter already.
-            with open(adapter, encoding="utf-8") as file:
-                base = json.load(file)["base_model_name_or_path"]
-            kwargs["adapter_kwargs"] = {**(kwargs.get("adapter_kwargs") or {}), "_adapter_model_path": name}
-            name = base
-        hub_kwargs = {key: kwargs[key] for key in _HUB_KWARGS if key in kwargs}
-        if config is None and name is not None:
-            config = MiniGPT4Config.from_pretrained(name, **hub_kwargs)
-        if getattr(config, "base_checkpoints", None):
-            model, info = cls._from_trained_modules(name, config, hub_kwargs, model_args, kwargs)
-        else:
-            model, info = super().from_pretrained(name, *model_args, output_loading_info=True, **kwargs)
-        problems = [
-            f"{len(info[kind])} {words} ({', '.join(sorted(info[kind])[:5])}{', …' if len(info[kind]) > 5 else ''})"
-            for kind, words in (("missing_keys", "missing"), ("unexpected_keys", "that the model does not have"))
-            if info[kind]
-        ]
-        if problems:
-            raise ValueError(
-                f"The checkpoint {pretrained_model_name_or_path} does not fit {cls.__name__} with its config: "
-                f"parameters {' and '.join(problems)}. Take weights and config of one model, or convert the weights "
-                "first."
-            )
-        if name is not None and not os.path.isdir(name):
-            revision = kwargs.get("revision")
-            model._base_revision = getattr(revision, "resolved", None) or commit_of(str(name), revision)
-        return (model, info) if wants_info else model
-
-    @classmethod
-    def _from_trained_modules(cls, name, config: MiniGPT4Config, hub_kwargs: dict, model_args: tuple, kwargs: dict):
-        """Loads a checkpoint that holds trained parts alone, together with the checkpoints it stands on."""
-        state_dict = assemble(
-            config.base_checkpoints or [], checkpoint_files(name, **hub_kwargs), **_without_place(hub_kwargs)
-        )
-        rest = {key: value for key, value in kwargs.items() if key not in hub_kwargs}
-        adapter = (rest.pop("adapter_kwargs", None) or {}).get("_adapter_model_path")
-        rest.update(config=config, state_dict=state_dict, output_loading_info=True)
-        model, info = super().from_pretrained(None, *model_args, **rest)
-        model.name_or_path = model.config.name_or_path = str(name)
-        if model.can_generate():
-            model.generation_config = GenerationConfig.from_pretrained(name, **hub_kwargs)
-        if adapter is not None:
-            model.load_adapter(adapter)
-        return model, info
-
-    def save_pretrained(self, save_directory: str | os.PathLike, trained_only: bool = False, **kwargs) -> None:
-        """
-        See [`~PreTrainedModel.save_pretrained`].
-
-        Args:
-            save_directory (`str` or `os.PathLike`): Folder, made where it lacks.
-            trained_only (`bool`, *optional*, defaults to `False`):
-                Write the trained parameters alone, with a record of the checkpoint that the model came from. The
-                folder is loaded like any other; the base must then be where it was.
-
-        Raises:
-            ValueError: with `trained_only`, for a model that has no base, or other changes than the trained ones.
-        """
-        if trained_only:
-            if not kwargs.get("is_main_process", True):
-                return None
-            if unknown := set(kwargs) - {"is_main_process", "safe_serialization"}:
-                raise ValueError(f"trained_only=True does not go with {', '.join(sorted(unknown))}. Leave them out.")
-            save_trained_modules(self, save_directory)
-            if self._auto_class is not None:
-                custom_object_save(self, save_directory)
-            return None
-        record = self.config.base_checkpoints, self.config.trained_parameters
-        self.config.base_checkpoints = self.config.trained_parameters = None
-        try:
-            super().save_pretrained(save_directory, **kwargs)
-            if os.path.isfile(os.path.join(save_directory, SAFE_WEIGHTS_INDEX_NAME)):
-                stale = os.path.join(save_directory, SAFE_WEIGHTS_NAME)  # loading would prefer it to the shards
-                if os.path.isfile(stale):
-                    os.remove(stale)
-        finally:
-            self.config.base_checkpoints, self.config.trained_parameters = record
+        weight: torch.Tensor = self.get_input_embeddings().get_parameter("weight")
+        return weight.dtype
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, MiniGPT4Model) and module.query_tokens is not None:
-            # BLIP-2 draws its queries from N(0, 0.02); zeros would make all of them the same query for ever.
+            # BLIP-2 draws its queries from N(0, 0.02); zeros would make all of them the same query forever.
             init.normal_(module.query_tokens, mean=0.0, std=self.config.qformer_config.initializer_range)
 
 
 @auto_docstring(
-    custom_intro="MiniGPT-4 without language-modeling head: vision tower, Q-Former, projection, and language model."
+    custom_intro="MiniGPT-4 without language-modeling head: vision tower, Q-Former, projector, and language model."
 )
 class MiniGPT4Model(MiniGPT4PreTrainedModel):
     _keys_to_ignore_on_load_unexpected = [r"^lm_head\."]  # `AutoModel` reads full checkpoints
@@ -277,7 +180,7 @@ class MiniGPT4Model(MiniGPT4PreTrainedModel):
         if config.qformer_config is not None:
             width = config.qformer_config.hidden_size
             self.query_tokens = nn.Parameter(torch.zeros(1, config.num_query_tokens, width))
-            self.qformer = Blip2QFormerModel._from_config(config.qformer_config)
+            self.qformer: Blip2QFormerModel | None = _build(Blip2QFormerModel, config.qformer_config)
         else:
             self.register_parameter("query_tokens", None)
             self.qformer = None
@@ -286,7 +189,8 @@ class MiniGPT4Model(MiniGPT4PreTrainedModel):
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
-        return self.language_model.get_input_embeddings()
+        embeddings: nn.Module = self.language_model.get_input_embeddings()
+        return embeddings
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.language_model.set_input_embeddings(value)
@@ -294,7 +198,7 @@ class MiniGPT4Model(MiniGPT4PreTrainedModel):
     @can_return_tuple
     def get_image_features(
         self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
-    ) -> tuple | MiniGPT4ImageFeatures:
+    ) -> tuple[object, ...] | MiniGPT4ImageFeatures:
         """
         Encodes images and projects them into the language model's embedding space.
 
@@ -327,7 +231,7 @@ class MiniGPT4Model(MiniGPT4PreTrainedModel):
             ).last_hidden_state  # (N, K, Q-Former width)
             tokens = qformer_states
         else:
-            # Class and register tokens stand in front of the patches in every tower of transformers.
+            # Class and register tokens come before the patches in every tower of transformers.
             patches = hidden_states[:, -self.config.num_patches :]  # (N, P, C)
             tokens = patches.reshape(patches.shape[0], -1, PATCHES_PER_TOKEN * patches.shape[-1])  # (N, P / 4, 4 C)
 
@@ -341,22 +245,22 @@ class MiniGPT4Model(MiniGPT4PreTrainedModel):
 
     def get_placeholder_mask(
         self, input_ids: torch.LongTensor | None, inputs_embeds: torch.Tensor, image_features: torch.Tensor
-    ) -> torch.BoolTensor:
+    ) -> torch.Tensor:
         """
-        Mask of shape `(B, T, 1)` of the positions that image tokens take.
+        Boolean mask of shape `(B, T, 1)` of the positions that image tokens take.
 
         Raises:
             ValueError: when the number of placeholders differs from the number of image tokens.
         """
         if input_ids is None:
             token = torch.full((), self.config.image_token_id, dtype=torch.long, device=inputs_embeds.device)
-            mask = (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
+            mask: torch.Tensor = (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
         else:
             mask = input_ids == self.config.image_token_id
         count = mask.sum()
         torch_compilable_check(
             count * image_features.shape[-1] == image_features.numel(),
-            f"The prompts hold {count} image placeholders, but the images give {image_features.shape[0]} x "
+            f"The prompts contain {count} image placeholders, but the images give {image_features.shape[0]} x "
             f"{image_features.shape[1]} tokens. Give one image per <ImageHere>, do not truncate the prompt, and use a "
             f"processor with image_seq_length={image_features.shape[1]}.",
         )
@@ -376,7 +280,7 @@ class MiniGPT4Model(MiniGPT4PreTrainedModel):
 
     @can_return_tuple
     @auto_docstring
-    def forward(
+    def forward(  # type: ignore[misc]  # transformers' TypedDict names position_ids as well
         self,
         input_ids: torch.LongTensor | None = None,
         pixel_values: torch.Tensor | None = None,
@@ -386,7 +290,7 @@ class MiniGPT4Model(MiniGPT4PreTrainedModel):
         inputs_embeds: torch.Tensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> tuple | MiniGPT4ModelOutputWithPast:
+    ) -> tuple[object, ...] | MiniGPT4ModelOutputWithPast:
         r"""
         pixel_values (`torch.Tensor` of shape `(images, 3, height, width)`, *optional*):
             Images of all prompts of the batch, in reading order.
@@ -403,13 +307,12 @@ class MiniGPT4Model(MiniGPT4PreTrainedModel):
         if not self.training:  # training may pack several rows, each with positions from 0, into one
             self._check_length(inputs_embeds.shape[1])
 
-        image_features = None
+        image_features: torch.Tensor | None = None
         if pixel_values is not None:
             image_features = self.get_image_features(pixel_values, return_dict=True).pooler_output
         elif mm_encoder_outputs is not None and mm_encoder_outputs.get("image") is not None:
-            image_features = mm_encoder_outputs["image"].pooler_output
-            if not isinstance(image_features, torch.Tensor):  # `generate` hands back one tensor per image
-                image_features = torch.stack(list(image_features))
+            found: Any = mm_encoder_outputs["image"].pooler_output  # from `generate`, one tensor per image
+            image_features = found if isinstance(found, torch.Tensor) else torch.stack(list(found))
 
         if image_features is not None:
             image_features = image_features.to(inputs_embeds.device, inputs_embeds.dtype)
@@ -446,17 +349,19 @@ class MiniGPT4ForConditionalGeneration(MiniGPT4PreTrainedModel, GenerationMixin)
         self.post_init()
 
     def get_output_embeddings(self) -> nn.Module:
-        return self.lm_head
+        head: nn.Module = self.lm_head
+        return head
 
     def get_image_features(
         self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
-    ) -> tuple | MiniGPT4ImageFeatures:
+    ) -> tuple[object, ...] | MiniGPT4ImageFeatures:
         """See [`MiniGPT4Model.get_image_features`]."""
-        return self.model.get_image_features(pixel_values, **kwargs)
+        features: tuple[object, ...] | MiniGPT4ImageFeatures = self.model.get_image_features(pixel_values, **kwargs)
+        return features
 
     @can_return_tuple
     @auto_docstring
-    def forward(
+    def forward(  # type: ignore[misc]  # transformers' TypedDict names position_ids as well
         self,
         input_ids: torch.LongTensor | None = None,
         pixel_values: torch.Tensor | None = None,
@@ -468,7 +373,7 @@ class MiniGPT4ForConditionalGeneration(MiniGPT4PreTrainedModel, GenerationMixin)
         logits_to_keep: int | torch.Tensor = 0,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> tuple | MiniGPT4CausalLMOutputWithPast:
+    ) -> tuple[object, ...] | MiniGPT4CausalLMOutputWithPast:
         r"""
         pixel_values (`torch.Tensor` of shape `(images, 3, height, width)`, *optional*):
             Images of all prompts of the batch, in reading order.
@@ -509,9 +414,9 @@ class MiniGPT4ForConditionalGeneration(MiniGPT4PreTrainedModel, GenerationMixin)
 
         loss = None
         if labels is not None:
-            labels = labels.masked_fill(labels == self.config.image_token_id, -100)
+            learned = labels.masked_fill(labels == self.config.image_token_id, -100)
             loss = self.loss_function(
-                logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs
+                logits=logits, labels=learned, vocab_size=self.config.text_config.vocab_size, **kwargs
             )
         return MiniGPT4CausalLMOutputWithPast(
             loss=loss,
@@ -522,26 +427,41 @@ class MiniGPT4ForConditionalGeneration(MiniGPT4PreTrainedModel, GenerationMixin)
             image_hidden_states=outputs.image_hidden_states,
         )
 
-    def _get_stopping_criteria(self, generation_config, *args, **kwargs):
-        criteria = super()._get_stopping_criteria(generation_config, *args, **kwargs)
-        stop_sequences = getattr(generation_config, "stop_sequences", None)
+    def generate(
+        self,
+        inputs: torch.Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        logits_processor: LogitsProcessorList | None = None,
+        stopping_criteria: StoppingCriteriaList | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> GenerateOutput | torch.LongTensor:
+        """See [`~GenerationMixin.generate`]; rows also end at the `stop_sequences` of the generation config."""
+        configs = [config for config in (generation_config, self.generation_config) if config is not None]
+        known = [found for config in configs if (found := getattr(config, "stop_sequences", None)) is not None]
+        stop_sequences = kwargs.get("stop_sequences", known[0] if known else None)
         if stop_sequences:
-            criteria.append(StopSequenceCriteria(stop_sequences, self.device))
-        return criteria
-
-
-def _without_place(hub_kwargs: dict) -> dict:
-    """What holds for the bases too: not the revision and subfolder of the checkpoint that stands on them."""
-    return {key: value for key, value in hub_kwargs.items() if key not in ("revision", "subfolder")}
+            criteria = [*(stopping_criteria or []), StopSequenceCriteria(stop_sequences, self.device)]
+            stopping_criteria = StoppingCriteriaList(criteria)
+        return super().generate(  # type: ignore[misc]  # its self type exists for type checkers only
+            inputs, generation_config, logits_processor, stopping_criteria, *args, **kwargs
+        )
 
 
 def _build_vision_tower(config: MiniGPT4Config) -> PreTrainedModel:
     if not isinstance(config.vision_config, Blip2VisionConfig):
-        return AutoModel.from_config(config.vision_config)
+        tower: PreTrainedModel = AutoModel.from_config(config.vision_config)
+        return tower
     # `AutoModel` does not list BLIP-2's tower.
-    tower = Blip2VisionModel._from_config(config.vision_config)
-    tower.post_layernorm.eps = config.vision_post_layernorm_eps
-    return tower
+    blip2_tower = _build(Blip2VisionModel, config.vision_config)
+    blip2_tower.post_layernorm.eps = config.vision_post_layernorm_eps
+    return blip2_tower
+
+
+def _build(model_class: type[AnyModel], config: PreTrainedConfig) -> AnyModel:
+    """What `AutoModel.from_config` does, for classes that it does not list."""
+    model: AnyModel = model_class._from_config(config)
+    return model
 
 
 __all__ = ["MiniGPT4ForConditionalGeneration", "MiniGPT4Model", "MiniGPT4PreTrainedModel"]

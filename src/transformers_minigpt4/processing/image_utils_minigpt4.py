@@ -23,7 +23,7 @@ DEFAULT_TIMEOUT = 30.0
 _ORIENTATION_TAG = 0x0112
 _MAX_REDIRECTS = 5
 _MAX_NAME_LENGTH = 200
-# Web servers that serve pictures often refuse clients that do not name themselves.
+# Web servers that serve images often refuse clients that do not name themselves.
 _HEADERS = {"User-Agent": "transformers-minigpt4", "Accept": "image/*,*/*;q=0.5"}
 # The shortest string worth trying as base64: no image format fits a file into fewer bytes.
 _BASE64_IMAGE = re.compile(r"[A-Za-z0-9+/\s]{32,}={0,2}\s*")
@@ -32,7 +32,7 @@ _URL_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://")
 
 
 class ImageLoadError(ValueError):
-    """A picture that cannot be loaded; the one-line message says what was given, why it fails and what to do."""
+    """An image that cannot be loaded; the one-line message says what was given, why it fails and what to do."""
 
     def __init__(self, name: str, reason: str, advice: str):
         self.name, self.reason, self.advice = name, reason, advice
@@ -74,24 +74,24 @@ def to_rgb(image: Image.Image) -> Image.Image:
         ) from error
 
 
-def load_image(source: Any, timeout: float | None = DEFAULT_TIMEOUT) -> Image.Image:
+def load_image(source: object, timeout: float | None = DEFAULT_TIMEOUT) -> Image.Image:
     """
-    Load one picture, decode it fully and convert it with [`to_rgb`].
+    Load one image, decode it fully and convert it with [`to_rgb`].
 
     Unlike `transformers.image_utils.load_image` it bounds time and size of downloads, reads HTTP error pages as
-    errors, takes open files and bytes, scales 16-bit pictures and raises one kind of error for whatever goes wrong.
+    errors, takes open files and bytes, scales 16-bit images and raises one kind of error for whatever goes wrong.
 
     Args:
         source (`str`, `os.PathLike`, `bytes`, binary file or `PIL.Image.Image`):
             a path, an `http://`, `https://` or `data:` URL, a base64 string, the bytes of an image file, a file
             opened in binary mode, or an image.
-        timeout (`float`, *optional*, defaults to 30): seconds that a download may take; `None` waits for ever.
+        timeout (`float`, *optional*, defaults to 30): seconds that a download may take; `None` waits forever.
 
     Returns:
         `PIL.Image.Image`: upright RGB image held in memory, no file left open.
 
     Raises:
-        ImageLoadError: if the picture cannot be had whole: missing, unreadable, empty, truncated, no image,
+        ImageLoadError: if the image cannot be read completely: missing, unreadable, empty, truncated, not an image,
             more pixels than `PIL.Image.MAX_IMAGE_PIXELS`, HTTP error, time-out or more than `MAX_DOWNLOAD_BYTES`.
     """
     name = _name_of(source)
@@ -116,11 +116,11 @@ def load_image(source: Any, timeout: float | None = DEFAULT_TIMEOUT) -> Image.Im
     if isinstance(source, (str, os.PathLike)):
         return _open_path(source, name)
     raise ImageLoadError(
-        name, f"{type(source).__name__} is no image source", "give a path, URL, bytes, binary file or PIL image"
+        name, f"{type(source).__name__} is not an image source", "give a path, URL, bytes, binary file or PIL image"
     )
 
 
-def _name_of(source: Any) -> str:
+def _name_of(source: object) -> str:
     """What an error message calls the source: short, on one line, and without a URL's password."""
     if isinstance(source, Image.Image):
         return getattr(source, "filename", "") or f"<{source.mode} image of {source.width}x{source.height} pixels>"
@@ -138,7 +138,7 @@ def _name_of(source: Any) -> str:
     return repr(name if len(name) <= _MAX_NAME_LENGTH else f"{name[:40]}... ({len(name)} characters)")
 
 
-def _open_path(path: str | os.PathLike, name: str) -> Image.Image:
+def _open_path(path: str | os.PathLike[str], name: str) -> Image.Image:
     if os.path.isdir(path):
         raise ImageLoadError(name, "it is a directory", "give the files inside")
     try:
@@ -188,9 +188,9 @@ def _open_base64(text: str, name: str) -> Image.Image:
 
 
 @functools.lru_cache(maxsize=1)
-def _http_client(process_id: int) -> Any:
+def _http_client(process_id: int) -> httpx.Client:
     # Kept, because making one loads the certificate store each time; httpx clients are safe to share among threads.
-    # One a process, because a forked data worker must not read answers off its parent's connections.
+    # One per process, because a forked data worker must not read answers from its parent's connections.
     return httpx.Client(follow_redirects=True, max_redirects=_MAX_REDIRECTS, headers=_HEADERS)
 
 
@@ -280,8 +280,8 @@ def _scale_to_8_bits(image: Image.Image) -> Image.Image:
     """
     Scale a single-channel image of 16 or 32 bits to 8 bits.
 
-    PIL's modes `I` and `F` do not tell their range, so it is read off the values: up to 1 for floats, 255 or 65535;
-    anything else is stretched from its least to its greatest value. NaN becomes black.
+    PIL's modes `I` and `F` do not record their range, so it is inferred from the values: up to 1 for floats, 255 or
+    65535; anything else is stretched from its least to its greatest value. NaN becomes black.
     """
     values = np.asarray(image).astype(np.float64)
     finite = values[np.isfinite(values)]

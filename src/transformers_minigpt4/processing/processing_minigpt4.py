@@ -5,8 +5,9 @@ from typing import Any
 
 from PIL.Image import Image
 from tokenizers import AddedToken, normalizers, pre_tokenizers
-from transformers import GenerationConfig, PreTrainedTokenizerFast
+from transformers import GenerationConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.dynamic_module_utils import custom_object_save
+from transformers.image_processing_utils import BaseImageProcessor
 from transformers.processing_utils import MultiModalData, ProcessorMixin
 from transformers.utils import auto_docstring
 
@@ -22,20 +23,20 @@ class MiniGPT4Processor(ProcessorMixin):
 
     def __init__(
         self,
-        image_processor=None,
-        tokenizer=None,
+        image_processor: BaseImageProcessor | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
         image_seq_length: int = 32,
         chat_template: str | dict[str, str] | None = None,
         stop_strings: list[str] | None = None,
-        **kwargs,
+        **kwargs: object,
     ):
         r"""
         image_processor (`BaseImageProcessor`):
-            Resizes to the square that the vision tower takes (224 pixels, bicubic, no crop) and normalises with
-            CLIP's mean and deviation: `BlipImageProcessor(size={"height": 224, "width": 224})`.
+            Resizes to the square that the vision tower takes (224 pixels, bicubic, no crop) and normalizes with
+            CLIP's mean and standard deviation: `BlipImageProcessor(size={"height": 224, "width": 224})`.
         tokenizer (`PreTrainedTokenizerBase`):
             The language model's tokenizer. With the authors' templates, a LLaMA-style one is set to put its `▁` on
-            every text segment, as in their code; the image token is added where it lacks (then
+            every text segment, as in their code; the image token is added if it is missing (then call
             `model.resize_token_embeddings`).
         image_seq_length (`int`, *optional*, defaults to 32):
             Positions per image, `config.image_seq_length` of the model.
@@ -43,8 +44,8 @@ class MiniGPT4Processor(ProcessorMixin):
             A Jinja template, or `"vicuna_v0"` or `"llama_2"` for the authors' formats. By default the tokenizer's own
             template, with images placed as `<Img><ImageHere></Img>`, and Vicuna v0 where the tokenizer has none.
         stop_strings (`list[str]`, *optional*):
-            Marks that end an answer beside the end-of-sequence token. By default `["###"]` with Vicuna v0's template,
-            none with others.
+            Strings that end an answer, in addition to the end-of-sequence token. By default `["###"]` with Vicuna v0's
+            template, none with others.
         """
         if image_processor is None or tokenizer is None:
             missing = "image_processor" if image_processor is None else "tokenizer"
@@ -69,7 +70,7 @@ class MiniGPT4Processor(ProcessorMixin):
         self.stop_strings = stop_strings
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
 
-    def prepare_inputs_layout(self, images=None, text=None, **kwargs):
+    def prepare_inputs_layout(self, images: Any = None, text: Any = None, *args: Any, **kwargs: Any) -> Any:
         if isinstance(text, (list, tuple)) and not text:
             raise ValueError("The list of prompts is empty. Give at least one prompt.")
         if isinstance(images, (list, tuple)) and not any(
@@ -78,43 +79,47 @@ class MiniGPT4Processor(ProcessorMixin):
             images = None  # a batch of prompts without any image
         if images is not None:
             images = _upright_rgb(images)
-        return super().prepare_inputs_layout(images=images, text=text, **kwargs)
+        return super().prepare_inputs_layout(images, text, *args, **kwargs)
 
-    def validate_inputs(self, images=None, text=None, **kwargs):
-        super().validate_inputs(images=images, text=text, **kwargs)
-        # The base class compares totals; a row with an image too many would hand it on to the next row.
+    def validate_inputs(self, images: Any = None, text: Any = None, *args: Any, **kwargs: Any) -> None:
+        super().validate_inputs(images, text, *args, **kwargs)
+        # The base class compares totals; a row with one image too many would pass it on to the next row.
         nested = isinstance(images, (list, tuple)) and images and isinstance(images[0], (list, tuple))
         if text is None or not nested:
             return
         if len(images) != len(text):
             raise ValueError(
-                f"Got images for {len(images)} prompts, but {len(text)} prompts. Give one list per prompt."
+                f"Got lists of images for {len(images)} prompts, but {len(text)} prompts. Give one list per prompt."
             )
-        for row, (pictures, prompt) in enumerate(zip(images, text)):
+        for row, (row_images, prompt) in enumerate(zip(images, text)):
             placeholders = prompt.count(self.image_token)
-            if placeholders != len(pictures):
+            if placeholders != len(row_images):
                 raise ValueError(
-                    f"Prompt {row} has {placeholders} {self.image_token} and {len(pictures)} images. "
+                    f"Prompt {row} has {placeholders} {self.image_token} and {len(row_images)} images. "
                     "Give each prompt as many images as placeholders."
                 )
 
-    def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
+    def replace_image_token(self, image_inputs: object, image_idx: int, **kwargs: object) -> str:
         return self.image_token * self.image_seq_length
 
-    def _get_num_multimodal_tokens(self, image_sizes: list[list[int]] | None = None, **kwargs) -> MultiModalData:
-        """Placeholder tokens for images of `image_sizes` (height, width): as many for every size."""
+    def _get_num_multimodal_tokens(
+        self, image_sizes: list[list[int]] | None = None, **kwargs: object
+    ) -> MultiModalData:
+        """Placeholder tokens for images of `image_sizes` (height, width): the same number for every size."""
         if image_sizes is None:
             return MultiModalData()
         return MultiModalData(
             num_image_tokens=[self.image_seq_length] * len(image_sizes), num_image_patches=[1] * len(image_sizes)
         )
 
-    def apply_chat_template(self, conversation, *args, sanitize_control_tokens: bool = False, **kwargs):
+    def apply_chat_template(
+        self, conversation: Any, *args: Any, sanitize_control_tokens: bool = False, **kwargs: Any
+    ) -> Any:
         """
         See [`~ProcessorMixin.apply_chat_template`].
 
         Raises:
-            ValueError: for a text that holds the image placeholder (pass images as parts of type `"image"`, or
+            ValueError: for a text that contains the image placeholder (pass images as parts of type `"image"`, or
                 `sanitize_control_tokens=True` to read it as plain text), and for a message without content.
         """
         batched = (
@@ -127,60 +132,61 @@ class MiniGPT4Processor(ProcessorMixin):
                 )
             for message in chat:
                 self._check_message(message, sanitize_control_tokens)
-        return super().apply_chat_template(
-            conversation, *args, sanitize_control_tokens=sanitize_control_tokens, **kwargs
-        )
+        kwargs["sanitize_control_tokens"] = sanitize_control_tokens
+        return super().apply_chat_template(conversation, *args, **kwargs)
 
-    def _check_message(self, message: dict[str, Any], sanitize_control_tokens: bool) -> None:
-        example = '[{"type": "image", "image": picture}, {"type": "text", "text": "Describe this image."}]'
+    def _check_message(self, message: object, sanitize_control_tokens: bool) -> None:
+        example = '[{"type": "image", "image": image}, {"type": "text", "text": "Describe this image."}]'
         if not isinstance(message, dict) or "role" not in message:
-            raise ValueError(f'A message is {message!r}. Give {{"role": "user", "content": {example}}}.')
+            raise ValueError(f'A message cannot be {message!r}. Give {{"role": "user", "content": {example}}}.')
         role, content = message["role"], message.get("content")
         parts = [{"type": "text", "text": content or ""}] if isinstance(content, (str, type(None))) else content
         if not all(isinstance(part, dict) and "type" in part for part in parts):
-            raise ValueError(f"A {role} message holds a part without type: {parts}. Give parts such as {example}.")
+            raise ValueError(f"A {role} message contains a part without type: {parts}. Give parts such as {example}.")
         texts = [part.get("text") or "" for part in parts if part["type"] == "text"]
         if role != "system" and (not parts or not all(texts)):
             raise ValueError(f"A {role} message is empty: {message}. Give it a text, or parts such as {example}.")
         if not sanitize_control_tokens and any(self.image_token in text for text in texts):
             raise ValueError(
-                f"A {role} message holds the image placeholder {self.image_token} in its text. Pass images as "
+                f"A {role} message contains the image placeholder {self.image_token} in its text. Pass images as "
                 'parts of type "image", or sanitize_control_tokens=True to read it as plain text.'
             )
 
     def post_process_image_text_to_text(
-        self, generated_outputs, skip_special_tokens: bool = True, **kwargs
+        self, generated_outputs: Any, skip_special_tokens: bool = True, **kwargs: Any
     ) -> list[str]:
         """
-        Turns generated ids into answers, without the stop mark and what follows it.
+        Turns generated ids into answers, without the stop string and what follows it.
 
         Args:
             generated_outputs (`torch.Tensor` of shape `(B, new tokens)` or `list[list[int]]`):
-                The **new** ids alone: cut the prompt off, since it holds stop marks itself.
+                The **new** ids alone: cut the prompt off, since it contains stop strings itself.
             skip_special_tokens (`bool`, *optional*, defaults to `True`):
                 Whether to leave out special tokens.
 
         Returns:
             `list[str]`: One answer per row.
         """
-        texts = self.tokenizer.batch_decode(generated_outputs, skip_special_tokens=skip_special_tokens, **kwargs)
-        for mark in self.stop_strings:
-            texts = [text.split(mark, 1)[0] for text in texts]
+        texts: list[str] = self.tokenizer.batch_decode(
+            generated_outputs, skip_special_tokens=skip_special_tokens, **kwargs
+        )
+        for stop in self.stop_strings:
+            texts = [text.split(stop, 1)[0] for text in texts]
         return [text.strip() for text in texts]
 
-    def get_generation_config(self, **kwargs) -> GenerationConfig:
+    def get_generation_config(self, **kwargs: object) -> GenerationConfig:
         """
         Generation defaults of the authors' chat (`Chat.answer_prepare`) for this tokenizer, to save with a model.
 
         Sampling with top-p 0.9, temperature 1.0, repetition penalty 1.05, 1 to 300 new tokens; top-k 50, which the
-        transformers of 2023 applied by default. Answers end at the end-of-sequence token and at every tokenisation of
+        transformers of 2023 applied by default. Answers end at the end-of-sequence token and at every tokenization of
         `stop_strings`: those of one token are among `eos_token_id`, longer ones in `stop_sequences`.
 
         Args:
             kwargs: Values that replace these defaults.
         """
-        stops = [ids for mark in self.stop_strings for ids in self._tokenisations(mark)]
-        settings: dict[str, Any] = {
+        stops = [ids for stop in self.stop_strings for ids in self._tokenizations(stop)]
+        settings: dict[str, object] = {
             "do_sample": True,
             "top_p": 0.9,
             "top_k": 50,
@@ -198,36 +204,42 @@ class MiniGPT4Processor(ProcessorMixin):
         return GenerationConfig(**{**settings, **kwargs})
 
     def _tokens_with_stop_strings(self) -> list[int]:
-        """Every token of the vocabulary that holds a stop mark: the answer is cut there anyway."""
+        """Every token of the vocabulary that contains a stop string: the answer is cut there anyway."""
         as_text = self.tokenizer.convert_tokens_to_string
         vocabulary = self.tokenizer.get_vocab().items()
-        return sorted(id_ for token, id_ in vocabulary if any(mark in as_text([token]) for mark in self.stop_strings))
+        return sorted(id_ for token, id_ in vocabulary if any(stop in as_text([token]) for stop in self.stop_strings))
 
-    def _tokenisations(self, mark: str) -> list[list[int]]:
-        """Ids of `mark` at the start of a text, after a word, and after a space, each once."""
-        encode = lambda text: self.tokenizer.encode(text, add_special_tokens=False)  # noqa: E731
-        forms = [encode(mark)] + [encode(before + mark)[len(encode(before)) :] for before in ("a", ".", "a ")]
+    def _tokenizations(self, stop: str) -> list[list[int]]:
+        """Ids of a stop string at the start of a text, after a word, and after a space, each once."""
+
+        def encode(text: str) -> list[int]:
+            ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False)
+            return ids
+
+        found = [encode(stop)] + [encode(before + stop)[len(encode(before)) :] for before in ("a", ".", "a ")]
         unique: list[list[int]] = []
-        for ids in forms:
-            if ids not in unique and self.tokenizer.decode(ids).strip() == mark:
+        for ids in found:
+            if ids not in unique and self.tokenizer.decode(ids).strip() == stop:
                 unique.append(ids)
         return unique
 
-    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs):
-        if self._auto_class is not None:
-            os.makedirs(save_directory, exist_ok=True)
-            # `custom_pipelines` of the model's config names this file.
-            custom_object_save(MiniGPT4ImageToTextPipeline, save_directory)
-        return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+    def save_pretrained(
+        self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any
+    ) -> list[str]:
+        os.makedirs(save_directory, exist_ok=True)
+        # `custom_pipelines` of the model's config names this file.
+        custom_object_save(MiniGPT4ImageToTextPipeline, save_directory)
+        files: list[str] = super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+        return files
 
 
-def _upright_rgb(images):
+def _upright_rgb(images: Any) -> Any:
     """Applies `load_image` to all paths, URLs, bytes and PIL images of a nested list; arrays and tensors stay."""
     if isinstance(images, (list, tuple)):
         return [_upright_rgb(image) for image in images]
     size = images.size if isinstance(images, Image) else getattr(images, "shape", (1,))
     if 0 in tuple(size):
-        raise ValueError(f"An image has the size {tuple(size)}, without a single pixel. Leave it out.")
+        raise ValueError(f"An image has the size {tuple(size)}, that is, no pixels. Leave it out.")
     return load_image(images) if isinstance(images, (str, bytes, os.PathLike, Image)) else images
 
 
@@ -237,11 +249,11 @@ def _with_images(chat_template: str | dict[str, str]) -> str | dict[str, str]:
     return with_images(chat_template)
 
 
-def _prefix_every_segment(tokenizer):
+def _prefix_every_segment(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     """
     Gives a LLaMA-style tokenizer its `▁` on every text segment between special tokens.
 
-    sentencepiece, and so the authors' code, puts it before each text that it is given, and they tokenise the text
+    sentencepiece, and so the authors' code, puts it before each text that it is given, and they tokenize the text
     around images piece by piece. transformers' `LlamaTokenizer` puts it before the first alone, and not before a
     text that begins with a space. Other tokenizers are returned as they are.
     """
@@ -253,7 +265,7 @@ def _prefix_every_segment(tokenizer):
     backend = type(backend).from_str(backend.to_str())
     backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     backend.pre_tokenizer = None
-    # <unk>, which pads, is no special token in the backend otherwise, and would stay in decoded answers.
+    # <unk>, which pads, is not a special token in the backend otherwise, and would stay in decoded answers.
     special = {tokenizer.unk_token, tokenizer.bos_token, tokenizer.eos_token} - {None}
     backend.add_special_tokens([AddedToken(token, normalized=False) for token in sorted(special)])
     return PreTrainedTokenizerFast(
