@@ -76,7 +76,7 @@ def build_model(
         module.name_or_path = ""  # a path of this machine, which would be saved with the checkpoint
     model = MiniGPT4ForConditionalGeneration(config)
     model.model.vision_tower.load_state_dict(vision_tower.state_dict())
-    if with_qformer:
+    if model.model.qformer is not None:
         model.model.qformer.load_state_dict(qformer.state_dict())
         model.model.query_tokens.data.copy_(query_tokens)
     model.model.language_model.load_state_dict(language_model.model.state_dict())
