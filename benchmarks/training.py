@@ -39,7 +39,7 @@ from training_models import (
     necessary_flops,
 )
 
-from transformers_minigpt4.training.features import build_feature_cache
+from transformers_minigpt4.training.feature_building import build_feature_cache
 
 
 RUNS = {"tiny": ("tiny",), "small": ("mini", "medium"), "7b": ("7b",)}

@@ -1,4 +1,4 @@
-"""Makes tiny sources of every format: pictures of one colour, whose captions say their number."""
+"""Makes tiny sources of every format: images of one color, whose captions give their number."""
 
 import csv
 import io
@@ -9,17 +9,17 @@ from pathlib import Path
 from PIL import Image
 
 
-def colour(number: int) -> tuple[int, int, int]:
+def color(number: int) -> tuple[int, int, int]:
     return (number * 7 % 256, number // 40 * 50 % 256, 90)
 
 
 def image_bytes(number: int, kind: str = "PNG") -> bytes:
     file = io.BytesIO()
-    Image.new("RGB", (8, 6), colour(number)).save(file, format=kind)
+    Image.new("RGB", (8, 6), color(number)).save(file, format=kind)
     return file.getvalue()
 
 
-def pictures(folder: Path, numbers, name="{}.png") -> Path:
+def image_files(folder: Path, numbers, name="{}.png") -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     for number in numbers:
         kind = "JPEG" if name.endswith(".jpg") else "PNG"
@@ -28,7 +28,7 @@ def pictures(folder: Path, numbers, name="{}.png") -> Path:
 
 
 def caption(number: int) -> str:
-    return f"Picture {number}"
+    return f"Image {number}"
 
 
 def sample(number: int) -> dict[str, bytes]:
@@ -77,11 +77,11 @@ def write_csv(path: Path, rows: list[dict[str, str]]) -> Path:
 
 
 def number_of(row: dict) -> int:
-    """The number that a row's caption says, after a look at the picture's colour."""
+    """The number in a row's caption, after a look at the image's color."""
     number = int(row["completion"].removesuffix("###").split()[1])
     if row["images"] and isinstance(row["images"][0], Image.Image):
         found = row["images"][0].getpixel((3, 3))
-        assert all(abs(a - b) <= 6 for a, b in zip(found, colour(number))), (found, colour(number))
+        assert all(abs(a - b) <= 6 for a, b in zip(found, color(number))), (found, color(number))
     return number
 
 

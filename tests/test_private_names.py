@@ -18,6 +18,12 @@ NAMES = [
     ("transformers", "PreTrainedModel._from_config"),
     ("transformers", "PreTrainedModel._auto_class"),
     ("transformers", "ProcessorMixin._auto_class"),
+    ("transformers", "PreTrainedConfig._attn_implementation"),
+    ("transformers", "Trainer._get_output_dir"),
+    ("transformers", "Trainer._save_checkpoint"),
+    ("transformers", "Trainer._save"),
+    ("transformers", "Trainer._load_from_checkpoint"),
+    ("datasets.iterable_dataset", "_BaseExamplesIterable"),
 ]
 
 

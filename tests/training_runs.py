@@ -19,7 +19,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from transformers_minigpt4.training.arguments import StageConfig
 from transformers_minigpt4.training.collator import make_collator
-from transformers_minigpt4.training.sft import main, parse_recipe
+from transformers_minigpt4.training.recipe import parse_recipe
+from transformers_minigpt4.training.sft import main
 from transformers_minigpt4.training.stages import prepare_stage
 from transformers_minigpt4.training.trainer import StageSFTTrainer
 

@@ -1,4 +1,4 @@
-"""Captions and prompts are the authors' to the letter."""
+"""Captions and prompts are exactly the authors'."""
 
 import json
 from collections import Counter
@@ -51,7 +51,7 @@ def test_stage_2_prompts(golden, pictures):
     assert stage2_row([pictures[0]], "x", INSTRUCTIONS[1])["prompt"] == shared
 
 
-def test_llama_2_form(pictures):
+def test_the_llama_2_format(pictures):
     row = stage2_row(pictures[:1], "A dog.", INSTRUCTIONS[0], LLAMA2)
     assert row["prompt"] == "[INST] <Img><ImageHere></Img> Describe this image in detail. [/INST] "
     assert row["completion"] == "A dog.</s>"
@@ -66,10 +66,10 @@ def test_instructions_are_drawn_evenly_and_again_the_same():
     assert all(abs(Counter(drawn)[text] - 500) < 80 for text in INSTRUCTIONS)
 
 
-def test_forms_that_a_row_cannot_have(pictures):
-    with pytest.raises(DataError, match="several turns do not fit the form 'stage2'"):
+def test_formats_that_a_row_cannot_have(pictures):
+    with pytest.raises(DataError, match="several turns do not fit the prompt format 'stage2'"):
         render("stage2", pictures[:1], None, [], "")
-    with pytest.raises(DataError, match="with 0 pictures"):
+    with pytest.raises(DataError, match="with 0 images"):
         render("stage1", [], "text", None, "")
     with pytest.raises(DataError, match="nothing is left of the caption"):
         render("stage1", pictures[:1], "...", None, "")

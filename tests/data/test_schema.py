@@ -1,4 +1,4 @@
-"""The row format: what passes, and one clear error for each way of being wrong."""
+"""The row format: what epochs, and one clear error for each way of being wrong."""
 
 import pytest
 from PIL import Image
@@ -6,22 +6,22 @@ from PIL import Image
 from transformers_minigpt4.data.schema import DataError, answer_text, validate_row
 
 
-PICTURE = Image.new("RGB", (2, 2))
+IMAGE = Image.new("RGB", (2, 2))
 USER = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]}
 ANSWER = {"role": "assistant", "content": [{"type": "text", "text": "A dog."}]}
 AGAIN = {"role": "user", "content": [{"type": "text", "text": "And?"}]}
 SYSTEM = {"role": "system", "content": [{"type": "text", "text": "Be brief."}]}
-TURN = {"images": [PICTURE], "prompt": "<ImageHere>", "completion": "a dog\n"}
+TURN = {"images": [IMAGE], "prompt": "<ImageHere>", "completion": "a dog\n"}
 
 GOOD = {
     "one turn": TURN,
     "no picture": {"images": [], "prompt": "Hello", "completion": "Hi"},
-    "two pictures": {"images": [PICTURE] * 2, "prompt": "<ImageHere> and <ImageHere>", "completion": "x"},
+    "two images": {"images": [IMAGE] * 2, "prompt": "<ImageHere> and <ImageHere>", "completion": "x"},
     "undecoded": {**TURN, "images": [{"bytes": b"x", "path": None}]},
     "a path": {**TURN, "images": [{"bytes": None, "path": "a.jpg"}]},
     "where from": {**TURN, "key": "1", "source": "s"},
-    "messages": {"images": [PICTURE], "messages": [USER, ANSWER]},
-    "turns": {"images": [PICTURE], "messages": [SYSTEM, USER, ANSWER, AGAIN, ANSWER]},
+    "messages": {"images": [IMAGE], "messages": [USER, ANSWER]},
+    "turns": {"images": [IMAGE], "messages": [SYSTEM, USER, ANSWER, AGAIN, ANSWER]},
 }
 BAD = {
     "no dict": ([], "a row is a dict"),
@@ -36,18 +36,18 @@ BAD = {
     "empty": ({**TURN, "completion": " \n"}, "nothing to learn"),
     "no place": ({**TURN, "prompt": "Describe"}, "holds 0 <ImageHere> for 1 images"),
     "no picture for a place": ({**TURN, "images": []}, "holds 1 <ImageHere> for 0 images"),
-    "place in the answer": ({**TURN, "completion": "<ImageHere>"}, "stands in a text"),
+    "place in the answer": ({**TURN, "completion": "<ImageHere>"}, "a text contains"),
     "no messages": ({"images": [], "messages": []}, "a list of turns"),
     "string content": ({"images": [], "messages": [{"role": "user", "content": "a"}]}, "with a list as content"),
-    "no answer": ({"images": [PICTURE], "messages": [USER]}, "ending with `assistant`"),
-    "order": ({"images": [PICTURE], "messages": [ANSWER, USER]}, "in turn"),
+    "no answer": ({"images": [IMAGE], "messages": [USER]}, "ending with `assistant`"),
+    "order": ({"images": [IMAGE], "messages": [ANSWER, USER]}, "in turn"),
     "only a system": ({"images": [], "messages": [SYSTEM]}, "in turn"),
     "image of an assistant": (
-        {"images": [PICTURE], "messages": [AGAIN, {**USER, "role": "assistant"}]},
+        {"images": [IMAGE], "messages": [AGAIN, {**USER, "role": "assistant"}]},
         "cannot hold",
     ),
-    "unplaced": ({"images": [PICTURE], "messages": [AGAIN, ANSWER]}, "place 0 images, and the row has 1"),
-    "empty answer": ({"images": [PICTURE], "messages": [USER, {**ANSWER, "content": []}]}, "message is empty"),
+    "unplaced": ({"images": [IMAGE], "messages": [AGAIN, ANSWER]}, "place 0 images, and the row has 1"),
+    "empty answer": ({"images": [IMAGE], "messages": [USER, {**ANSWER, "content": []}]}, "message is empty"),
 }
 
 

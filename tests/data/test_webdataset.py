@@ -14,9 +14,9 @@ from transformers_minigpt4.data.webdataset import expand_braces, find_shards
 
 
 def read(source, **options):
-    rows = open_rows(source, "stage2", passes=1, shuffle=False, **options)
+    rows = open_rows(source, "stage2", epochs=1, shuffle=False, **options)
     found = numbers(rows.dataset)
-    (seen,) = rows.problems.counts().values()
+    (seen,) = rows.skipped.counts().values()
     return found, {kind: count for kind, count in seen.items() if count and kind not in ("rows", "shards")}
 
 
@@ -72,14 +72,14 @@ class TestDamage:
         path.write_bytes(content)
         assert read(pattern) == (list(range(8)), {})
         path.write_bytes(content[: len(content) // 2])
-        found, problems = read(pattern)
-        assert found[-4:] == [4, 5, 6, 7] and problems == {"shard": 1}
+        found, skipped = read(pattern)
+        assert found[-4:] == [4, 5, 6, 7] and skipped == {"shard": 1}
 
     def test_many_broken_shards_stop_the_run(self, tmp_path):
         pattern = shards(tmp_path, 12, 2)
         for place in (3, 4, 9):
             (tmp_path / f"{place:05}.tar").write_bytes(b"")
-        rows = open_rows(pattern, "stage2", passes=1, shuffle=False)
+        rows = open_rows(pattern, "stage2", epochs=1, shuffle=False)
         with pytest.raises(DataError, match=r"3 of the first 10 shards .* the last was .*00009\.tar: ReadError"):
             list(rows.dataset)
         shards(tmp_path, 5, 2)
@@ -103,10 +103,10 @@ def test_bad_samples(tmp_path):
         ".hidden": {"png": image_bytes(3)},
     }
     source = f"wds:{shard(tmp_path / 'a.tar', samples)}"
-    found, problems = read(source)
+    found, skipped = read(source)
     assert found == [0, 1, 2, 10]
-    assert problems == {"entry": 2, "caption": 2, "image": 2, "unreadable_image": 1}
-    rows = open_rows(source, "stage2", passes=1, shuffle=False)
+    assert skipped == {"entry": 2, "caption": 2, "image": 2, "unreadable_image": 1}
+    rows = open_rows(source, "stage2", epochs=1, shuffle=False)
     assert [row["key"] for row in rows.dataset] == ["a.tar/0", "a.tar/1", "a.tar/2", "a.tar/sub/10"]
 
 
@@ -148,8 +148,8 @@ class TestPatterns:
         for pattern in ("memory://set/*.tar", "memory://set/train-{00000..00001}.tar"):
             assert read(f"wds:{pattern}") == (list(range(6)), {})
         memory.pipe("/set/train-00001.tar", memory.cat("/set/train-00001.tar")[:3000])
-        found, problems = read("wds:memory://set/*.tar")
-        assert found[:3] == [0, 1, 2] and problems == {"shard": 1}
+        found, skipped = read("wds:memory://set/*.tar")
+        assert found[:3] == [0, 1, 2] and skipped == {"shard": 1}
         assert read("wds:memory://set/train-{00000..00002}.tar")[1] == {"shard": 2}
 
     def test_a_name_that_is_neither_here_nor_on_the_hub(self, monkeypatch):
@@ -158,7 +158,8 @@ class TestPatterns:
 
         monkeypatch.setattr("transformers_minigpt4.data.webdataset._expand_remote", refuse)
         with pytest.raises(
-            DataError, match=r"no 'my/shards' on this computer, and as a data set of the Hub .*offline"
+            DataError,
+            match=r"no 'my/shards' on this computer, and the Hub cannot list a dataset of that name: offline",
         ):
             find_shards("my/shards")
 

@@ -6,10 +6,21 @@ from datasets import Dataset
 from PIL import Image
 from trl import SFTConfig, SFTTrainer
 
-from transformers_minigpt4.training.collator import TRAINING_TEMPLATE_VICUNA_V0, ImageTextCollator
+from transformers_minigpt4.training.collator import ImageTextCollator
 from transformers_minigpt4.training.stages import prepare_stage
 
 
+# The authors train conversations in the single-turn frame of stage 2, turn after turn, with `<s>` before each question
+# and without system text (`conv_train` of the golden files), which differs from the chat of their demo.
+TRAINING_TEMPLATE_VICUNA_V0 = (
+    "{%- for message in messages -%}{%- if message.role == 'user' -%}{{- bos_token + '###Human: ' -}}"
+    "{%- if message.content is string -%}{{- message.content -}}{%- else -%}{%- for part in message.content -%}"
+    "{%- if not loop.first -%}{{- ' ' -}}{%- endif -%}"
+    "{{- '<Img><ImageHere></Img>' if part.type == 'image' else part.text -}}{%- endfor -%}{%- endif -%}"
+    "{{- ' ###Assistant: ' -}}{%- elif message.role == 'assistant' -%}{%- generation -%}"
+    "{%- if message.content is string -%}{{- message.content -}}{%- else -%}{%- for part in message.content -%}"
+    "{{- part.text -}}{%- endfor -%}{%- endif -%}{{- '###' -}}{%- endgeneration -%}{%- endif -%}{%- endfor -%}"
+)
 CASES = {
     "stage1": 32,
     "stage2": 160,

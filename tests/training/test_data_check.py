@@ -1,9 +1,9 @@
-"""`minigpt4 data check`: counts, problems with their keys, histogram, contact sheet, exit status."""
+"""`minigpt4 data check`: counts, skipped with their keys, histogram, contact sheet, exit status."""
 
 import re
 
 import pytest
-from data_files import caption, colour, pictures, shards, write_lines
+from data_files import caption, color, image_files, shards, write_lines
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -12,8 +12,8 @@ from transformers_minigpt4.data.schema import DataError
 from transformers_minigpt4.training.data_check import check_source, histogram, save_contact_sheet
 
 
-def listing(folder, broken=()):
-    pictures(folder, range(6))
+def table(folder, broken=()):
+    image_files(folder, range(6))
     for number in broken:
         (folder / f"{number}.png").write_text("broken")
     rows = [{"path": f"{number}.png", "caption": caption(number) + " word" * number} for number in range(6)]
@@ -26,36 +26,37 @@ def run(*arguments):
 
 def test_the_report(tmp_path):
     sheet = tmp_path / "sheet.png"
-    done = run(listing(tmp_path, [1]), "--output", sheet, "--images", 4)
+    done = run(table(tmp_path, [1]), "--output", sheet, "--images", 4)
     assert done.exit_code == 0, done.output
     for line in ("shards   6", "rows     6 read, all of them", "usable   5", "median 5, least 2, most 7"):
         assert line in done.output
-    assert (
-        "picture  1: a picture that is missing" in done.output and "line 2 (1.png): cannot load image" in done.output
-    )
+    assert "unreadable_image 1: an image that is missing" in done.output
+    assert "line 2 (1.png): cannot load image" in done.output
     with Image.open(sheet) as image:
-        # Four of the usable pictures stand side by side; the broken one is not among them.
+        # Four of the usable images are side by side; the broken one is not among them.
         found = [image.getpixel((10 + place * 202 + 4, 10 + 192 - 3)) for place in range(4)]
-        assert found == [colour(number) for number in (0, 2, 3, 4)]
+        assert found == [color(number) for number in (0, 2, 3, 4)]
 
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_the_loader_alone(tmp_path, workers):
-    done = run(listing(tmp_path), "--throughput", 0.1, "--workers", workers)
-    found = re.search(rf"loader   (\d+) rows/s, decoded and resized to 224 x 224, {workers} data workers", done.output)
+    done = run(table(tmp_path), "--throughput", 0.1, "--workers", workers)
+    found = re.search(
+        rf"loader   (\d+) rows/s, decoded and resized to 224 x 224, {workers} worker processes", done.output
+    )
     assert done.exit_code == 0 and found and int(found[1]) > 0, done.output
 
 
 def test_nothing_usable(tmp_path):
-    done = run(listing(tmp_path, range(6)), listing(tmp_path / "b"))
+    done = run(table(tmp_path, range(6)), table(tmp_path / "b"))
     assert done.exit_code == 1 and "no usable row in table:" in done.stderr
     assert "usable   0" in done.output and "usable   6" in done.output  # the second is looked at all the same
 
 
 def test_the_limit_counts_bad_rows_too(tmp_path):
-    source = listing(tmp_path, [0, 1, 2, 3])
+    source = table(tmp_path, [0, 1, 2, 3])
     found = check_source(source, limit=5)
-    assert len(found.words) == 1 and found.problems.counts()[source]["rows"] == 5 and not found.complete
+    assert len(found.words) == 1 and found.skipped.counts()[source]["rows"] == 5 and not found.complete
     assert "5 read, up to the limit" in found.report()
     assert check_source(source, limit=None).complete
 
@@ -66,8 +67,8 @@ def test_a_truncated_shard(tmp_path):
     assert "shard    1: a file of many rows" in check_source(source).report()
 
 
-def test_several_sheets_and_a_drawn_order(tmp_path):
-    done = run(listing(tmp_path / "a"), listing(tmp_path / "b"), "--shuffle", "--output", tmp_path / "s.png")
+def test_several_sheets_and_a_random_order(tmp_path):
+    done = run(table(tmp_path / "a"), table(tmp_path / "b"), "--shuffle", "--output", tmp_path / "s.png")
     assert done.exit_code == 0 and (tmp_path / "s-0.png").is_file() and (tmp_path / "s-1.png").is_file()
     first, second = (
         check_source(f"table:{tmp_path}/a/list.jsonl", limit=3, shuffle=shuffle).words for shuffle in (True, False)
@@ -76,13 +77,13 @@ def test_several_sheets_and_a_drawn_order(tmp_path):
 
 
 def test_conversations_count_the_answers(tmp_path):
-    assert check_source(listing(tmp_path), "messages").words == [2, 3, 4, 5, 6, 7]
+    assert check_source(table(tmp_path), "messages").words == [2, 3, 4, 5, 6, 7]
 
 
-def test_errors_speak_for_themselves(tmp_path):
-    with pytest.raises(DataError, match="names no source"):
+def test_errors_are_plain(tmp_path):
+    with pytest.raises(DataError, match="is not a source"):
         check_source("nothing")
-    with pytest.raises(ValueError, match="no picture for the contact sheet"):
+    with pytest.raises(ValueError, match="no image for the contact sheet"):
         save_contact_sheet(tmp_path / "x.png", [])
 
 

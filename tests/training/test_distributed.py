@@ -16,8 +16,9 @@ from training_runs import SMALL, curve, launch, model_folder, rows, run_main, so
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from transformers_minigpt4.training.collator import make_collator
+from transformers_minigpt4.training.feature_building import build_features
 from transformers_minigpt4.training.loss import LabelledCollator, keep_labelled
-from transformers_minigpt4.training.sft import build_features, parse_recipe
+from transformers_minigpt4.training.recipe import parse_recipe
 from transformers_minigpt4.training.stages import prepare_stage, touch_trainable
 
 
@@ -25,7 +26,7 @@ STEPS = 4
 
 
 def ddp_losses(base, folder, mixed, batch):
-    """Of each step; every batch of one row is without picture on one of two processes, where rows are mixed."""
+    """Of each step; every batch of one row has no image on one of two processes, where rows are mixed."""
     backend = "gloo" if "RANK" in os.environ else None
     settings = {"max_steps": STEPS, "per_device_train_batch_size": batch, "save_steps": STEPS, "ddp_backend": backend}
     trainer = trainer_on(base, folder, rows(mixed=mixed), **settings)

@@ -16,15 +16,12 @@ from transformers import LlavaForConditionalGeneration, LlavaProcessor
 from transformers_minigpt4 import MiniGPT4ForConditionalGeneration, MiniGPT4Processor
 from transformers_minigpt4.data.images import image_key
 from transformers_minigpt4.data.schema import DataError
-from transformers_minigpt4.training import features as module
+from transformers_minigpt4.training import feature_building
 from transformers_minigpt4.training.collator import ImageTextCollator
-from transformers_minigpt4.training.features import (
-    FeatureCache,
-    FeatureCollator,
-    build_feature_cache,
-    feature_fingerprint,
-    train_from_features,
-)
+from transformers_minigpt4.training.feature_building import build_feature_cache
+from transformers_minigpt4.training.feature_cache import FeatureCache
+from transformers_minigpt4.training.features import FeatureCollator, train_from_features
+from transformers_minigpt4.training.fingerprints import feature_fingerprint
 from transformers_minigpt4.training.loss import LabelledCollator, keep_labelled
 from transformers_minigpt4.training.packing import pack
 from transformers_minigpt4.training.stages import prepare_stage
@@ -105,20 +102,20 @@ def test_cached_training_equals_uncached(kind, tmp_path, golden, encoded):
         assert (found[1][name] - exact[1][name]).norm() < 0.05 * exact[1][name].norm()
 
     keep_labelled(model)
-    both = LabelledCollator(pack(model, cached, 60))(rows)  # pictures change their order with their rows
+    both = LabelledCollator(pack(model, cached, 60))(rows)  # images change their order with their rows
     again = gradients(model, both)
     assert again[0] == pytest.approx(found[0], abs=1e-5)
     for name, gradient in found[1].items():
         torch.testing.assert_close(again[1][name], gradient, atol=1e-5, rtol=1e-4)
 
 
-def test_pictures_that_take_no_part_in_training_are_told_apart(model, processor, encoded, tmp_path):
+def test_features_are_looked_up_by_image(model, processor, encoded, tmp_path):
     build_feature_cache(model, processor.image_processor, encoded[:2], tmp_path)
     model.requires_grad_(False)
     cache = train_from_features(model, processor.image_processor, tmp_path)
     assert len(cache) == 2
     assert not torch.equal(cache[image_key(encoded[0])], cache[image_key(encoded[1])])
-    with pytest.raises(DataError, match="holds no features of picture"):
+    with pytest.raises(DataError, match="holds no features of image"):
         cache[image_key(encoded[2])]
     with pytest.raises(RuntimeError, match="taken out"):
         model(**ImageTextCollator(processor)(make_rows(encoded)[:1]))
@@ -130,10 +127,10 @@ def frozen(request):
         request.getfixturevalue("model").requires_grad_(False)
 
 
-def test_a_stopped_build_goes_on(model, processor, encoded, tmp_path, monkeypatch):
+def test_an_interrupted_build_resumes(model, processor, encoded, tmp_path, monkeypatch):
     more = [Image.new("RGB", (20, 20), (i, 0, 0)) for i in range(5)]
     calls = []
-    encode = module._encode
+    encode = feature_building._encode
 
     def stopping(*args):
         calls.append(len(args[2]))
@@ -141,12 +138,12 @@ def test_a_stopped_build_goes_on(model, processor, encoded, tmp_path, monkeypatc
             raise KeyboardInterrupt
         return encode(*args)
 
-    monkeypatch.setattr(module, "_encode", stopping)
+    monkeypatch.setattr(feature_building, "_encode", stopping)
     pictures = [*encoded, *more]
     with pytest.raises(KeyboardInterrupt):
         build_feature_cache(model, processor.image_processor, pictures, tmp_path, batch_size=2, shard_size=3)
     held = sum(load_file(path)["keys"].shape[0] for path in tmp_path.glob("features-*"))
-    assert held == 4  # a whole file, and what was encoded when it stopped
+    assert held == 4  # a complete file, and what was encoded when it was interrupted
     counts = build_feature_cache(model, processor.image_processor, pictures, tmp_path, batch_size=2, shard_size=3)
     assert counts == {"encoded": 4, "present": 4, "broken": 0}
     assert not list(tmp_path.glob(".*"))
@@ -205,7 +202,7 @@ def test_what_trains_does_not_make_a_cache_stale(model, processor, encoded, tmp_
 def test_bad_caches_are_refused(model, processor, encoded, tmp_path, golden):
     image_processor = processor.image_processor
     fingerprint = feature_fingerprint(model, image_processor)
-    with pytest.raises(DataError, match="no feature cache"):
+    with pytest.raises(DataError, match="not a feature cache"):
         FeatureCache(tmp_path, fingerprint)
     build_feature_cache(model, image_processor, encoded[:0], tmp_path)
     with pytest.raises(DataError, match="no features yet"):
@@ -224,13 +221,13 @@ def test_bad_caches_are_refused(model, processor, encoded, tmp_path, golden):
     with safe_open(path, "pt") as file:
         assert file.metadata() == {"fingerprint": fingerprint}
     (tmp_path / "features.json").write_text(json.dumps([1]))
-    with pytest.raises(DataError, match="no index"):
+    with pytest.raises(DataError, match="not an index"):
         FeatureCache(tmp_path, fingerprint)
 
 
 def test_models_whose_features_change_are_refused(model, processor, tmp_path):
     prepare_stage(model, ["projector", "qformer"])
-    with pytest.raises(ValueError, match="in front of the projection train"):
+    with pytest.raises(ValueError, match="in front of the projector train"):
         build_feature_cache(model, processor.image_processor, [], tmp_path)
     model.requires_grad_(False)
     build_feature_cache(model, processor.image_processor, [Image.new("RGB", (8, 8))], tmp_path)
@@ -239,7 +236,7 @@ def test_models_whose_features_change_are_refused(model, processor, tmp_path):
         feature_fingerprint(model, processor.image_processor)
 
 
-def test_picture_keys(encoded, pictures, tmp_path):
+def test_image_keys(encoded, pictures, tmp_path):
     file = tmp_path / "picture.png"
     file.write_bytes(encoded[0]["bytes"])
     assert image_key({"bytes": None, "path": str(file)}) == image_key(encoded[0]) != image_key(encoded[1])

@@ -15,8 +15,10 @@ from typer.testing import CliRunner
 from transformers_minigpt4.cli import app
 from transformers_minigpt4.data.schema import DataError
 from transformers_minigpt4.training.collator import ImageTextCollator
+from transformers_minigpt4.training.feature_building import build_features
+from transformers_minigpt4.training.loading import load_model, load_rows
 from transformers_minigpt4.training.packing import count_tokens, pack
-from transformers_minigpt4.training.sft import build_features, load_model, load_rows, parse_recipe
+from transformers_minigpt4.training.recipe import parse_recipe
 
 
 STEPS = ("--max_steps", "3", "--save_steps", "3", "--learning_rate", "1e-2", "--warmup_steps", "1")
@@ -126,7 +128,7 @@ def test_a_cache_of_another_model_is_refused(change, cached, tmp_path):
     options = (*more, "--feature_cache", str(cached))
     with pytest.raises(DataError, match="built with other frozen weights, another dtype"):
         run("minigpt4_stage1", tmp_path / "out", base, sources()["wds"], *options)
-    with pytest.raises(DataError, match="Build them anew in another folder"):
+    with pytest.raises(DataError, match="Build them in another folder"):
         build("minigpt4_stage1", cached, base, sources()["wds"], *more)
 
 
@@ -142,18 +144,18 @@ def test_a_copy_of_the_model_only_has_to_be_shown_once(cached, tmp_path):
     run(*given, "--feature_cache", str(cache))
 
 
-def test_pictures_that_the_cache_lacks(cached, tmp_path):
+def test_images_that_the_cache_lacks(cached, tmp_path):
     """A new one stops the run; a broken one is skipped, as it is without a cache."""
     source = write_sources(tmp_path, 32)["cc_sbu_align"]
-    (tmp_path / "cc_sbu_align" / "image" / "3.jpg").write_bytes(b"no picture")
+    (tmp_path / "cc_sbu_align" / "image" / "3.jpg").write_bytes(b"not an image")
     model = model_folder("minigpt4")
 
     def read(cache):
         given = arguments("minigpt4_stage1", tmp_path / "out", model, source, "--feature_cache", str(cache))
         rows = load_rows(*parse_recipe(given)[:2]).dataset
-        return [row["key"] for row in islice(rows, 62)]  # two passes
+        return [row["key"] for row in islice(rows, 62)]  # two epochs
 
-    with pytest.raises(DataError, match=r"no features of .*3[01]\.jpg .*goes on with what lacks"):
+    with pytest.raises(DataError, match=r"no features of .*3[01]\.jpg .*adds the missing ones"):
         read(cached)
     cache = shutil.copytree(cached, tmp_path / "cache")
     assert build("minigpt4_stage1", cache, model, source) == {"encoded": 2, "present": 29, "broken": 1}
@@ -162,9 +164,9 @@ def test_pictures_that_the_cache_lacks(cached, tmp_path):
 
 def test_features_need_a_folder(tmp_path):
     given = ("minigpt4_stage1", tmp_path, model_folder("minigpt4"), sources()["wds"])
-    with pytest.raises(ValueError, match="--feature_cache FOLDER"):
+    with pytest.raises(ValueError, match="--feature-cache FOLDER"):
         build_features(*parse_recipe(arguments(*given)))
-    with pytest.raises(DataError, match="no feature cache"):
+    with pytest.raises(DataError, match="not a feature cache"):
         run(*given, "--feature_cache", str(tmp_path))
 
 
@@ -190,7 +192,7 @@ def test_the_commands(tmp_path):
         (["minigpt5_stage9"], "There is no recipe minigpt5_stage9"),
         (["tiny", "--learning_rat", "1"], "learning_rat"),
         (["tiny", "--pack_tokens", "9"], "pack_tokens=9 with pack_rows=False"),
-        (["tiny", "--feature_cache", "nowhere"], "nowhere is no feature cache"),
+        (["tiny", "--feature_cache", "nowhere"], "nowhere is not a feature cache"),
     ],
 )
 def test_a_bad_command_line_is_one_line(words, said, tmp_path):

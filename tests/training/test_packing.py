@@ -15,6 +15,7 @@ from transformers_minigpt4.training.arguments import StageConfig
 from transformers_minigpt4.training.collator import ImageTextCollator
 from transformers_minigpt4.training.loss import LabelledCollator, keep_labelled
 from transformers_minigpt4.training.packing import best_fit, pack
+from transformers_minigpt4.training.sanity_checks import LabelsRequired, TrainingError
 from transformers_minigpt4.training.stages import prepare_stage
 from transformers_minigpt4.training.trainer import StageSFTTrainer, StageTrainer
 
@@ -186,10 +187,10 @@ def test_bad_input(model, processor, mixed):
     collator = ImageTextCollator(processor)
     with pytest.raises(ValueError, match="max_tokens=0"):
         pack(model, collator, 0)
-    with pytest.raises(ValueError, match="not the same number for each picture"):
+    with pytest.raises(ValueError, match="not the same number for each image"):
         pack(model, WithPixels(collator, torch.zeros(3, 3, 56, 56)))(mixed)
-    with pytest.raises(ValueError, match="nothing to learn"):
-        LabelledCollator(lambda rows: {"labels": torch.full((2, 4), -100)})(mixed)
+    with pytest.raises(TrainingError, match="nothing to learn"):
+        LabelsRequired(LabelledCollator(lambda rows: {"labels": torch.full((2, 4), -100)}))(mixed)
     model.config.text_config._attn_implementation = "flash_attention_2"
     assert pack(model, collator).max_tokens is None
     with pytest.raises(ValueError, match="FlashAttention"):
@@ -211,16 +212,16 @@ def test_trainers_learn_the_same(trainer_class, tmp_path, golden, mixed):
     save_minigpt4(tmp_path / "model", golden)
     rows = Dataset.from_list([{**row, "images": [encoded(image) for image in row["images"]]} for row in mixed * 4])
     weights = []
-    for shortcuts in (False, True):
+    for optimized in (False, True):
         model = MiniGPT4ForConditionalGeneration.from_pretrained(tmp_path / "model")
         processor = MiniGPT4Processor.from_pretrained(tmp_path / "model")
         prepare_stage(model)
         collator = ImageTextCollator(processor)
-        if shortcuts:
+        if optimized:
             keep_labelled(model)
             collator = LabelledCollator(pack(model, collator))
         arguments = StageConfig(
-            str(tmp_path / f"run-{shortcuts}"),
+            str(tmp_path / f"run-{optimized}"),
             max_steps=3,
             per_device_train_batch_size=2,
             gradient_accumulation_steps=2,

@@ -15,7 +15,8 @@ from transformers import AutoConfig, AutoModelForImageTextToText, set_seed
 
 from transformers_minigpt4 import MiniGPT4Config
 from transformers_minigpt4.training.arguments import StageArguments, check_arguments, check_model
-from transformers_minigpt4.training.sft import find_recipe, parse_recipe, recipe_names
+from transformers_minigpt4.training.recipe import parse_recipe
+from transformers_minigpt4.training.recipe_files import find_recipe, recipe_names
 
 
 def model_of(name: str) -> str | None:
@@ -81,7 +82,7 @@ def test_stage_1_has_the_papers_numbers(name):
     assert (config.learning_rate, config.min_lr, config.warmup_start_lr) == (1e-4, 8e-5, 1e-6)
     assert (config.warmup_steps, config.weight_decay, config.seed) == (5000, 0.05, 42)
     assert (config.adam_beta1, config.adam_beta2, config.max_grad_norm) == (0.9, 0.999, 0.0)
-    assert stage.max_completion_length == 32 and stage.form == "stage1"
+    assert stage.max_completion_length == 32 and stage.prompt_format == "stage1"
 
 
 @pytest.mark.parametrize(
@@ -96,7 +97,7 @@ def test_stage_2_has_the_papers_numbers(name):
 
 
 @pytest.mark.parametrize("name", recipe_names())
-def test_a_recipes_header_is_whole(name):
+def test_a_recipes_header_is_complete(name):
     text = Path(find_recipe(name)).read_text()
     for heading in ("Prerequisites:", "Launch:", "Hardware:", "Expect:", "Follows:"):
         assert f"# {heading}" in text
@@ -112,10 +113,10 @@ def test_a_recipes_header_is_whole(name):
         (["--packing", "true"], "packing"),
         (["--max_length", "512"], "would cut image tokens"),
         (["--trainable_modules", "eyes"], "eyes"),
-        (["--form", "stage9"], "stage9"),
+        (["--prompt-format", "stage9"], "stage9"),
         (["--use_peft", "true"], "contradict"),
-        (["--load_in_4bit", "true", "--trainable_modules", "language_model"], "exclude each other"),
-        (["--min_lr", "1.0"], "above learning_rate"),
+        (["--load_in_4bit", "true", "--trainable_modules", "language_model"], "quantised weights cannot learn"),
+        (["--min_lr", "1.0"], r"outside of 0 … learning_rate=0\.0001"),
         (["--max_steps", "-1"], "set max_steps"),
         (["--learning_rat", "1e-4"], "Unknown .* --learning_rat 1e-4. Did you mean learning_rate?"),
         (
@@ -148,7 +149,7 @@ def test_impossible_options_of_the_launch(monkeypatch):
 @pytest.mark.parametrize("option", [{"feature_cache": "cache"}, {"pack_rows": True}])
 def test_blip2_takes_neither_features_nor_packed_rows(option):
     config = AutoConfig.from_pretrained(model_folder("blip2"))
-    with pytest.raises(ValueError, match="encoder-decoder"):
+    with pytest.raises(ValueError, match=r"encoder-decoder|only features of MiniGPT-4 and LLaVA can be cached"):
         check_model(StageArguments(**option), config, "blip2")
 
 
@@ -159,9 +160,69 @@ def test_an_unknown_key(tmp_path):
         parse_recipe(["--config", str(path), "--bf16", "false", "--use_cpu", "true"])
 
 
-def test_a_recipe_that_is_no_yaml(tmp_path):
+RENAMED = {
+    "form": ("stage1", "prompt_format"),
+    "train_parts": ("projector", "trainable_modules"),
+    "max_bad_share": ("0.1", "max_error_rate"),
+    "requires_projection_layers": ("1", "requires_projector_layers"),
+}
+
+
+@pytest.mark.parametrize("old", RENAMED)
+def test_an_old_key_is_refused_with_its_new_name(old, tmp_path):
+    value, new = RENAMED[old]
+    path = tmp_path / "recipe.yaml"
+    path.write_text(Path(find_recipe("tiny")).read_text() + f"{old}: {value}\n")
+    for arguments in (["--config", str(path)], ["--config", "tiny", f"--{old.replace('_', '-')}", value]):
+        with pytest.raises(ValueError, match=f"^The recipe key {old} is called {new} now") as caught:
+            parse_recipe(arguments)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("where", ["recipe", "command line"])
+def test_an_old_module_is_refused_with_its_new_name(where, tmp_path):
+    path = tmp_path / "recipe.yaml"
+    text = Path(find_recipe("tiny")).read_text()
+    path.write_text(text.replace("[projector]", "[projection]") if where == "recipe" else text)
+    more = [] if where == "recipe" else ["--trainable-modules", "projection"]
+    with pytest.raises(ValueError, match="`projection` is called `projector` now"):
+        parse_recipe(["--config", str(path), *more])
+
+
+def test_options_have_dashes_or_underscores_and_short_names():
+    for words in (
+        ["--feature_cache", "c", "--model_name_or_path", "m", "--per_device_train_batch_size=3", "--output_dir", "o"],
+        ["--feature-cache", "c", "--model", "m", "--batch-size=3", "--output", "o"],
+        ["--feature-cache=c", "--model=m", "--model-name-or-path", "m", "--batch_size", "3", "--output=o"],
+    ):
+        stage, config, model_args = parse_recipe(["--config", "tiny", *words])
+        assert (stage.feature_cache, model_args.model_name_or_path) == ("c", "m")
+        assert (config.per_device_train_batch_size, config.output_dir) == (3, "o")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--model", "a", "--model_name_or_path", "b"], "--model a and --model_name_or_path b set the same key"),
+        (["--output-dir=a", "--output", "b"], "--output-dir a and --output b set the same key, output_dir"),
+        (["--feature-cache", "a", "--feature_cache", "b"], "--feature-cache a and --feature_cache b"),
+    ],
+)
+def test_a_key_under_two_names(words, said):
+    with pytest.raises(ValueError, match=said):
+        parse_recipe(["--config", "tiny", *words])
+
+
+def test_short_names_are_for_the_command_line_only(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(Path(find_recipe("tiny")).read_text() + "batch_size: 3\n")
+    with pytest.raises(ValueError, match="In a recipe, write per_device_train_batch_size"):
+        parse_recipe(["--config", str(path)])
+
+
+def test_a_recipe_that_is_not_yaml(tmp_path):
     (tmp_path / "recipe.yaml").write_text("sources: [\n")
-    with pytest.raises(ValueError, match=r"no YAML: .* line 2"):
+    with pytest.raises(ValueError, match=r"not valid YAML: .* line 2"):
         parse_recipe(["--config", str(tmp_path / "recipe.yaml")])
 
 
@@ -184,14 +245,14 @@ def test_a_function_that_does_not_exist(tmp_path):
 
 
 def test_stage_2_needs_stage_1(tmp_path):
-    with pytest.raises(ValueError, match="no checkpoint of stage 1"):
+    with pytest.raises(ValueError, match="not a checkpoint of stage 1"):
         run("minigpt4_stage2", tmp_path, model_folder("minigpt4"), sources()["cc_sbu_align"])
 
 
 def test_a_model_that_is_not_there(tmp_path):
-    with pytest.raises(ValueError, match=r"is no folder here.*Train stage 1 first"):
+    with pytest.raises(ValueError, match=r"is not a folder here.*Train stage 1 first"):
         run("minigpt4_stage2", tmp_path, str(tmp_path / "output" / "stage1"), sources()["cc_sbu_align"])
-    with pytest.raises(ValueError, match=r"is no folder here.*minigpt4 convert"):
+    with pytest.raises(ValueError, match=r"is not a folder here.*minigpt4 convert"):
         run("minigpt4_stage1", tmp_path, "output/base", sources()["wds"])
 
 
@@ -217,7 +278,7 @@ def test_a_variant_needs_its_own_base(tmp_path):
 def test_a_source_without_rows(tmp_path):
     (tmp_path / "images").mkdir()
     (tmp_path / "bad.json").write_text("[]")
-    with pytest.raises(ValueError, match="lists no picture"):
+    with pytest.raises(ValueError, match="lists no images"):
         run(
             "minigpt4_stage1",
             tmp_path / "out",
@@ -226,14 +287,14 @@ def test_a_source_without_rows(tmp_path):
         )
 
 
-def test_bad_rows_are_told_at_the_end(tmp_path, caplog):
+def test_bad_rows_are_reported_at_the_end(tmp_path, caplog):
     source = write_sources(tmp_path / "data")["cc_sbu_align"]
-    (tmp_path / "data" / "cc_sbu_align" / "image" / "5.jpg").write_bytes(b"no picture")
+    (tmp_path / "data" / "cc_sbu_align" / "image" / "5.jpg").write_bytes(b"not an image")
     folder = run("minigpt4_stage1", tmp_path / "out", model_folder("minigpt4"), source, "--max_steps", "7")
     (counts,) = json.loads((folder / "run.json").read_text())["rows"].values()
-    assert counts["rows"] >= 14 and counts["image"] >= 1
-    assert f"{counts['rows']} rows read, {counts['image']} picture" in caplog.text
-    assert "skipped 5 (picture)" in caplog.text
+    assert counts["rows"] >= 14 and counts["unreadable_image"] >= 1
+    assert f"{counts['rows']} rows read, {counts['unreadable_image']} unreadable_image" in caplog.text
+    assert "skipped 5 (unreadable_image)" in caplog.text
 
 
 def test_the_first_loss_of_a_random_model_stops_the_run(tmp_path):

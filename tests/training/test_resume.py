@@ -1,4 +1,4 @@
-"""A run killed at any step goes on to the very bits of one that was not; checkpoints are whole or absent."""
+"""A run killed at any step resumes to the exact bits of one that was not; checkpoints are complete or absent."""
 
 import json
 import os
@@ -75,7 +75,7 @@ def check_same(folder, whole):
 
 
 def test_adapters_resume_to_the_same_bits(tmp_path):
-    """LoRA with its dropout, and the projection beside it."""
+    """LoRA with its dropout, and the projector."""
     more = ["--use_peft", "true", "--trainable_modules", "projector", "lora", "--lora_r", "4", "--lora_dropout", "0.2"]
     more += ["--lora_target_modules", "q_proj", "v_proj", "--save_steps", str(STEPS // 2)]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
@@ -112,7 +112,7 @@ def test_all_trainers_share_one_path(base, tmp_path):
         torch.testing.assert_close(other, found[0], atol=1e-4, rtol=1e-3)
 
 
-def test_checkpoints_hold_trained_parts_alone(base, tmp_path):
+def test_checkpoints_hold_only_trained_modules(base, tmp_path):
     trainer = trainer_on(base, tmp_path, rows())
     trainer.train()
     checkpoint = tmp_path / "checkpoint-4"
@@ -147,13 +147,13 @@ def test_weight_decay_spares_the_bias(base, tmp_path, golden):
     assert groups == [(g["weight_decay"], [name.split(".")[-1] for name in g["params"]]) for g in recorded]
 
 
-def test_a_folder_with_checkpoints_is_not_written_over(base, tmp_path):
+def test_a_folder_with_checkpoints_is_not_overwritten(base, tmp_path):
     trainer_on(base, tmp_path, rows()).train()
     with pytest.raises(ValueError, match="checkpoint-4 of an earlier run"):
         trainer_on(base, tmp_path, rows()).train()
 
 
-def test_a_checkpoint_takes_the_place_of_an_earlier_attempt_at_its_step(tmp_path):
+def test_a_checkpoint_replaces_an_earlier_attempt_at_its_step(tmp_path):
     for folder, name in ((tmp_path / STAGING, "new"), (tmp_path, "old")):
         (folder / "checkpoint-4").mkdir(parents=True)
         (folder / "checkpoint-4" / name).touch()
@@ -162,18 +162,18 @@ def test_a_checkpoint_takes_the_place_of_an_earlier_attempt_at_its_step(tmp_path
     assert [path.name for path in (tmp_path / "checkpoint-4").iterdir()] == ["new"]
 
 
-def test_two_runs_in_one_folder(base, tmp_path):
+def test_two_runs_in_one_folder(tmp_path):
     with run_lock(tmp_path), pytest.raises(RuntimeError, match=f"process {os.getpid()}"):
-        trainer_on(base, tmp_path, rows()).train()
+        run_main(command(tmp_path))
     other = start(tmp_path / "log", hold, tmp_path)
     while not (tmp_path / "held").exists():
         assert other.is_alive(), (tmp_path / "log").read_text()
         time.sleep(0.01)
     with pytest.raises(RuntimeError, match=f"process {other.pid}"):
-        trainer_on(base, tmp_path, rows()).train()
+        run_main(command(tmp_path))
     other.kill()
     other.join()
-    trainer_on(base, tmp_path, rows(), max_steps=1).train()
+    run_main(command(tmp_path, "--max_steps", "1"))
 
 
 def hold(folder):
@@ -191,12 +191,12 @@ def test_a_checkpoint_of_another_width(base, golden, tmp_path):
         trainer_on(base, tmp_path / "run", rows()).train(resume_from_checkpoint=True)
 
 
-def test_a_full_disk_leaves_the_last_checkpoint_whole(base, tmp_path):
+def test_a_full_disk_leaves_the_last_checkpoint_complete(base, tmp_path):
     run = tmp_path / "run"
     process = start(os.devnull, fill_the_disk, base, run, tmp_path / "error")  # a log would be too long too
     process.join(200)
     error = (tmp_path / "error").read_text()
-    assert "checkpoint-4 could not be written" in error and "checkpoint-2 is whole" in error
+    assert "checkpoint-4 could not be written" in error and "checkpoint-2 is complete" in error
     assert [path.name for path in run.glob("checkpoint-*")] == ["checkpoint-2"] and not (run / ".saving").exists()
     resumed = trainer_on(base, run, rows())
     resumed.train(resume_from_checkpoint=True)
@@ -236,7 +236,7 @@ def take(stream, count):
             return found
 
 
-def test_a_stream_goes_on_with_the_next_row():
+def test_a_stream_resumes_with_the_next_row():
     whole = [n for n, _ in take(PositionedStream(stream_rows(), 2), 50)]
     assert sorted(whole[:20]) == list(range(20)) == sorted(whole[20:40])
     for stop in (2, 6, 18, 20, 22, 38):

@@ -1,4 +1,4 @@
-"""Runs that cannot succeed stop with cause and cure; the bar shows throughput and padding."""
+"""Runs that cannot succeed stop with a cause and a remedy; the bar shows throughput and padding."""
 
 import os
 import signal
@@ -88,7 +88,7 @@ def failing(how):
     return numbered.to_iterable_dataset().map(give)
 
 
-def test_an_error_of_a_data_worker_is_told_in_its_own_words(base, tmp_path):
+def test_an_error_of_a_data_worker_is_raised_as_it_is(base, tmp_path):
     trainer = trainer_on(base, tmp_path, failing("error"), dataloader_num_workers=1)
     with pytest.raises(DataError, match=r"^7 of the first 9 rows cannot be used$"):
         trainer.train()
@@ -103,4 +103,4 @@ def test_a_data_worker_that_dies(base, tmp_path):
 def test_the_bar_shows_throughput_and_padding(base, tmp_path, capsys):
     trainer_on(base, tmp_path, rows(), disable_tqdm=False, max_steps=2).train()
     shown = capsys.readouterr()
-    assert " samples/s, " in shown.err and "% real tokens" in shown.err
+    assert " samples/s, " in shown.err and "% non-padding" in shown.err

@@ -1,4 +1,4 @@
-"""Stages change what they name, and leave every other bit, dropout and optimizer state alone."""
+"""Stages change what they name, and leave every other bit, dropout and optimizer state unchanged."""
 
 import copy
 
@@ -20,15 +20,15 @@ def batch(processor, golden, pictures):
 
 
 @pytest.mark.parametrize(
-    ("parts", "prefixes"),
+    ("modules", "prefixes"),
     [
         (["projector"], ("model.multi_modal_projector.",)),
         (["projector", "qformer"], ("model.multi_modal_projector.", "model.qformer.", "model.query_tokens")),
         (["language_model"], ("model.language_model.", "lm_head.")),
     ],
 )
-def test_only_the_named_parts_move(model, batch, parts, prefixes):
-    names = prepare_stage(model, parts)
+def test_only_the_named_modules_move(model, batch, modules, prefixes):
+    names = prepare_stage(model, modules)
     expected = {name: p.numel() for name, p in model.named_parameters() if name.startswith(prefixes)}
     assert names == expected and expected
     before = copy.deepcopy(model.state_dict())
@@ -49,7 +49,7 @@ def test_only_the_named_parts_move(model, batch, parts, prefixes):
     assert len(optimizer.state) <= len(expected)
 
 
-def test_frozen_parts_have_no_dropout_while_training(model, batch):
+def test_frozen_modules_have_no_dropout_while_training(model, batch):
     prepare_stage(model)
     for module in model.modules():
         if isinstance(module, nn.Dropout):
@@ -120,12 +120,12 @@ def test_other_architectures(save, count, tmp_path):
     assert len(names) == count and all("project" in name for name in names)
 
 
-def test_bad_parts(model):
+def test_bad_modules(model):
     with pytest.raises(ValueError, match="eyes"):
         prepare_stage(model, ["eyes"])
     with pytest.raises(ValueError, match="nothing"):
         prepare_stage(model, [])
-    with pytest.raises(ValueError, match="not both"):
+    with pytest.raises(ValueError, match="exclude each other"):
         prepare_stage(model, ["lora", "language_model"])
     model.model.qformer = model.model.query_tokens = None
     with pytest.raises(ValueError, match="has no qformer"):

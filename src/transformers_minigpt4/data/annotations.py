@@ -1,15 +1,16 @@
-"""Reads the files that list pictures and their texts: LLaVA, cc_sbu_align, Localized Narratives, COCO, CSV, JSONL."""
+"""Reads annotation files, which list images and texts: LLaVA, cc_sbu_align, Localized Narratives, COCO, CSV, JSONL."""
 
 import csv
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
-from .readers import BadRow, Entry, RawRow, caption_row, picture
-from .schema import DataError
+from .readers import BadRow, Entry, RawRow, caption_row, image_file
+from .schema import DataError, Message, Part
 
 
+Record: TypeAlias = dict[str, Any]  # an object of an annotation file, with any keys
 _LLAVA_IMAGE = "<image>"
 _LLAVA_ROLES = {"human": "user", "gpt": "assistant"}
 _PATH_COLUMNS = ("file_name", "image", "path", "image_path", "file")
@@ -28,35 +29,39 @@ def llava(path: Path, images: Path | None) -> Iterator[Entry]:
         try:
             yield _conversation(key, record, folder)
         except (KeyError, TypeError, AttributeError) as error:
-            yield BadRow("entry", key, f"not of LLaVA's form ({type(error).__name__}: {error}): {record!r:.80}")
+            yield BadRow("entry", key, f"not in LLaVA's format ({type(error).__name__}: {error}): {record!r:.80}")
 
 
-def _conversation(key: str, record: dict[str, Any], folder: Path) -> Entry:
+def _conversation(key: str, record: Record, folder: Path) -> Entry:
     name = record.get("image")
     if not (name is None or (isinstance(name, str) and name)):
-        return BadRow("image", key, f"`image` is no file name but {name!r:.40}")
-    messages: list[dict[str, Any]] = []
+        return BadRow("image", key, f"`image` must be a file name, not {name!r:.40}")
+    messages: list[Message] = []
     placed = 0
     for turn in record["conversations"]:
         role, text = _LLAVA_ROLES.get(turn["from"]), turn["value"]
         if role != ("user", "assistant")[len(messages) % 2] or not isinstance(text, str):
-            return BadRow("entry", key, f"turn {len(messages)} is out of order or no text: {turn!r:.60}")
+            return BadRow("entry", key, f"turn {len(messages)} is out of order or not a text: {turn!r:.60}")
         here = text.count(_LLAVA_IMAGE)
         if role == "assistant" and here:
-            return BadRow("entry", key, f"an answer holds {_LLAVA_IMAGE}")
+            return BadRow("entry", key, f"an answer contains {_LLAVA_IMAGE}")
         placed += here
         text = text.replace(_LLAVA_IMAGE, "").strip()
-        # LLaVA's own training puts the picture before the words, wherever the mark stood.
-        content = [*({"type": "image"} for _ in range(here)), *([{"type": "text", "text": text}] if text else [])]
+        # LLaVA's own training puts the image before the words, wherever its placeholder was.
+        content: list[Part] = [{"type": "image"} for _ in range(here)]
+        if text:
+            content.append({"type": "text", "text": text})
         if not content:
             return BadRow("caption" if role == "assistant" else "entry", key, f"turn {len(messages)} is empty")
         messages.append({"role": role, "content": content})
     if not messages or len(messages) % 2:
-        return BadRow("entry", key, f"{len(messages)} turns; a question and an answer each make two")
+        return BadRow("entry", key, f"{len(messages)} turns; every question needs an answer")
     if placed != (name is not None):
-        return BadRow("image", key, f"{placed} marks {_LLAVA_IMAGE} for {'no' if name is None else 'one'} picture")
+        return BadRow(
+            "image", key, f"{placed} placeholders {_LLAVA_IMAGE} for {'no' if name is None else 'one'} image"
+        )
     caption = messages[1]["content"][0]["text"] if len(messages) == 2 else None
-    return RawRow(key, picture(folder, name) if name is not None else [], caption, messages)
+    return RawRow(key, image_file(folder, name) if name is not None else [], caption, messages)
 
 
 def cc_sbu_align(path: Path, images: Path | None) -> Iterator[Entry]:
@@ -66,7 +71,7 @@ def cc_sbu_align(path: Path, images: Path | None) -> Iterator[Entry]:
         if not isinstance(image_id, (str, int)) or not str(image_id):
             yield BadRow("entry", str(number), f"no image_id: {record!r:.80}")
         else:
-            yield caption_row(str(image_id), picture(path / "image", f"{image_id}.jpg"), record.get("caption"))
+            yield caption_row(str(image_id), image_file(path / "image", f"{image_id}.jpg"), record.get("caption"))
 
 
 def coco(path: Path, images: Path | None) -> Iterator[Entry]:
@@ -79,11 +84,11 @@ def coco(path: Path, images: Path | None) -> Iterator[Entry]:
     names = {image.get("id"): image.get("file_name") for image in listed if isinstance(image, dict)}
     for number, record in enumerate(captions["annotations"]):
         if not isinstance(record, dict):
-            yield BadRow("entry", str(number), f"no object: {record!r:.80}")
+            yield BadRow("entry", str(number), f"not an object: {record!r:.80}")
             continue
         key = str(record.get("id", number))
         if name := names.get(record.get("image_id")):
-            yield caption_row(key, picture(folder, name), record.get("caption"))
+            yield caption_row(key, image_file(folder, name), record.get("caption"))
         else:
             yield BadRow("image", key, f"image_id {record.get('image_id')!r} is not among `images`")
 
@@ -99,10 +104,10 @@ def localized_narratives(path: Path, images: Path | None) -> Iterator[Entry]:
         if not isinstance(image_id, (str, int)) or not str(image_id):
             yield BadRow("entry", f"line {number}", f"no image_id: {record!r:.80}")
             continue
-        # COCO's files have twelve digits, the narratives' ids none in front.
+        # COCO's file names are padded to twelve digits, the narratives' ids are not.
         width = 12 if str(record.get("dataset_id", "")).startswith("mscoco") else 0
         key = f"{image_id}/{record.get('annotator_id', number)}"
-        yield caption_row(key, picture(folder, f"{image_id!s:0>{width}}.jpg"), record.get("caption"))
+        yield caption_row(key, image_file(folder, f"{image_id!s:0>{width}}.jpg"), record.get("caption"))
 
 
 def table(path: Path, images: Path | None) -> Iterator[Entry]:
@@ -116,18 +121,18 @@ def table(path: Path, images: Path | None) -> Iterator[Entry]:
         name = next((record[column] for column in _PATH_COLUMNS if record.get(column)), None)
         caption = next((record[column] for column in _CAPTION_COLUMNS if record.get(column)), None)
         if isinstance(name, str):
-            yield caption_row(f"line {number} ({name})", picture(folder, name), caption)
+            yield caption_row(f"line {number} ({name})", image_file(folder, name), caption)
         else:
             yield BadRow("image", f"line {number}", f"no path under any of {', '.join(_PATH_COLUMNS)}")
 
 
 def imagefolder(path: Path, images: Path | None) -> Iterator[Entry]:
-    """A Hugging Face image folder: pictures, and `metadata.csv` or `metadata.jsonl` with `file_name` and `caption`."""
+    """A Hugging Face image folder: images, and `metadata.csv` or `metadata.jsonl` with `file_name` and `caption`."""
     for name in ("metadata.jsonl", "metadata.csv"):
         if (path / name).is_file():
             return table(path / name, path)
     raise DataError(
-        f"{path} holds no metadata.jsonl or metadata.csv; name the folder that has one, such as {path}/train"
+        f"{path} contains no metadata.jsonl or metadata.csv; name the folder that has one, such as {path}/train"
     )
 
 
@@ -144,10 +149,10 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
             for row in rows:
                 yield rows.line_num, row
     except (csv.Error, UnicodeDecodeError) as error:
-        raise DataError(f"{path} is no CSV file in UTF-8: {error}") from error
+        raise DataError(f"{path} is not a CSV file in UTF-8: {error}") from error
 
 
-def json_lines(path: Path) -> Iterator[tuple[int, Any]]:
+def json_lines(path: Path) -> Iterator[tuple[int, Record | BadRow]]:
     """(line number from 1, object or `BadRow`) of a JSON Lines file, read line by line."""
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
@@ -158,25 +163,25 @@ def json_lines(path: Path) -> Iterator[tuple[int, Any]]:
             except ValueError as error:
                 record = BadRow("entry", f"line {number}", f"not JSON: {error}")
             if not isinstance(record, (dict, BadRow)):
-                record = BadRow("entry", f"line {number}", f"no object: {record!r:.80}")
+                record = BadRow("entry", f"line {number}", f"not an object: {record!r:.80}")
             yield number, record
 
 
-def _json(path: Path) -> Any:
+def _json(path: Path) -> object:
     try:
         return json.loads(path.read_bytes())
     except ValueError as error:
         raise DataError(f"{path} is not JSON, or was cut short: {error}") from error
 
 
-def _json_list(path: Path) -> list[Any]:
+def _json_list(path: Path) -> list[Record]:
     records = _json(path)
     if not isinstance(records, list):
-        raise DataError(f"{path} holds {type(records).__name__}, where LLaVA's format is a list of conversations")
+        raise DataError(f"{path} contains a {type(records).__name__}, but LLaVA's format is a list of conversations")
     return records
 
 
-def _annotated(path: Path) -> dict[str, Any]:
+def _annotated(path: Path) -> Record:
     record = _json(path)
     if not isinstance(record, dict) or not isinstance(record.get("annotations"), list):
         raise DataError(f'{path} has no list "annotations"')

@@ -2,34 +2,34 @@
 
 import hashlib
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import fsspec
 from PIL import Image
 
-from .schema import DataError
+from .schema import DataError, UndecodedImage
 
 
-def image_key(image: Any) -> bytes:
+def image_key(image: object) -> bytes:
     """
-    Digest of a picture's content, 32 bytes.
+    Digest of an image's content, 32 bytes.
 
     Args:
-        image: `{"bytes", "path"}`, whose file content counts, or a PIL image, whose mode, size and pixels count. One
-            picture has two keys, therefore: build the cache from rows as training reads them.
+        image: `{"bytes", "path"}`, whose file content counts, or a PIL image, whose mode, size and pixels count. The
+            same image therefore has two keys: build the cache from rows as training reads them.
     """
     if isinstance(image, dict):
-        return hashlib.sha256(image_bytes(image)).digest()
+        return hashlib.sha256(image_bytes(cast(UndecodedImage, image))).digest()
     if isinstance(image, Image.Image):
-        orientation = image.getexif().get(0x0112)  # EXIF says how to turn it
+        orientation = image.getexif().get(0x0112)  # EXIF says how to rotate it
         head = f"{image.mode} {image.size} {orientation} {image.getpalette()}".encode()
         return hashlib.sha256(head + image.tobytes()).digest()
-    raise DataError(f"a picture is a PIL image or {{'bytes', 'path'}}, not {type(image).__name__}")
+    raise DataError(f"an image is a PIL image or {{'bytes', 'path'}}, not {type(image).__name__}")
 
 
-def image_bytes(image: dict[str, Any]) -> bytes:
+def image_bytes(image: UndecodedImage) -> bytes:
     """
-    Content of a picture's file.
+    Content of an image's file.
 
     Args:
         image (`dict`): `{"bytes", "path"}` with one of the two set; the path may be remote.

@@ -1,14 +1,14 @@
-"""Puts captions and conversations into the forms of text that each training stage learns from."""
+"""Puts captions and conversations into the prompt format that a training stage learns from."""
 
 import random
 import re
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, get_args
 
-from .schema import IMAGE_PLACEHOLDER, DataError
+from .schema import IMAGE_PLACEHOLDER, DataError, Message, Row, RowImage
 
 
-Form = Literal["stage1", "stage2", "stage2_llama2", "messages"]
-FORMS: tuple[str, ...] = get_args(Form)
+PromptFormat = Literal["stage1", "stage2", "stage2_llama2", "messages"]
+PROMPT_FORMATS: tuple[str, ...] = get_args(PromptFormat)
 
 # `prompts/alignment.txt` of Vision-CAIR/MiniGPT-4.
 INSTRUCTIONS = (
@@ -40,25 +40,25 @@ def normalise_caption(caption: str) -> str:
     A caption as stage 1 learns it.
 
     Lower case; each of `.!"()*#:;~` and every run of two or more whitespace characters become one space; newlines at
-    the end and spaces at both ends go; what stands between spaces counts as a word, and the first 50 stay. A single
-    tab or newline inside stays, as in BLIP.
+    the end and spaces at both ends are removed; the first 50 words, separated by spaces, are kept. A single tab or
+    newline inside the caption is kept, as in BLIP.
     """
     text = re.sub(r"\s\s+", " ", caption.lower().translate(_BLANKED))
     return " ".join(text.rstrip("\n").strip(" ").split(" ")[:MAX_CAPTION_WORDS])
 
 
-def stage1_row(images: list[Any], caption: str) -> dict[str, Any]:
-    """The row of stage 1: no words before the picture, then the normalised caption and a newline."""
+def stage1_row(images: list[RowImage], caption: str) -> Row:
+    """The row of stage 1: no words before the image, then the normalised caption and a newline."""
     return {"images": images, "prompt": IMAGE_PLACEHOLDER, "completion": normalise_caption(caption) + "\n"}
 
 
-def stage2_row(images: list[Any], caption: str, instruction: str, template: Template = VICUNA) -> dict[str, Any]:
-    """The row of stage 2: picture and instruction in the template, then the caption as it is and the end mark."""
+def stage2_row(images: list[RowImage], caption: str, instruction: str, template: Template = VICUNA) -> Row:
+    """The row of stage 2: image and instruction in the template, then the caption as it is and the stop string."""
     prompt = template.prompt.format(f"<Img>{IMAGE_PLACEHOLDER}</Img> {instruction}")
     return {"images": images, "prompt": prompt, "completion": caption + template.end}
 
 
-def messages_row(images: list[Any], caption: str, instruction: str) -> dict[str, Any]:
+def messages_row(images: list[RowImage], caption: str, instruction: str) -> Row:
     """One question and its answer as messages, for a processor's own chat template."""
     return {
         "images": images,
@@ -70,40 +70,44 @@ def messages_row(images: list[Any], caption: str, instruction: str) -> dict[str,
 
 
 def draw_instruction(*identity: int | str) -> str:
-    """One of the four instructions, always the same for the same identity, such as seed, pass and key of a row."""
+    """One of the four instructions, always the same for the same identity, such as seed, epoch and key of a row."""
     return random.Random(repr(identity)).choice(INSTRUCTIONS)
 
 
 def render(
-    form: str, images: list[Any], caption: str | None, messages: list[dict[str, Any]] | None, instruction: str
-) -> dict[str, Any]:
+    prompt_format: str,
+    images: list[RowImage],
+    caption: str | None,
+    messages: list[Message] | None,
+    instruction: str,
+) -> Row:
     """
-    One row in the form asked for.
+    One row in the requested prompt format.
 
     Args:
-        form: One of `FORMS`.
-        images: The row's pictures, decoded or not.
+        prompt_format: One of `PROMPT_FORMATS`.
+        images: The row's images, decoded or not.
         caption: The text of a caption, or of the only answer of a conversation; `None` for several turns.
         messages: The conversation, where the source has one.
-        instruction: The instruction for forms that have one and captions that come without.
+        instruction: The instruction for prompt formats that have one and captions that come without.
 
     Raises:
-        DataError: for a form that the row cannot have.
+        DataError: for a prompt format that the row cannot have.
     """
-    if form == "messages" and messages is not None:
+    if prompt_format == "messages" and messages is not None:
         return {"images": images, "messages": messages}
     if caption is None:
-        raise DataError(f"several turns do not fit the form {form!r}; use form 'messages'")
+        raise DataError(f"several turns do not fit the prompt format {prompt_format!r}; use 'messages'")
     if len(images) != 1:
-        raise DataError(f"a caption with {len(images)} pictures does not fit the form {form!r}")
-    if form == "stage1":
+        raise DataError(f"a caption with {len(images)} images does not fit the prompt format {prompt_format!r}")
+    if prompt_format == "stage1":
         if not normalise_caption(caption):
             raise DataError(f"nothing is left of the caption {caption!r:.80} when it is normalised")
         return stage1_row(images, caption)
-    if form == "stage2":
+    if prompt_format == "stage2":
         return stage2_row(images, caption, instruction)
-    if form == "stage2_llama2":
+    if prompt_format == "stage2_llama2":
         return stage2_row(images, caption, instruction, LLAMA2)
-    if form == "messages":
+    if prompt_format == "messages":
         return messages_row(images, caption, instruction)
-    raise DataError(f"unknown form {form!r}; choose one of {', '.join(FORMS)}")
+    raise DataError(f"unknown prompt format {prompt_format!r}; choose one of {', '.join(PROMPT_FORMATS)}")

@@ -1,24 +1,22 @@
-"""What every reader gives, and the readers of lists of files and of Hugging Face data sets."""
+"""What every reader gives, and the readers of annotation files and of Hugging Face datasets."""
 
+import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import pyarrow as pa
+from datasets import Image, IterableDataset
 
-from .schema import DataError
-
-
-if TYPE_CHECKING:
-    from datasets import IterableDataset
+from .schema import DataError, Message, UndecodedImage
 
 
 # As many rows as the authors' `wds.shuffle(1000)` holds. It empties at the end of each shard, so that a shard can be
 # read again from its start and give the same order.
 SHUFFLE_BUFFER = 1000
-_LISTING_SHARDS = 256  # pieces of a list, for as many data workers of all processes
+_TABLE_SHARDS = 256  # slices of a table, for as many data workers of all processes
 _CAPTION_COLUMNS = ("caption", "text")
 
 
@@ -26,13 +24,13 @@ class RawRow(NamedTuple):
     """A row as its source has it. `image` is `{"bytes", "path"}`; `caption` is `None` for several turns."""
 
     key: str
-    images: list[dict[str, Any]]
+    images: list[UndecodedImage]
     caption: str | None
-    messages: list[dict[str, Any]] | None = None
+    messages: list[Message] | None = None
 
 
 class BadRow(NamedTuple):
-    """A row that cannot be used: its kind of `problems.KINDS`, and why."""
+    """A row that cannot be used: its kind of `skipped_rows.KINDS`, and why."""
 
     kind: str
     key: str
@@ -53,11 +51,11 @@ class Reader(Protocol):
         ...
 
     def fingerprint(self) -> str:
-        """Text that changes when the data do."""
+        """Text that changes when the data change."""
         ...
 
 
-def caption_row(key: str, images: list[dict[str, Any]], caption: Any) -> Entry:
+def caption_row(key: str, images: list[UndecodedImage], caption: object) -> Entry:
     """The row of a caption, or why there is none."""
     if not isinstance(caption, str) or not caption.strip():
         return BadRow("caption", key, "there is no caption" if caption is None else f"the caption is {caption!r:.40}")
@@ -84,14 +82,14 @@ def shuffled(entries: Iterator[Entry], seed: list[int] | None, size: int = SHUFF
 
 class AnnotationReader:
     """
-    Reads a list of picture files with texts, kept as an Arrow table that forked data workers share.
+    Reads annotations: image files with texts, kept as an Arrow table that forked data workers share.
 
     Args:
         name: What messages call the source.
-        entries: What the list says, good or bad.
+        entries: The entries of the annotation file, good or bad.
 
     Raises:
-        DataError: for an empty list.
+        DataError: for annotations without an entry.
     """
 
     def __init__(self, name: str, entries: Iterator[Entry]) -> None:
@@ -109,28 +107,26 @@ class AnnotationReader:
             for column, value in zip(columns.values(), values):
                 column.append(value)
         if not columns["key"]:
-            raise DataError(f"{name} lists no picture")
+            raise DataError(f"{name} lists no images")
         self.table = pa.table({column: pa.array(values, pa.large_string()) for column, values in columns.items()})
-        self.num_shards = min(len(self.table), _LISTING_SHARDS)
+        self.num_shards = min(len(self.table), _TABLE_SHARDS)
 
     def read(self, shard: int, seed: list[int] | None) -> Iterator[Entry]:
         size = len(self.table)
         bounds = [size * part // self.num_shards for part in (shard, shard + 1)]
         rows = np.arange(*bounds)
         if seed is not None:
-            # One order of the whole list, of which each shard is a piece: only the last number of a seed is the shard.
+            # One order of the table, of which each shard is a slice: only the last number of a seed is the shard.
             rows = np.random.default_rng(seed[:-1]).permutation(size)[slice(*bounds)]
         for row in self.table.take(pa.array(rows)).to_pylist():
             if row["kind"] is not None:
                 yield BadRow(row["kind"], row["key"], row["reason"])
                 continue
-            images = [{"bytes": None, "path": row["image"]}] if row["image"] is not None else []
+            images: list[UndecodedImage] = [] if row["image"] is None else [{"bytes": None, "path": row["image"]}]
             messages = json.loads(row["messages"]) if row["messages"] is not None else None
             yield RawRow(row["key"], images, row["caption"], messages)
 
     def fingerprint(self) -> str:
-        import hashlib
-
         digest = hashlib.sha256()
         for column in self.table.combine_chunks().columns:
             for value in column.chunks:
@@ -140,23 +136,21 @@ class AnnotationReader:
 
 
 class DatasetReader:
-    """Reads a Hugging Face data set of pictures and captions, streamed."""
+    """Reads a Hugging Face dataset of images and captions, streamed."""
 
-    def __init__(self, name: str, dataset: "IterableDataset") -> None:
-        from datasets import Image
-
+    def __init__(self, name: str, dataset: IterableDataset) -> None:
         features = dataset.features or {}
         images = [column for column, feature in features.items() if isinstance(feature, Image)]
         captions = [column for column in _CAPTION_COLUMNS if column in features]
         if len(images) != 1 or not captions:
             found = ", ".join(f"{column} ({type(feature).__name__})" for column, feature in features.items())
             raise DataError(
-                f"{name} needs one column of pictures and a column `caption` or `text`; it has {found or 'none'}"
+                f"{name} needs one column of images and a column `caption` or `text`; it has {found or 'none'}"
             )
         self.image, self.caption = images[0], captions[0]
         self.id = next((column for column in ("image_id", "id", "key") if column in features), None)
         self.name = name
-        # The pictures' own bytes: a broken one is then found row by row, and a resumed run need not decode again.
+        # The images' own bytes: a broken one is then found row by row, and a resumed run need not decode again.
         self.dataset = dataset.decode(False)
         self.num_shards = self.dataset.num_shards
 
@@ -176,15 +170,15 @@ class DatasetReader:
         except (OSError, ValueError, RuntimeError, pa.ArrowException) as error:
             yield BadRow("shard", f"shard {shard}", f"{type(error).__name__} after {number} rows: {error}")
 
-    def _row(self, key: str, image: dict[str, Any] | None, caption: Any) -> Entry:
+    def _row(self, key: str, image: UndecodedImage | None, caption: object) -> Entry:
         if image is None or (image["bytes"] is None and not image["path"]):
-            return BadRow("image", key, "the row has no picture")
+            return BadRow("image", key, "the row has no image")
         return caption_row(key, [{"bytes": image["bytes"], "path": image["path"]}], caption)
 
     def fingerprint(self) -> str:
         return f"{self.name} {self.num_shards} {self.dataset.features}"
 
 
-def picture(folder: Path, name: str) -> list[dict[str, Any]]:
-    """The images of a row whose picture is a file."""
+def image_file(folder: Path, name: str) -> list[UndecodedImage]:
+    """The images of a row whose image is a file."""
     return [{"bytes": None, "path": str(folder / name)}]

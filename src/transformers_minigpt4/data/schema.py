@@ -1,12 +1,38 @@
-"""The one row format that all sources give and all training takes, and the check that a row keeps to it."""
+"""The one row format that all sources give and all training takes, and the check of a row."""
 
 import os
-from typing import Any
+from typing import Any, NotRequired, TypeAlias, TypedDict
 
 from PIL import Image
 
 
-# Where a prompt has a picture; the processor's own token. Messages have a part `{"type": "image"}` instead.
+# What `validate_row` checks: `images`, and `prompt` and `completion` or `messages`.
+Row: TypeAlias = dict[str, Any]
+
+
+class UndecodedImage(TypedDict):
+    """An image file: its content, or where it is."""
+
+    bytes: bytes | None
+    path: str | None
+
+
+class Part(TypedDict):
+    """A part of a message: `{"type": "image"}`, or `{"type": "text", "text"}`."""
+
+    type: str
+    text: NotRequired[str]
+
+
+class Message(TypedDict):
+    """A turn of a conversation."""
+
+    role: str
+    content: list[Part]
+
+
+RowImage: TypeAlias = Image.Image | UndecodedImage
+# The position of an image in a prompt; the processor's own token. Messages have a part `{"type": "image"}` instead.
 IMAGE_PLACEHOLDER = "<ImageHere>"
 _KEYS = {"images", "prompt", "completion", "messages", "key", "source"}
 
@@ -15,23 +41,23 @@ class DataError(ValueError):
     """Data that cannot be used; the message says what was given, why it fails and what to do."""
 
 
-def validate_row(row: Any) -> None:
+def validate_row(row: object) -> None:
     """
     Checks one row.
 
-    A row has `images` (list) and one of two forms of text, both those of TRL:
+    A row has `images` (list) and text in one of TRL's two formats:
 
     - one turn: `prompt` and `completion`, two strings. The prompt holds one `<ImageHere>` per image. Neither holds
-      `<s>`: what a model needs in front of its text is the collator's to add, so that rows fit any model.
+      `<s>`: the collator adds what a model needs in front of its text, so that rows fit any model.
     - several turns: `messages`, a list of `{"role", "content"}` with the roles `system` (first only), then `user` and
-      `assistant` in turn, ending with `assistant`. A content is a list of `{"type": "text", "text"}` and, for users,
+      `assistant` in turn, ending with `assistant`. Its content is a list of `{"type": "text", "text"}` and, for users,
       `{"type": "image"}`, one per image.
 
     An image is a PIL image, or, undecoded, `{"bytes", "path"}` with one of the two set. `key` and `source` (strings)
     may say where the row comes from.
 
     Args:
-        row: What to check.
+        row: The value to check.
 
     Raises:
         DataError: for the first thing that is wrong.
@@ -42,7 +68,7 @@ def validate_row(row: Any) -> None:
         raise DataError(f"unknown keys {sorted(map(str, unknown))} in a row; it may have {sorted(_KEYS)}")
     images = row.get("images")
     if not isinstance(images, list):
-        raise DataError(f"a row needs a list `images`, empty where there is none, not {images!r:.80}")
+        raise DataError(f"a row needs a list `images`, empty if it has none, not {images!r:.80}")
     for image in images:
         _check_image(image)
     turns = {"prompt", "completion"} & row.keys()
@@ -55,7 +81,7 @@ def validate_row(row: Any) -> None:
         raise DataError(f"a row has `prompt` and `completion`, or `messages`; this one has {found}")
 
 
-def _check_image(image: Any) -> None:
+def _check_image(image: object) -> None:
     if isinstance(image, Image.Image):
         return
     if isinstance(image, dict) and image.keys() <= {"bytes", "path"}:
@@ -65,7 +91,7 @@ def _check_image(image: Any) -> None:
     raise DataError(f"an image is a PIL image or {{'bytes', 'path'}} with one of them set, not {image!r:.80}")
 
 
-def _check_turn(prompt: Any, completion: Any, images: int) -> None:
+def _check_turn(prompt: object, completion: object, images: int) -> None:
     if not isinstance(prompt, str) or not isinstance(completion, str):
         raise DataError(f"`prompt` and `completion` are strings, not {prompt!r:.40} and {completion!r:.40}")
     if not completion.strip():
@@ -78,7 +104,7 @@ def _check_turn(prompt: Any, completion: Any, images: int) -> None:
     _check_text(completion)
 
 
-def _check_messages(messages: Any, images: int) -> None:
+def _check_messages(messages: object, images: int) -> None:
     if not isinstance(messages, list) or not messages:
         raise DataError(f"`messages` is a list of turns, not {messages!r:.80}")
     if not all(isinstance(message, dict) and isinstance(message.get("content"), list) for message in messages):
@@ -105,16 +131,16 @@ def _check_messages(messages: Any, images: int) -> None:
 
 def _check_text(text: str) -> None:
     if IMAGE_PLACEHOLDER in text:
-        raise DataError(f"{IMAGE_PLACEHOLDER} stands in a text, where a picture would be put: {text!r:.120}")
+        raise DataError(f"a text contains {IMAGE_PLACEHOLDER}, which would be replaced by an image: {text!r:.120}")
 
 
-def message_text(message: dict[str, Any]) -> str:
+def message_text(message: Message) -> str:
     """The texts of a message, joined by spaces."""
     return " ".join(part["text"] for part in message["content"] if part["type"] == "text")
 
 
-def answer_text(row: dict[str, Any]) -> str:
-    """What a row teaches: its completion, or all that the assistant says in its messages."""
+def answer_text(row: Row) -> str:
+    """What is learnt from a row: its completion, or everything that the assistant says in its messages."""
     if "completion" in row:
         return row["completion"]
     return " ".join(message_text(message) for message in row["messages"] if message["role"] == "assistant")

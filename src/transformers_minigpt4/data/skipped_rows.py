@@ -1,15 +1,13 @@
 """Counts the rows that cannot be used, across data workers, logs them by key, and stops a run that has too many."""
 
-import json
 import logging
 import math
-import os
-from pathlib import Path
+from typing import TypeGuard
 
 import torch
 from torch.utils.data import get_worker_info
 
-from .readers import BadRow, Entry
+from .readers import BadRow, Entry, RawRow
 from .schema import DataError
 
 
@@ -19,20 +17,20 @@ logger = logging.getLogger(__name__)
 KINDS = {
     "shard": "a file of many rows that cannot be opened or read to its end",
     "entry": "an entry that is not of the source's format",
-    "image": "no picture named or stored with the text",
-    "unreadable_image": "a picture that is missing on the disk or cannot be decoded",
+    "image": "no image is named or stored with the text",
+    "unreadable_image": "an image that is missing on the disk or cannot be decoded",
     "caption": "no caption, or an empty one",
-    "form": "a row that does not fit the form asked for",
+    "prompt_format": "a row that does not fit the requested prompt format",
 }
 _COLUMNS = ("rows", "shards", *KINDS)
 _SLOTS = 64  # data workers that count apart, so that no two write into one place
-_LOGGED = 10  # of one kind, source and process; the others are counted, and written to the file if there is one
+_LOGGED = 10  # of one kind, source and process; the others are only counted
 _EXAMPLES = 5
-# Below these numbers a share says nothing yet.
+# Below these numbers an error rate says nothing yet.
 MIN_ROWS, MIN_SHARDS = 200, 10
 
 
-class Problems:
+class SkippedRows:
     """
     Counts of rows read and of rows skipped, by source and kind.
 
@@ -41,8 +39,7 @@ class Problems:
 
     Args:
         sources: The sources' names.
-        max_error_rate: Share of a source's rows, or of its shards, above which reading stops; `None` for no limit.
-        file: JSON Lines file to append every skipped row to: source, kind, key, reason.
+        max_error_rate: Fraction of a source's rows, or of its shards, above which reading stops; `None` for no limit.
         log: Whether to warn of them too.
     """
 
@@ -50,15 +47,13 @@ class Problems:
         self,
         sources: list[str],
         max_error_rate: float | None = 0.05,
-        file: str | os.PathLike | None = None,
         log: bool = True,
     ) -> None:
         if max_error_rate is not None and not 0 <= max_error_rate <= 1:
-            raise DataError(f"max_error_rate is a share between 0 and 1, not {max_error_rate}")
+            raise DataError(f"max_error_rate must be between 0 and 1, not {max_error_rate}")
         self.sources = sources
         self.max_error_rate = max_error_rate
         self.log = log
-        self.file = Path(file) if file is not None else None
         # (source, kind) -> first (key, reason) pairs of this process.
         self.examples: dict[tuple[str, str], list[tuple[str, str]]] = {}
         self._table = torch.zeros(len(sources), _SLOTS, len(_COLUMNS), dtype=torch.int64).share_memory_()
@@ -68,9 +63,9 @@ class Problems:
         worker = get_worker_info()
         self._table[source, (worker.id if worker else 0) % _SLOTS, _COLUMNS.index(column)] += 1
 
-    def accepts(self, source: int, entry: Entry) -> bool:
-        """Counts what a reader gave; whether it is a row to go on with."""
-        # A broken shard is no row, and counts among the shards.
+    def accepts(self, entry: Entry, source: int) -> TypeGuard[RawRow]:
+        """Counts an entry of a reader; whether it is a usable row."""
+        # A broken shard is not a row; it counts among the shards.
         if not isinstance(entry, BadRow) or entry.kind != "shard":
             self.count(source)
         if isinstance(entry, BadRow):
@@ -89,10 +84,6 @@ class Problems:
         examples = self.examples.setdefault((name, kind), [])
         if len(examples) < _EXAMPLES:
             examples.append((key, reason))
-        if self.file is not None:
-            line = json.dumps({"source": name, "kind": kind, "key": key, "reason": reason}, ensure_ascii=False)
-            with open(self.file, "ab") as file:  # one write of one line, so that workers do not mix theirs
-                file.write(line.encode() + b"\n")
         seen = self.counts()[name]
         if self.log and seen[kind] <= _LOGGED:
             more = "; further ones of this kind are only counted" if seen[kind] == _LOGGED else ""

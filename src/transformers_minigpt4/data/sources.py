@@ -6,23 +6,24 @@ import re
 from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from datasets import IterableDataset, interleave_datasets, load_dataset, load_from_disk
+from PIL import Image
 
 from transformers_minigpt4.processing.image_utils_minigpt4 import ImageLoadError, load_image
 
 from . import annotations
 from .images import image_bytes, image_key
-from .prompt_formats import FORMS, Form, draw_instruction, render
+from .prompt_formats import PROMPT_FORMATS, PromptFormat, draw_instruction, render
 from .readers import AnnotationReader, BadRow, DatasetReader, Entry, Reader
-from .schema import DataError, validate_row
-from .skipped_rows import Problems
-from .stream import RAW_FEATURES, SourceIterable, raw_row
+from .schema import DataError, Row, RowImage, UndecodedImage, validate_row
+from .skipped_rows import SkippedRows
+from .stream import RAW_FEATURES, RawColumns, SourceIterable, raw_row
 from .webdataset import WebdatasetReader
 
 
-# Kinds of sources that are one file or folder listing pictures, and whether `images=` may say where these are.
+# Kinds of sources that are one file or folder of annotations, and whether `images=` may say where the images are.
 _ANNOTATION_READERS: dict[str, tuple[Callable[[Path, Path | None], Iterator[Entry]], bool]] = {
     "llava": (annotations.llava, True),
     "cc_sbu_align": (annotations.cc_sbu_align, False),
@@ -41,7 +42,7 @@ KINDS = tuple(_OPTIONS)
 
 @dataclass(frozen=True)
 class Source:
-    """Where rows come from: `KIND:PATH`, with `::images=FOLDER`, `::split=NAME` and `::weight=NUMBER` behind it."""
+    """Where rows come from: `KIND:PATH`, followed by `::images=FOLDER`, `::split=NAME` and `::weight=NUMBER`."""
 
     kind: str
     path: str
@@ -63,32 +64,32 @@ def parse_source(text: str) -> Source:
     Reads one line of a configuration, such as `wds:/data/laion/{00000..01255}.tar::weight=115`.
 
     Raises:
-        DataError: for an unknown kind or option, an option that the kind has not, a missing path, a bad weight.
+        DataError: for an unknown kind or option, an option that the kind does not have, a missing path, a bad weight.
     """
     first, *options = str(text).split("::")
     kind, colon, path = first.partition(":")
     if kind not in KINDS or not colon or not path:
-        raise DataError(f"{text!r} names no source; write KIND:PATH, with KIND one of {', '.join(KINDS)}")
-    values: dict[str, Any] = {}
+        raise DataError(f"{text!r} is not a source; write KIND:PATH, with KIND one of {', '.join(KINDS)}")
+    values: dict[str, str] = {}
     for option in options:
         name, equals, value = option.partition("=")
         if name not in _OPTIONS[kind] or not equals or not value:
             raise DataError(
-                f"{option!r} in {text!r} is no option of {kind}; it has {', '.join(sorted(_OPTIONS[kind]))}"
+                f"{option!r} in {text!r} is not an option of {kind}, whose options are "
+                f"{', '.join(sorted(_OPTIONS[kind]))}"
             )
         if name in values:
-            raise DataError(f"{name} stands twice in {text!r}")
+            raise DataError(f"{name} is given twice in {text!r}")
         values[name] = value
-    if "weight" in values:
-        if not re.fullmatch(r"\d+(\.\d+)?", values["weight"]) or not float(values["weight"]):
-            raise DataError(f"the weight in {text!r} is a number above zero, such as 115")
-        values["weight"] = float(values["weight"])
-    return Source(kind, path, **values)
+    weight = values.get("weight")
+    if weight is not None and (not re.fullmatch(r"\d+(\.\d+)?", weight) or not float(weight)):
+        raise DataError(f"the weight in {text!r} must be a number above zero, such as 115")
+    return Source(kind, path, values.get("images"), values.get("split"), None if weight is None else float(weight))
 
 
 def open_reader(source: Source) -> Reader:
     """
-    The reader of a source; lists of pictures are read here, shards and pictures later.
+    The reader of a source; annotation files are read here, shards and images later.
 
     Raises:
         DataError: when there is nothing at the path, or nothing in the source's format.
@@ -103,11 +104,13 @@ def open_reader(source: Source) -> Reader:
         raise DataError(f"{name}: there is no {source.path}")
     wants_folder = source.kind in ("cc_sbu_align", "imagefolder")
     if wants_folder != path.is_dir():
-        raise DataError(f"{name}: {source.path} is {'no folder' if wants_folder else 'a folder; name the file in it'}")
+        raise DataError(
+            f"{name}: {source.path} is {'not a folder' if wants_folder else 'a folder; name the file in it'}"
+        )
     if source.images is not None and not Path(source.images).is_dir():
-        raise DataError(f"{name}: images={source.images} is no folder")
+        raise DataError(f"{name}: images={source.images} is not a folder")
     if source.kind == "cc_sbu_align" and not (path / "filter_cap.json").is_file():
-        raise DataError(f"{name}: {source.path} holds no filter_cap.json")
+        raise DataError(f"{name}: {source.path} contains no filter_cap.json")
     read, _ = _ANNOTATION_READERS[source.kind]
     return AnnotationReader(name, read(path, Path(source.images) if source.images is not None else None))
 
@@ -119,132 +122,142 @@ def _open_dataset(source: Source) -> IterableDataset:
             saved = load_from_disk(source.path)
             return saved.to_iterable_dataset(num_shards=min(64, max(1, len(saved))))
         return load_dataset(source.path, split=split, streaming=True)
-    except Exception as error:  # datasets raises a dozen kinds, which all mean that it is not to be had
-        raise DataError(f"{source}: it cannot be opened as a data set ({type(error).__name__}: {error})") from error
+    except Exception as error:  # datasets raises a dozen kinds, all of which mean that it cannot be read
+        raise DataError(f"{source}: it cannot be opened as a dataset ({type(error).__name__}: {error})") from error
 
 
 class Rows(NamedTuple):
-    """A stream of rows (`schema.validate_row`), what was wrong with others, and a digest of where they come from."""
+    """A stream of rows (`schema.validate_row`), counts of the skipped ones, and a digest of where they come from."""
 
     dataset: IterableDataset
-    problems: Problems
+    skipped: SkippedRows
     fingerprint: str
 
 
 class _Renderer:
-    """Turns a raw row, as a batch of one, into rows of the asked form: one, or none where that cannot be done."""
+    """Turns a raw row, as a batch of one, into rows of a prompt format: one, or none where that is impossible."""
 
     def __init__(
-        self, form: str, seed: int, decode: bool, problems: Problems, features: Container[bytes] | None = None
+        self,
+        prompt_format: PromptFormat,
+        seed: int,
+        decode: bool,
+        skipped: SkippedRows,
+        features: Container[bytes] | None = None,
     ) -> None:
-        self.form, self.seed, self.decode, self.problems, self.features = form, seed, decode, problems, features
+        self.prompt_format, self.seed, self.decode = prompt_format, seed, decode
+        self.skipped, self.features = skipped, features
 
     def __call__(self, batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        row = self.row({column: values[0] for column, values in batch.items()})
+        row = self.row(cast(RawColumns, {column: values[0] for column, values in batch.items()}))
         return {} if row is None else {column: [value] for column, value in row.items()}
 
-    def row(self, raw: dict[str, Any]) -> dict[str, Any] | None:
+    def row(self, raw: RawColumns) -> Row | None:
         source, key = raw["source"], raw["key"]
         try:
             images = [self._image(image) for image in raw["images"]]
         except (ImageLoadError, OSError) as error:
-            self.problems.add(source, "unreadable_image", key, str(error))
+            self.skipped.add(source, "unreadable_image", key, str(error))
             return None
-        instruction = draw_instruction(self.seed, source, raw["pass"], key)
+        instruction = draw_instruction(self.seed, source, raw["epoch"], key)
         try:
-            row = render(self.form, images, raw["caption"], raw["messages"], instruction)
+            row = render(self.prompt_format, images, raw["caption"], raw["messages"], instruction)
             validate_row(row)
         except DataError as error:
-            self.problems.add(source, "form", key, str(error))
+            self.skipped.add(source, "prompt_format", key, str(error))
             return None
-        return {**row, "key": key, "source": self.problems.sources[source]}
+        return {**row, "key": key, "source": self.skipped.sources[source]}
 
-    def _image(self, image: dict[str, Any]) -> Any:
+    def _image(self, image: UndecodedImage) -> RowImage:
         if self.features is None:
             return _load(image) if self.decode else image
-        held = {"bytes": image_bytes(image), "path": image["path"]}
+        held: UndecodedImage = {"bytes": image_bytes(image), "path": image["path"]}
         if image_key(held) not in self.features:
-            load_image(held["bytes"])  # raises for a broken one, which the features leave out, and the run skips
+            load_image(image_bytes(held))  # raises for a broken one, which has no features and is skipped
             raise DataError(
-                f"there are no features of {image['path'] or 'a picture'} ({image_key(held).hex()[:16]}…); build "
-                "them from the rows that are trained on: `minigpt4 features` with the same recipe goes on with what "
-                "lacks"
+                f"there are no features of {image['path'] or 'an image'} ({image_key(held).hex()[:16]}…); build them "
+                "from the rows that are trained on: `minigpt4 features` with the same recipe adds the missing ones"
             )
         return held
 
 
-def _load(image: dict[str, Any]) -> Any:
+def _load(image: UndecodedImage) -> Image.Image:
     path = image["path"]
     # A Path, because as a string it might be taken for a URL or base64.
-    return load_image(Path(path) if image["bytes"] is None and "://" not in path else image_bytes(image))
+    local = image["bytes"] is None and path is not None and "://" not in path
+    return load_image(Path(str(path)) if local else image_bytes(image))
 
 
 def open_rows(
     sources: str | Source | Sequence[str | Source],
-    form: Form,
+    prompt_format: PromptFormat,
     *,
     seed: int = 42,
     shuffle: bool = True,
-    passes: int | None = None,
+    epochs: int | None = None,
     decode: bool = True,
     min_shards: int = 1,
     max_error_rate: float | None = 0.05,
-    bad_rows_file: str | os.PathLike | None = None,
     features: Container[bytes] | None = None,
 ) -> Rows:
     """
     Opens one or several sources as one stream of rows.
 
     Args:
-        sources: What [`parse_source`] reads, or its result. Several are drawn from by weight, equally without weights.
-        form: `"stage1"`, `"stage2"`, `"stage2_llama2"` (prompt and completion) or `"messages"`.
-        seed: Draws the orders, the source of each row and the instructions. Same seed and sources, same rows.
-        shuffle: Whether each pass has another order, drawn for whole lists, and for shards with a buffer.
-        passes: How often each source is read. `None` never ends, which training wants: processes then cannot run out
+        sources: What [`parse_source`] reads, or its result. Several are mixed by weight, or equally without weights.
+        prompt_format: `"stage1"`, `"stage2"`, `"stage2_llama2"` (prompt and completion) or `"messages"`.
+        seed: Draws the orders, the source of each row and the instructions. The same seed and sources give the same
+            rows.
+        shuffle: Whether each epoch has another order: of all annotations of a file, and within a buffer of a shard.
+        epochs: How often each source is read. `None` never ends, which training wants: processes then cannot run out
             of rows at different steps. With a number and several sources, the stream ends when each has been read.
         decode: Whether rows hold PIL images, decoded where the row is read, or `{"bytes", "path"}`.
-        min_shards: Processes times data workers, so that each has something to read. A source with fewer files is then
-            read several times side by side, each reader keeping its part.
-        max_error_rate: Share of a source's rows, or shards, that may be bad; above it, reading raises.
-        bad_rows_file: JSON Lines file to which every skipped row is appended.
-        features: Rows then have undecoded pictures; of those that it lacks, broken ones are skipped like any bad row,
-            and a whole one stops reading.
+        min_shards: Processes times data workers, so that each has something to read. A source with fewer shards is
+            then read several times in parallel, each reader keeping its slice.
+        max_error_rate: Fraction of a source's rows, or shards, that may be bad; above it, reading raises.
+        features: Rows then have undecoded images; of images without features, broken ones are skipped like any bad
+            row, and an intact one stops reading.
 
     Returns:
-        `Rows`: dataset, problems and fingerprint. The dataset is split by processes and data workers as any other of
-        `datasets`, and its `state_dict` resumes at the exact row.
+        `Rows`: dataset, counts of skipped rows, and fingerprint. The dataset is split among processes and data workers
+        like any other of `datasets`, and its `state_dict` resumes at the exact row.
 
     Raises:
         DataError: for sources that cannot be opened, or one without a single usable row.
     """
     chosen = _chosen(sources)
-    if form not in FORMS:
-        raise DataError(f"unknown form {form!r}; choose one of {', '.join(FORMS)}")
-    if (passes is not None and passes < 1) or min_shards < 1:
-        raise DataError(f"passes and min_shards are 1 or more, not {passes} and {min_shards}")
+    if prompt_format not in PROMPT_FORMATS:
+        raise DataError(f"unknown prompt format {prompt_format!r}; choose one of {', '.join(PROMPT_FORMATS)}")
+    if (epochs is not None and epochs < 1) or min_shards < 1:
+        raise DataError(f"epochs and min_shards must be 1 or more, not {epochs} and {min_shards}")
     names = [str(replace(source, weight=None)) for source in chosen]
-    problems = Problems(names, max_error_rate, bad_rows_file)
+    skipped = SkippedRows(names, max_error_rate)
     iterables = []
     digest = hashlib.sha256(repr(names).encode())
     for number, source in enumerate(chosen):
         reader = open_reader(source)
         digest.update(reader.fingerprint().encode())
-        _check_for_a_row(reader, form, Problems([names[number]], max_error_rate, log=False))
-        iterables.append(SourceIterable(reader, number, problems, seed if shuffle else None, passes, min_shards))
-    mixed = _mix([iterable.dataset() for iterable in iterables], chosen, seed, passes)
-    renderer = _Renderer(form, seed, decode, problems, features)
+        _check_for_a_row(reader, prompt_format, SkippedRows([names[number]], max_error_rate, log=False))
+        iterables.append(SourceIterable(reader, number, skipped, seed if shuffle else None, epochs, min_shards))
+    mixed = _mix([iterable.dataset() for iterable in iterables], chosen, seed, epochs)
+    renderer = _Renderer(prompt_format, seed, decode, skipped, features)
     dataset = mixed.map(renderer, batched=True, batch_size=1, remove_columns=list(RAW_FEATURES))
-    return Rows(dataset, problems, digest.hexdigest())
+    return Rows(dataset, skipped, digest.hexdigest())
 
 
 def render_source(
-    reader: Reader, form: Form, problems: Problems, *, seed: int | None = None, limit: int | None = None
-) -> Iterator[dict[str, Any]]:
-    """The usable rows among the first `limit` of one source's only pass, in the files' order without a seed."""
-    renderer = _Renderer(form, seed or 0, True, problems)
+    reader: Reader,
+    prompt_format: PromptFormat,
+    skipped: SkippedRows,
+    *,
+    seed: int | None = None,
+    limit: int | None = None,
+) -> Iterator[Row]:
+    """The usable rows among the first `limit` of one epoch of a source, in the files' order without a seed."""
+    renderer = _Renderer(prompt_format, seed or 0, True, skipped)
     rows = 0
-    for entry in SourceIterable(reader, 0, problems, seed, passes=1).entries():
-        if problems.accepts(0, entry) and (row := renderer.row(raw_row(entry, 0, 0))) is not None:
+    for entry in SourceIterable(reader, 0, skipped, seed, epochs=1).entries():
+        if skipped.accepts(entry, 0) and (row := renderer.row(raw_row(entry, 0, 0))) is not None:
             yield row
         rows += not (isinstance(entry, BadRow) and entry.kind == "shard")
         if rows == limit:
@@ -261,18 +274,18 @@ def _chosen(sources: str | Source | Sequence[str | Source]) -> list[Source]:
             f"a source is named twice among {', '.join(map(str, chosen))}; give it a larger weight instead"
         )
     if len({source.weight is None for source in chosen}) > 1:
-        raise DataError(f"give all sources a weight or none: {', '.join(map(str, chosen))}")
+        raise DataError(f"give either all sources a weight or none: {', '.join(map(str, chosen))}")
     return chosen
 
 
-def _check_for_a_row(reader: Reader, form: Form, problems: Problems) -> None:
+def _check_for_a_row(reader: Reader, prompt_format: PromptFormat, skipped: SkippedRows) -> None:
     """Reads up to the first usable row, so that a run without data stops before it loads a model."""
-    if next(render_source(reader, form, problems), None) is None:
-        examples = [f"{key}: {reason}" for found in problems.examples.values() for key, reason in found[:1]]
-        raise DataError(f"no usable row in {problems.report()}; {'; '.join(examples) or 'it is empty'}")
+    if next(render_source(reader, prompt_format, skipped), None) is None:
+        examples = [f"{key}: {reason}" for found in skipped.examples.values() for key, reason in found[:1]]
+        raise DataError(f"no usable row in {skipped.report()}; {'; '.join(examples) or 'it is empty'}")
 
 
-def _mix(streams: list[IterableDataset], chosen: list[Source], seed: int, passes: int | None) -> IterableDataset:
+def _mix(streams: list[IterableDataset], chosen: list[Source], seed: int, epochs: int | None) -> IterableDataset:
     if len(streams) == 1:
         return streams[0]
     weights = [source.weight or 1.0 for source in chosen]
@@ -281,5 +294,5 @@ def _mix(streams: list[IterableDataset], chosen: list[Source], seed: int, passes
         probabilities=[weight / sum(weights) for weight in weights],
         seed=seed,
         # An endless source never runs out; otherwise every row is to come at least once.
-        stopping_strategy="first_exhausted" if passes is None else "all_exhausted",
+        stopping_strategy="first_exhausted" if epochs is None else "all_exhausted",
     )

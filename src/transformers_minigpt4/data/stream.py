@@ -1,26 +1,47 @@
-"""Reads one source as an iterable of `datasets`: pass after pass, split without overlap, resumed at the exact row."""
+"""Reads one source as an iterable of `datasets`: for many epochs, split without overlap, resumed at the exact row."""
 
 import copy
 from collections.abc import Iterator
 from itertools import islice
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 from datasets import DatasetInfo, Features, IterableDataset, Value
 from datasets import List as ListFeature
 from datasets.iterable_dataset import _BaseExamplesIterable
 
-from .readers import Entry, Reader
-from .schema import DataError
-from .skipped_rows import Problems
+from .readers import Entry, RawRow, Reader
+from .schema import DataError, Message, UndecodedImage
+from .skipped_rows import SkippedRows
 
 
-# What a source gives before it is rendered. Sources can be mixed because they all have these.
+class RawColumns(TypedDict):
+    """What a source gives before it is rendered."""
+
+    key: str
+    source: int
+    epoch: int
+    images: list[UndecodedImage]
+    caption: str | None
+    messages: list[Message] | None
+
+
+class StreamState(TypedDict):
+    """Position in a source: `shard` in the order of the epoch, `entry` in the shard, bad entries included."""
+
+    epoch: int
+    shard: int
+    entry: int
+    usable: int
+    type: str
+
+
+# Sources can be mixed because they all have these columns.
 RAW_FEATURES = Features(
     {
         "key": Value("string"),
         "source": Value("int64"),
-        "pass": Value("int64"),
+        "epoch": Value("int64"),
         "images": ListFeature({"bytes": Value("binary"), "path": Value("string")}),
         "caption": Value("string"),
         "messages": ListFeature(
@@ -30,12 +51,12 @@ RAW_FEATURES = Features(
 )
 
 
-def raw_row(entry: Any, source: int, number: int) -> dict[str, Any]:
-    """A good entry as `RAW_FEATURES` has it, with the numbers of its source and pass."""
+def raw_row(entry: RawRow, source: int, number: int) -> RawColumns:
+    """A good entry with the numbers of its source and epoch."""
     return {
         "key": entry.key,
         "source": source,
-        "pass": number,
+        "epoch": number,
         "images": entry.images,
         "caption": entry.caption,
         "messages": entry.messages,
@@ -46,16 +67,16 @@ class SourceIterable(_BaseExamplesIterable):
     """
     The rows of one source.
 
-    `datasets`' own iterable of a generator cannot do two things that training needs: order each pass anew without a
-    shuffle buffer (whose content a resumed run loses), and go on for ever with each data worker keeping its shards.
+    `datasets`' own iterable of a generator cannot do two things that training needs: order each epoch anew without a
+    shuffle buffer (whose content a resumed run loses), and never end, with each data worker keeping its shards.
 
     Args:
         reader: Reads the shards.
         source: Number of the source.
-        problems: Counts what is read and skipped.
-        seed: Draws the order of each pass; `None` keeps the files' order.
-        passes: How often the source is read; `None` for ever.
-        min_shards: Makes parts of shards, each read by itself, where the source has fewer.
+        skipped: Counts what is read and skipped.
+        seed: Draws the order of each epoch; `None` keeps the files' order.
+        epochs: How often the source is read; `None` never ends.
+        min_shards: Slices shards, each slice read separately, if the source has fewer.
     """
 
     _sleep_on_threads_shutdown = False
@@ -64,18 +85,18 @@ class SourceIterable(_BaseExamplesIterable):
         self,
         reader: Reader,
         source: int,
-        problems: Problems,
+        skipped: SkippedRows,
         seed: int | None,
-        passes: int | None,
+        epochs: int | None,
         min_shards: int = 1,
     ) -> None:
         super().__init__()
-        self.reader, self.source, self.problems, self.seed, self.passes = reader, source, problems, seed, passes
-        self.parts = -(-min_shards // reader.num_shards)
-        self.shards = [(shard, part) for part in range(self.parts) for shard in range(reader.num_shards)]
+        self.reader, self.source, self.skipped, self.seed, self.epochs = reader, source, skipped, seed, epochs
+        self.slices = -(-min_shards // reader.num_shards)
+        self.shards = [(shard, part) for part in range(self.slices) for shard in range(reader.num_shards)]
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "SourceIterable":
-        return copy.copy(self)  # `interleave_datasets` copies what it mixes, but lists are large and counts shared
+    def __deepcopy__(self, memo: dict[int, object]) -> "SourceIterable":
+        return copy.copy(self)  # `interleave_datasets` copies what it mixes, but tables are large and counts shared
 
     @property
     def is_typed(self) -> bool:
@@ -89,29 +110,28 @@ class SourceIterable(_BaseExamplesIterable):
     def num_shards(self) -> int:
         return len(self.shards)
 
-    def _init_state_dict(self) -> dict[str, Any]:
-        # `shard` and `entry` are positions: in the order of the pass, and in the shard, bad entries included.
+    def _init_state_dict(self) -> StreamState:
         self._state_dict = self._start()
         return self._state_dict
 
-    def _start(self) -> dict[str, Any]:
-        return {"pass": 0, "shard": 0, "entry": 0, "usable": 0, "type": type(self).__name__}
+    def _start(self) -> StreamState:
+        return {"epoch": 0, "shard": 0, "entry": 0, "usable": 0, "type": type(self).__name__}
 
-    def __iter__(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        state: dict[str, Any] = self._state_dict if self._state_dict is not None else self._start()
-        while self.passes is None or state["pass"] < self.passes:
-            for shard, part in self._order(state["pass"])[state["shard"] :]:
-                self.problems.count(self.source, "shards")
-                for entry in islice(self._entries(shard, part, state["pass"]), state["entry"], None):
+    def __iter__(self) -> Iterator[tuple[str, RawColumns]]:
+        state: StreamState = self._state_dict if self._state_dict is not None else self._start()
+        while self.epochs is None or state["epoch"] < self.epochs:
+            for shard, part in self._order(state["epoch"])[state["shard"] :]:
+                self.skipped.count(self.source, "shards")
+                for entry in islice(self._entries(shard, part, state["epoch"]), state["entry"], None):
                     state["entry"] += 1
-                    if self.problems.accepts(self.source, entry):
+                    if self.skipped.accepts(entry, self.source):
                         state["usable"] += 1
-                        yield f"{state['pass']}/{entry.key}", raw_row(entry, self.source, state["pass"])
+                        yield f"{state['epoch']}/{entry.key}", raw_row(entry, self.source, state["epoch"])
                 state["shard"] += 1
                 state["entry"] = 0
-            if self.passes is None and not state["usable"]:
-                raise DataError(f"no usable row among {self.num_shards} shards:\n{self.problems.report()}")
-            state.update({"pass": state["pass"] + 1, "shard": 0, "usable": 0})
+            if self.epochs is None and not state["usable"]:
+                raise DataError(f"no usable row among {self.num_shards} shards:\n{self.skipped.report()}")
+            state.update({"epoch": state["epoch"] + 1, "shard": 0, "usable": 0})
 
     def _order(self, number: int) -> list[tuple[int, int]]:
         if self.seed is None:
@@ -121,12 +141,12 @@ class SourceIterable(_BaseExamplesIterable):
 
     def _entries(self, shard: int, part: int, number: int) -> Iterator[Entry]:
         seed = [self.seed, self.source, number, shard] if self.seed is not None else None
-        return islice(self.reader.read(shard, seed), part, None, self.parts)
+        return islice(self.reader.read(shard, seed), part, None, self.slices)
 
     def entries(self) -> Iterator[Entry]:
-        """One pass of all that the source holds, good and bad; only its shards are counted."""
+        """One epoch of all entries of the source, good and bad; only its shards are counted."""
         for shard, part in self._order(0):
-            self.problems.count(self.source, "shards")
+            self.skipped.count(self.source, "shards")
             yield from self._entries(shard, part, 0)
 
     def shuffle_data_sources(self, generator: np.random.Generator) -> "SourceIterable":
@@ -148,5 +168,5 @@ class SourceIterable(_BaseExamplesIterable):
         return copy.copy(self)
 
     def dataset(self) -> IterableDataset:
-        """This as a data set."""
+        """This as a dataset."""
         return IterableDataset(self, info=DatasetInfo(features=RAW_FEATURES))

@@ -1,4 +1,4 @@
-"""Reads webdataset shards as `img2dataset` writes them, local or remote, and notices where one is cut short."""
+"""Reads webdataset shards as `img2dataset` writes them, local or remote, and notices shards that are cut short."""
 
 import glob
 import itertools
@@ -8,7 +8,6 @@ import re
 import tarfile
 import zlib
 from collections.abc import Iterator
-from typing import Any
 
 import fsspec
 
@@ -30,21 +29,21 @@ class _StrictTarInfo(tarfile.TarInfo):
         try:
             return super().fromtarfile(tarfile_)
         except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
-            raise  # the proper end mark
+            raise  # the proper end of the archive
         except tarfile.HeaderError as error:
             raise tarfile.ReadError(f"the archive has no end mark where it stops ({error})") from error
 
 
 class WebdatasetReader:
     """
-    Reads tar files of `<key>.jpg` (or another picture) and `<key>.json` with a field `caption`.
+    Reads tar files of `<key>.jpg` (or another image format) and `<key>.json` with a field `caption`.
 
     Where the JSON has no caption, `<key>.txt` gives it.
 
     Args:
         name: What messages call the source.
         pattern: A tar file, a folder of them, a glob with braces such as `/data/{00000..00099}.tar`, a URL that fsspec
-            opens (`hf://datasets/…`, `https://…`, `s3://…`), also with a glob, or a data set's name on the Hub.
+            opens (`hf://datasets/…`, `https://…`, `s3://…`), also with a glob, or the name of a dataset on the Hub.
 
     Raises:
         DataError: when there is no shard.
@@ -54,7 +53,7 @@ class WebdatasetReader:
         self.shards = find_shards(pattern)
         if not self.shards:
             raise DataError(
-                f"{name}: no shard there; give a tar file, a folder of them or a pattern that matches some"
+                f"{name}: no shards found; give a tar file, a folder of them or a pattern that matches some"
             )
 
     @property
@@ -80,7 +79,7 @@ class WebdatasetReader:
 
 
 def _samples(url: str) -> Iterator[tuple[str, dict[str, bytes | None]]]:
-    """(key, {extension: content}) of the samples of a shard, whose files lie together; `None` for one that recurs."""
+    """(key, {extension: content}) of the samples of a shard, whose files are adjacent; `None` for one that recurs."""
     key, files = "", dict[str, bytes | None]()
     with (
         fsspec.open(url, "rb") as stream,
@@ -106,15 +105,15 @@ def _samples(url: str) -> Iterator[tuple[str, dict[str, bytes | None]]]:
 def _entry(key: str, files: dict[str, bytes | None]) -> Entry:
     images = [extension for extension in files if extension in _IMAGES]
     if None in files.values():
-        return BadRow("entry", key, "a file of this name comes twice in the shard")
+        return BadRow("entry", key, "a file of this name occurs twice in the shard")
     if len(images) != 1:
-        return BadRow("image", key, f"{len(images)} pictures among {', '.join(sorted(files))}")
-    caption: Any = None
+        return BadRow("image", key, f"{len(images)} images among {', '.join(sorted(files))}")
+    caption: object = None
     try:
         if content := files.get("json"):
             record = json.loads(content)
             if not isinstance(record, dict):
-                return BadRow("entry", key, "the JSON is no object")
+                return BadRow("entry", key, "the JSON is not an object")
             caption = record.get("caption")
         if caption is None and (content := files.get("txt")):
             caption = content.decode()
@@ -127,15 +126,15 @@ def find_shards(pattern: str) -> list[str]:
     """
     The tar files that a pattern names, sorted.
 
-    A plain name in a range of braces need not exist: a missing shard is a problem of the run, counted there. Of a data
-    set on the Hub named without a pattern, shards with `train` in their names are taken where there are any.
+    A plain name in a range of braces need not exist: the run counts missing shards. Of a dataset on
+    the Hub named without a pattern, the shards with `train` in their names are taken if there are any.
     """
     if not _REMOTE.match(pattern) and not os.path.exists(pattern) and _HUB_ID.fullmatch(pattern):
         try:
             shards = _expand_remote(f"hf://datasets/{pattern}/**/*.tar")
         except (OSError, ValueError) as error:
             raise DataError(
-                f"there is no {pattern!r} on this computer, and as a data set of the Hub it cannot be listed: {error}"
+                f"there is no {pattern!r} on this computer, and the Hub cannot list a dataset of that name: {error}"
             ) from error
         return [shard for shard in shards if "train" in shard.rsplit("/", 1)[-1]] or shards
     found: list[str] = []
@@ -161,7 +160,7 @@ def _expand_remote(url: str) -> list[str]:
 
 
 def expand_braces(pattern: str) -> list[str]:
-    """`a{1..3}b` and `a{x,y}b` as the names they stand for; a range keeps the width of its first number."""
+    """`a{1..3}b` and `a{x,y}b` as the names that they expand to; a range keeps the width of its first number."""
     pieces: list[list[str]] = []
     for number, piece in enumerate(_BRACES.split(pattern)):
         if number % 2 == 0:
@@ -169,7 +168,7 @@ def expand_braces(pattern: str) -> list[str]:
         elif match := re.fullmatch(r"(\d+)\.\.(\d+)", piece):
             first, last = int(match[1]), int(match[2])
             if first > last:
-                raise DataError(f"the range {{{piece}}} runs backwards in {pattern!r}")
+                raise DataError(f"the range {{{piece}}} is reversed in {pattern!r}")
             pieces.append([f"{value:0{len(match[1])}}" for value in range(first, last + 1)])
         else:
             pieces.append(piece.split(","))

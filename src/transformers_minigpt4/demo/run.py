@@ -32,7 +32,9 @@ from transformers.utils import logging as transformers_logging
 from transformers_minigpt4 import MiniGPT4Config, MiniGPT4ForConditionalGeneration, MiniGPT4Processor
 from transformers_minigpt4.inference.generation import generate_ids
 from transformers_minigpt4.inference.loading import GenerativeModel
-from transformers_minigpt4.training.sft import load_rows, make_trainer, parse_recipe
+from transformers_minigpt4.training.loading import load_rows
+from transformers_minigpt4.training.recipe import parse_recipe
+from transformers_minigpt4.training.setup import make_trainer
 from transformers_minigpt4.utils.files import atomic_folder, write_json
 from transformers_minigpt4.utils.versions import PACKAGE, package_versions
 
@@ -75,7 +77,7 @@ def build_model(
     for module in filter(None, (config.vision_config, config.qformer_config, config.text_config)):
         module.name_or_path = ""  # a path of this machine, which would be saved with the checkpoint
     model = MiniGPT4ForConditionalGeneration(config)
-    model.model.vision_tower.load_state_dict(vision_tower.state_dict())
+    model.model.get_submodule("vision_tower").load_state_dict(vision_tower.state_dict())
     if model.model.qformer is not None:
         model.model.qformer.load_state_dict(qformer.state_dict())
         model.model.query_tokens.data.copy_(query_tokens)

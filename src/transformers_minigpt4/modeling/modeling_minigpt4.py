@@ -174,13 +174,17 @@ class MiniGPT4PreTrainedModel(CheckpointMixin):
 class MiniGPT4Model(MiniGPT4PreTrainedModel):
     _keys_to_ignore_on_load_unexpected = [r"^lm_head\."]  # `AutoModel` reads full checkpoints
 
-    def __init__(self, config: MiniGPT4Config):
+    def __init__(self, config: MiniGPT4Config, image_modules: bool = True):
         super().__init__(config)
-        self.vision_tower = _build_vision_tower(config)
+        # Without image modules, for training from cached features: neither built nor loaded.
+        self.vision_tower = _build_vision_tower(config) if image_modules else None
+        if not image_modules:
+            self._keys_to_ignore_on_load_unexpected = [r"^lm_head\.", r"(^|\.)(vision_tower|qformer)\."]
         if config.qformer_config is not None:
             width = config.qformer_config.hidden_size
             self.query_tokens = nn.Parameter(torch.zeros(1, config.num_query_tokens, width))
-            self.qformer: Blip2QFormerModel | None = _build(Blip2QFormerModel, config.qformer_config)
+            qformer = _build(Blip2QFormerModel, config.qformer_config) if image_modules else None
+            self.qformer: Blip2QFormerModel | None = qformer
         else:
             self.register_parameter("query_tokens", None)
             self.qformer = None
@@ -212,6 +216,10 @@ class MiniGPT4Model(MiniGPT4PreTrainedModel):
         Raises:
             ValueError: for images of another size or rank.
         """
+        if self.vision_tower is None:
+            raise RuntimeError(
+                "This model was loaded without image modules. Give it image features, or load all of it."
+            )
         expected = self.config.image_height_width
         if pixel_values.ndim != 4 or tuple(pixel_values.shape[-2:]) != expected:
             raise ValueError(
@@ -339,9 +347,9 @@ class MiniGPT4Model(MiniGPT4PreTrainedModel):
 class MiniGPT4ForConditionalGeneration(MiniGPT4PreTrainedModel, GenerationMixin):
     _tp_plan = {"lm_head": "colwise_gather_output"}
 
-    def __init__(self, config: MiniGPT4Config):
+    def __init__(self, config: MiniGPT4Config, image_modules: bool = True):
         super().__init__(config)
-        self.model = MiniGPT4Model(config)
+        self.model = MiniGPT4Model(config, image_modules)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         embeddings = self.model.get_input_embeddings()  # `embed_tokens` in most language models, `wte` in some
         name = next(name for name, module in self.model.named_modules() if module is embeddings)

@@ -4,14 +4,17 @@ import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from trl import SFTConfig
+from transformers import PreTrainedConfig
+from trl import ModelConfig, SFTConfig
 
-from transformers_minigpt4.data.prompt_formats import FORMS
+from transformers_minigpt4.data.prompt_formats import PROMPT_FORMATS, PromptFormat
+from transformers_minigpt4.utils.families import FAMILIES, LORA, PROJECTOR, QFORMER, family_of
 from transformers_minigpt4.utils.file_names import SOURCES_FILE
 
-from .stages import LORA, PARTS
+from .packing import check_packable
+from .schedule import check_floor
+from .stages import check_modules
 
 
 PYTHON = "python:"  # in front of MODULE:FUNCTION, for rows or a model that code makes
@@ -20,44 +23,44 @@ PYTHON = "python:"  # in front of MODULE:FUNCTION, for rows or a model that code
 @dataclass
 class StageArguments:
     """
-    What a recipe says beyond TRL's `ModelConfig` and `SFTConfig`.
+    The keys of a recipe beyond TRL's `ModelConfig` and `SFTConfig`.
 
     Args:
-        trainable_modules (`list[str]`): Parts that learn, see `stages.prepare_stage`.
+        trainable_modules (`list[str]`): Modules to train, see `stages.prepare_stage`.
         sources (`list[str]`): Sources of rows as `KIND:PATH[::weight=NUMBER]…`, see `data.open_rows`; or one
             `python:MODULE:FUNCTION`, which is called with the number of rows and the seed and returns a `Dataset`.
-        form (`str`): Form of the rows: `stage1`, `stage2`, `stage2_llama2`, `messages`.
-        max_completion_length (`int`, *optional*): Tokens of an answer; the tail of longer ones is cut.
-        max_error_rate (`float`): Share of bad rows above which the run stops.
-        requires_stage1 (`bool`): Refuse a model whose projection has not been trained.
+        prompt_format (`str`): Prompt format of the rows: `stage1`, `stage2`, `stage2_llama2`, `messages`.
+        max_completion_length (`int`, *optional*): Tokens of an answer; longer ones are cut at the end.
+        max_error_rate (`float`): Fraction of bad rows above which the run stops.
+        requires_stage1 (`bool`): Refuse a model whose projector has not been trained.
         requires_qformer (`bool`, *optional*): Whether the model must have a Q-Former, or must not.
-        requires_projector_layers (`int`, *optional*): Linear layers that its projection must have.
+        requires_projector_layers (`int`, *optional*): Linear layers that its projector must have.
         check_first_loss (`bool`): Stop when the first loss is that of guessing.
-        feature_cache (`str`, *optional*): Folder of `minigpt4 features`, which makes it; pictures are then neither
-            decoded nor encoded, and the vision tower is not loaded.
-        pack_rows (`bool`): Put the rows of a batch one behind the other, without padding.
-        pack_tokens (`int`, *optional*): Positions of a packed sequence; by default the whole batch is one.
+        feature_cache (`str`, *optional*): Folder built by `minigpt4 features`; images are then neither decoded nor
+            encoded, and the vision tower is not loaded.
+        pack_rows (`bool`): Pack the rows of a batch into sequences without padding.
+        pack_tokens (`int`, *optional*): Positions of a packed sequence; by default the batch is one sequence.
     """
 
-    trainable_modules: list[str] = field(default_factory=lambda: ["projector"], metadata={"help": "Parts that learn."})
+    trainable_modules: list[str] = field(default_factory=lambda: [PROJECTOR], metadata={"help": "Modules to train."})
     sources: list[str] = field(default_factory=list, metadata={"help": "Sources of rows, KIND:PATH[::weight=N]."})
-    form: str = field(default="stage2", metadata={"help": "Form of the rows."})
+    prompt_format: PromptFormat = field(default="stage2", metadata={"help": "Prompt format of the rows."})
     max_completion_length: int | None = field(default=160, metadata={"help": "Tokens of an answer."})
-    max_error_rate: float = field(default=0.05, metadata={"help": "Share of bad rows above which the run stops."})
-    requires_stage1: bool = field(default=False, metadata={"help": "Refuse a model with an untrained projection."})
+    max_error_rate: float = field(default=0.05, metadata={"help": "Fraction of bad rows above which the run stops."})
+    requires_stage1: bool = field(default=False, metadata={"help": "Refuse a model with an untrained projector."})
     requires_qformer: bool | None = field(default=None, metadata={"help": "Whether the model has a Q-Former."})
-    requires_projector_layers: int | None = field(default=None, metadata={"help": "Layers of its projection."})
+    requires_projector_layers: int | None = field(default=None, metadata={"help": "Layers of its projector."})
     check_first_loss: bool = field(default=True, metadata={"help": "Stop when the first loss is that of guessing."})
-    feature_cache: str | None = field(default=None, metadata={"help": "Folder of `minigpt4 features`."})
+    feature_cache: str | None = field(default=None, metadata={"help": "Folder built by `minigpt4 features`."})
     pack_rows: bool = field(default=False, metadata={"help": "Pack the rows of a batch without padding."})
     pack_tokens: int | None = field(default=None, metadata={"help": "Positions of a packed sequence."})
 
-    def __post_init__(self):
-        # A YAML file may name one without a list.
-        self.trainable_modules = (
-            [self.trainable_modules] if isinstance(self.trainable_modules, str) else self.trainable_modules
-        )
-        self.sources = [self.sources] if isinstance(self.sources, str) else self.sources
+    def __post_init__(self) -> None:
+        # A YAML file may give one value without a list.
+        if isinstance(self.trainable_modules, str):
+            self.trainable_modules = [self.trainable_modules]
+        if isinstance(self.sources, str):
+            self.sources = [self.sources]
 
 
 @dataclass
@@ -66,38 +69,72 @@ class StageConfig(SFTConfig):
     TRL's `SFTConfig` with the authors' schedule, and with defaults that this model needs.
 
     Args:
-        min_lr (`float`, *optional*): Floor of the authors' schedule; set, it takes the place of `lr_scheduler_type`.
-        warmup_start_lr (`float`): Rate of that schedule's first step.
+        min_lr (`float`, *optional*): Floor of the authors' schedule; if set, it replaces `lr_scheduler_type`.
+        warmup_start_lr (`float`): Learning rate of that schedule's first step.
         iters_per_epoch (`int`, *optional*): Steps of the authors' first epoch; by default `warmup_steps`.
+
+    Raises:
+        ValueError: for options of `SFTConfig` that cannot work here.
     """
 
     min_lr: float | None = field(default=None, metadata={"help": "Floor of the authors' schedule."})
-    warmup_start_lr: float = field(default=1e-6, metadata={"help": "Rate of that schedule's first step."})
+    warmup_start_lr: float = field(default=1e-6, metadata={"help": "Learning rate of that schedule's first step."})
     iters_per_epoch: int | None = field(default=None, metadata={"help": "Steps of that schedule's first epoch."})
     # TRL's own truncation could cut image tokens; answers are cut by `max_completion_length`.
     max_length: int | None = field(default=None, metadata={"help": "Must stay unset."})
-    remove_unused_columns: bool = field(default=False, metadata={"help": "Rows go to the collator whole."})
-    logging_first_step: bool = field(default=True, metadata={"help": "The guards look at the first loss."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "The collator gets complete rows."})
+    logging_first_step: bool = field(default=True, metadata={"help": "The sanity checks look at the first loss."})
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "NaN must be seen, not averaged away."})
     max_grad_norm: float = field(default=0.0, metadata={"help": "The authors do not clip gradients."})
     seed: int = field(default=42, metadata={"help": "As in the paper's code."})
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.max_length is not None:
+            raise ValueError(
+                f"max_length={self.max_length} would cut image tokens. Leave it unset; answers have "
+                "max_completion_length."
+            )
+        if self.packing or self.padding_free:
+            raise ValueError(
+                "TRL refuses packing and padding_free for images. Switch both off; pack_rows: true packs rows here."
+            )
+        if self.load_best_model_at_end:
+            raise ValueError(
+                "load_best_model_at_end needs complete checkpoints, and these hold only trained modules. Switch it "
+                "off and load the checkpoint that you want."
+            )
+        if self.push_to_hub:
+            raise ValueError(
+                "push_to_hub would upload the output folder as it is, including paths of this computer. Leave it off, "
+                "and publish the finished run with `minigpt4 push OUTPUT_DIR NAMESPACE/NAME`, which checks what is "
+                "uploaded."
+            )
+        if self.min_lr is not None:
+            check_floor(self.min_lr, self.learning_rate)
 
-def check_arguments(stage: StageArguments, config: Any, model_args: Any) -> None:
+
+def require_max_steps(config: StageConfig) -> None:
+    """
+    Raises:
+        ValueError: for a run on a stream without a number of steps.
+    """
+    if config.max_steps <= 0:
+        raise ValueError("A stream of rows has no end, so the run needs one: set max_steps.")
+
+
+def check_arguments(stage: StageArguments, config: StageConfig, model_args: ModelConfig) -> None:
     """
     Refuses options that cannot work together, before anything is loaded.
 
     Raises:
         ValueError: naming the options and what to change.
     """
-    unknown = sorted(set(stage.trainable_modules) - set(PARTS) - {LORA})
-    if unknown or not stage.trainable_modules:
+    check_modules(stage.trainable_modules, quantized=model_args.load_in_4bit or model_args.load_in_8bit)
+    if stage.prompt_format not in PROMPT_FORMATS:
         raise ValueError(
-            f"trainable_modules has {', '.join(unknown) or 'nothing'}; name one or more of "
-            f"{', '.join([*PARTS, LORA])}."
+            f"prompt_format: {stage.prompt_format} is unknown; choose one of {', '.join(PROMPT_FORMATS)}."
         )
-    if stage.form not in FORMS:
-        raise ValueError(f"form: {stage.form} is unknown; choose one of {', '.join(FORMS)}.")
     if not stage.sources:
         raise ValueError(
             "The recipe names no data. Set sources, for example --sources cc_sbu_align:/data/cc_sbu_align."
@@ -107,59 +144,32 @@ def check_arguments(stage: StageArguments, config: Any, model_args: Any) -> None
         raise ValueError(f"{called[0]} cannot be mixed with other sources. Name it alone.")
     if not model_args.model_name_or_path:
         raise ValueError("The recipe names no model. Set model_name_or_path to a folder or Hub id.")
-    if config.max_length is not None:
-        raise ValueError(
-            f"max_length={config.max_length} would cut image tokens. Leave it unset; answers have "
-            "max_completion_length."
-        )
-    if config.packing or config.padding_free:
-        raise ValueError(
-            "TRL refuses packing and padding_free for pictures. Switch both off; pack_rows: true packs rows here."
-        )
     if model_args.use_peft != (LORA in stage.trainable_modules):
         raise ValueError(
             f"use_peft={model_args.use_peft} and trainable_modules={stage.trainable_modules} contradict each other: "
-            f"adapters train with `{LORA}` among the parts and use_peft: true, or not at all."
+            f"adapters train with `{LORA}` in trainable_modules and use_peft: true, or not at all."
         )
-    quantized = model_args.load_in_4bit or model_args.load_in_8bit
-    if quantized and "language_model" in stage.trainable_modules:
-        raise ValueError(
-            "load_in_4bit or load_in_8bit and trainable_modules: language_model exclude each other, because quantised "
-            "weights cannot learn. Train lora in its place."
-        )
-    if config.load_best_model_at_end:
-        raise ValueError(
-            "load_best_model_at_end needs whole checkpoints, and these hold trained parts. Switch it off."
-        )
+    require_max_steps(config)
     _check_optimizations(stage, config)
-    if config.push_to_hub:
-        raise ValueError(
-            "push_to_hub would upload the output folder as it stands, paths of this computer included. Leave it off, "
-            "and publish the finished run with `minigpt4 push OUTPUT_DIR NAMESPACE/NAME`, which checks what goes."
-        )
-    if config.max_steps <= 0:
-        raise ValueError("A stream of rows has no end, so the run needs one: set max_steps.")
-    if config.min_lr is not None and config.min_lr > config.learning_rate:
-        raise ValueError(f"The floor min_lr={config.min_lr} is above learning_rate={config.learning_rate}. Lower it.")
 
 
-def _check_optimizations(stage: StageArguments, config: Any) -> None:
+def _check_optimizations(stage: StageArguments, config: StageConfig) -> None:
     if stage.pack_tokens is not None and (not stage.pack_rows or stage.pack_tokens < 1):
         raise ValueError(
-            f"pack_tokens={stage.pack_tokens} with pack_rows={stage.pack_rows}: it bounds packed sequences, and is 1 "
-            "or more. Set pack_rows: true, or leave it out."
+            f"pack_tokens={stage.pack_tokens} with pack_rows={stage.pack_rows}: it bounds packed sequences, and must "
+            "be 1 or more. Set pack_rows: true, or leave it out."
         )
     if stage.pack_rows and config.n_gpu > 1:
         raise ValueError(
-            f"pack_rows with {config.n_gpu} GPUs in one process: torch would cut packed batches by rows. Start one "
-            "process per GPU with `accelerate launch`, or show it one GPU with CUDA_VISIBLE_DEVICES."
+            f"pack_rows with {config.n_gpu} GPUs in one process: torch would split packed batches by rows. Start "
+            "one process per GPU with `accelerate launch`, or limit it to one GPU with CUDA_VISIBLE_DEVICES."
         )
     if stage.feature_cache is None:
         return
-    if "qformer" in stage.trainable_modules:
+    if QFORMER in stage.trainable_modules:
         raise ValueError(
             "feature_cache and trainable_modules: qformer exclude each other: features change with every step of the "
-            "Q-Former and cannot be kept. Leave feature_cache out."
+            "Q-Former and cannot be cached. Leave feature_cache out."
         )
     sharded = {name for name in ("fsdp", "deepspeed") if getattr(config, name) or _launched(name)}
     if sharded:
@@ -174,18 +184,21 @@ def _launched(name: str) -> bool:
     return os.environ.get(f"ACCELERATE_USE_{name.upper()}", "false").lower() in ("true", "1")
 
 
-def check_model(stage: StageArguments, config: Any, name: str) -> None:
+def check_model(stage: StageArguments, config: PreTrainedConfig, name: str) -> None:
     """
     Refuses a model that the recipe was not written for, from its config alone.
 
     Raises:
-        ValueError: for a variant that differs, or a projection not yet trained where the stage builds on one.
+        ValueError: for another variant, and for an untrained projector if the stage builds on a trained one.
     """
-    model_type = getattr(config, "model_type", None)
-    if model_type == "blip-2" and (stage.feature_cache or stage.pack_rows):
+    family = family_of(config)
+    if stage.pack_rows:
+        check_packable(config)
+    if stage.feature_cache is not None and not family.image_modules:
+        cached = " and ".join(known.name for known in FAMILIES.values() if known.image_modules)
         raise ValueError(
-            f"{name} is a BLIP-2, an encoder-decoder here, which takes neither cached features nor packed rows. Leave "
-            "out feature_cache and pack_rows."
+            f"{name} is a {config.model_type} model, and only features of {cached} can be cached. Leave out "
+            "feature_cache."
         )
     if stage.requires_qformer is not None:
         has = getattr(config, "qformer_config", None) is not None
@@ -197,21 +210,21 @@ def check_model(stage: StageArguments, config: Any, name: str) -> None:
     layers = getattr(config, "projector_layers", None)
     if stage.requires_projector_layers is not None and layers != stage.requires_projector_layers:
         raise ValueError(
-            f"The recipe is for a projection of {stage.requires_projector_layers} linear layers, and {name} has "
+            f"The recipe is for a projector of {stage.requires_projector_layers} linear layers, and {name} has "
             f"{layers}. Take the base that the recipe's header names."
         )
-    if stage.requires_stage1 and model_type == "minigpt4":
+    if stage.requires_stage1 and family.records_stages:
         trained = getattr(config, "trained_parameters", None) or []
         if not any("multi_modal_projector" in parameter for parameter in trained) and not _converted(name):
             raise ValueError(
-                f"{name} is no checkpoint of stage 1: it has no record of a trained projection. Train stage 1 first "
-                "and set model_name_or_path to its output; where the projection was trained in another way, set "
+                f"{name} is not a checkpoint of stage 1: it has no record of a trained projector. Train stage 1 first "
+                "and set model_name_or_path to its output; if the projector was trained in another way, set "
                 "requires_stage1: false."
             )
 
 
 def _converted(folder: str) -> bool:
-    """Whether `minigpt4 convert` took a trained projection into this checkpoint, by the note that it leaves."""
+    """Whether `minigpt4 convert` put a trained projector into this checkpoint, by its file of sources."""
     path = Path(folder) / SOURCES_FILE
     if not path.is_file():
         return False

@@ -1,87 +1,85 @@
-"""Rows of pictures and texts to batches whose labels stand on the answers alone."""
+"""Collates rows of images and texts into batches whose labels are the answers only."""
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias, cast
 
 import torch
+from PIL import Image
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.processing_utils import ProcessorMixin
 from transformers.utils.chat_template_utils import render_jinja_template
-from trl.chat_template_utils import get_training_chat_template, has_generation_markers
-from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
+from trl import get_training_chat_template, prepare_multimodal_messages
+from trl.chat_template_utils import has_generation_markers
 
+from transformers_minigpt4.data.schema import IMAGE_PLACEHOLDER, Message, Part, Row, RowImage, message_text
 from transformers_minigpt4.processing.image_utils_minigpt4 import load_image
+from transformers_minigpt4.utils.families import family_of
 
 
 IGNORED = -100
-IMAGE_PLACEHOLDER = "<ImageHere>"  # in the prompts of rows, whatever the model calls its own
-# The authors train conversations in the single-turn frame of stage 2, turn after turn, with `<s>` before each question
-# and without system text (`conv_train` of the golden files), which differs from the chat that their demo holds.
-TRAINING_TEMPLATE_VICUNA_V0 = (
-    "{%- for message in messages -%}{%- if message.role == 'user' -%}{{- bos_token + '###Human: ' -}}"
-    "{%- if message.content is string -%}{{- message.content -}}{%- else -%}{%- for part in message.content -%}"
-    "{%- if not loop.first -%}{{- ' ' -}}{%- endif -%}"
-    "{{- '<Img><ImageHere></Img>' if part.type == 'image' else part.text -}}{%- endfor -%}{%- endif -%}"
-    "{{- ' ###Assistant: ' -}}{%- elif message.role == 'assistant' -%}{%- generation -%}"
-    "{%- if message.content is string -%}{{- message.content -}}{%- else -%}{%- for part in message.content -%}"
-    "{{- part.text -}}{%- endfor -%}{%- endif -%}{{- '###' -}}{%- endgeneration -%}{%- endif -%}{%- endfor -%}"
-)
+Batch: TypeAlias = dict[str, Any]  # tensors by the names of a model's arguments, and flags such as `use_cache`
+Collator: TypeAlias = Callable[[list[Row]], Batch]
+Tokens: TypeAlias = tuple[list[int], list[int]]  # ids and labels of a row
 
 
 @dataclass
-class ImageTextCollator(DataCollatorForVisionLanguageModeling):
+class ImageTextCollator:
     """
-    TRL's vision collator with this model's rules, for `SFTTrainer` and `Trainer` alike.
+    Collates rows for vision-language models with a decoder, for `SFTTrainer` and `Trainer` alike.
 
     A row has `images` (a list, which may be empty) or `image`, and either `prompt` and `completion`, or `messages`.
-    Prompt, image and padding positions carry -100; answers and their end marks, which the row brings, are learnt.
-    Prompt and answer are tokenised apart, as the authors do, and `<s>` stands once in front. MiniGPT-4's conversations
-    are cut into their turns likewise; those of other models are tokenised whole, with assistant masks.
+    Prompt, image and padding positions have the label -100; answers are learnt, with the stop strings that end them in
+    the row. Prompt and answer are tokenised separately, as the authors do, with a single `<s>` in front. MiniGPT-4's
+    conversations are split into their turns likewise; those of other models are tokenised in one piece, with assistant
+    masks.
 
     Args:
         processor (`ProcessorMixin`): The model's processor.
         max_completion_length (`int`, *optional*):
-            Tokens of an answer, its end mark among them; what is longer loses its tail. Nothing else is ever cut.
+            Tokens of an answer, including its stop string; longer ones are cut at the end. Nothing else is ever cut.
         chat_template (`str`, *optional*): For `messages`; by default the processor's own.
 
     Returns (per call): `input_ids`, `attention_mask`, `labels` of shape `(B, T)`, right-padded, and `pixel_values` of
-    shape `(images, 3, height, width)` where the batch has any.
+    shape `(images, 3, height, width)` if the batch has any images.
 
     Raises:
         ValueError: for a row that leaves nothing to learn, or has no text.
     """
 
+    processor: ProcessorMixin
     max_completion_length: int | None = None
+    chat_template: str | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.max_completion_length is not None and self.max_completion_length < 1:
             raise ValueError(f"max_completion_length={self.max_completion_length} leaves no answer. Take 1 or more.")
 
-    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        rows = [self._normalise(example, index) for index, example in enumerate(examples)]
-        groups = [row for row in rows if "messages" in row], [row for row in rows if "messages" not in row]
-        sequences: list[tuple[list[int], list[int]]] = []
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return self.processor.tokenizer
+
+    def __call__(self, examples: list[Row]) -> Batch:
+        rows = [self._normalize(example, index) for index, example in enumerate(examples)]
+        conversations = [row for row in rows if "messages" in row]
+        pairs = [row for row in rows if "messages" not in row]
+        sequences: list[Tokens] = []
         pixels: list[torch.Tensor] = []
-        sources: list[dict[str, Any]] = []
-        for group, collate in zip(groups, (self._collate_messages, self._collate_pairs)):
+        for group, tokenize in ((conversations, self._tokenize_messages), (pairs, self._tokenize_pairs)):
             if group:
-                found, pictures = collate([dict(row) for row in group])
-                sequences += found
-                sources += group
-                pixels += [] if pictures is None else [pictures]
-        sequences = [self._cut(*sequence) for sequence in sequences]
-        for row, (_, labels) in zip(sources, sequences):
+                found, images = tokenize(group)
+                sequences += [self._cut(*sequence) for sequence in found]
+                pixels += [] if images is None else [images]
+        for row, (_, labels) in zip([*conversations, *pairs], sequences):
             # Position 0 has no predecessor to predict it.
             if all(label == IGNORED for label in labels[1:]):
-                raise ValueError(
-                    f"Nothing of a row is left to learn, because its answer is empty: {_shown(row)}. Give every row "
-                    "an answer, or drop it from the source."
-                )
+                raise ValueError(nothing_to_learn(row))
         batch = self._pad(sequences)
         if pixels:
             batch["pixel_values"] = torch.cat(pixels)
         return batch
 
-    def _normalise(self, example: dict[str, Any], index: int) -> dict[str, Any]:
+    def _normalize(self, example: Row, index: int) -> Row:
         images = [example["image"]] if example.get("image") is not None else list(example.get("images") or [])
         images = [_decoded(image) for image in images]
         if example.get("messages"):
@@ -91,50 +89,71 @@ class ImageTextCollator(DataCollatorForVisionLanguageModeling):
             raise ValueError(
                 f"Row {index} of a batch has neither messages nor a prompt and a completion: {_shown(example)}."
             )
-        prompt = prompt.replace(IMAGE_PLACEHOLDER, self._image_token())
         if not completion:
-            raise ValueError(
-                f"Nothing of a row is left to learn, because its answer is empty: {_shown(example)}. Give every row "
-                "an answer, or drop it from the source."
-            )
+            raise ValueError(nothing_to_learn(example))
+        prompt = prompt.replace(IMAGE_PLACEHOLDER, self._image_token())
         return {"prompt": self._with_bos(prompt), "completion": completion, "images": images}
 
     def _image_token(self) -> str:
         return str(getattr(self.processor, "image_token", IMAGE_PLACEHOLDER))
 
     def _with_bos(self, prompt: str) -> str:
-        """TRL adds no special tokens, so the prompt brings `<s>` where the tokenizer would put it in front."""
-        tokenizer = self.processor.tokenizer
-        bos = tokenizer.bos_token
-        adds = bos is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+        """No special tokens are added below, so the prompt brings `<s>` if the tokenizer would put it in front."""
+        bos = self.tokenizer.bos_token
+        adds = bos is not None and self.tokenizer("a")["input_ids"][:1] == [self.tokenizer.bos_token_id]
         return bos + prompt if adds and not prompt.startswith(bos) else prompt
 
-    def _collate_pairs(self, rows: list[dict[str, Any]]):
-        self.completion_only_loss = True
-        return _unpadded(self._collate_prompt_completion(rows))
+    def _tokenize_pairs(self, rows: list[Row]) -> tuple[list[Tokens], torch.Tensor | None]:
+        # With images, processors expand placeholders; they refuse an empty list of images.
+        images = [row["images"] for row in rows] if any(row["images"] for row in rows) else None
+        options = {"padding": True, "return_tensors": "pt", "add_special_tokens": False}
+        prompts = self.processor(images=images, text=[row["prompt"] for row in rows], **options)
+        answers = self.processor(text=[row["completion"] for row in rows], **options)
+        sequences = [
+            (ids + answer, [IGNORED] * len(ids) + answer)
+            for ids, answer in zip(_unpadded(prompts, "input_ids"), _unpadded(answers, "input_ids"))
+        ]
+        return sequences, prompts.get("pixel_values")
 
-    def _collate_messages(self, rows: list[dict[str, Any]]):
-        template: str | None = self.chat_template or self.processor.chat_template  # type: ignore[has-type]
-        if template is not None and not has_generation_markers(template):
+    def _tokenize_messages(self, rows: list[Row]) -> tuple[list[Tokens], torch.Tensor | None]:
+        template = self.chat_template or self.processor.chat_template
+        if isinstance(template, str) and not has_generation_markers(template):
             template = get_training_chat_template(self.processor)
-        if template is None:
+        if not isinstance(template, str):
             raise ValueError(
                 f"{type(self.processor).__name__} has no chat template, so conversations cannot be told from answers. "
                 "Set processor.chat_template to one with {% generation %} marks, or give prompts and completions."
             )
-        if not hasattr(self.processor, "image_seq_length"):  # not MiniGPT-4's: one tokenisation of the whole
-            self.assistant_only_loss, self.completion_only_loss, self.chat_template = True, False, template
-            return _unpadded(self._collate_language_modeling(rows))
-        return [self._turns(row, template) for row in rows], self._pixels(rows)
+        if not hasattr(self.processor, "image_seq_length"):  # not MiniGPT-4's: tokenised in one piece
+            return self._tokenize_whole(rows, template)
+        turns = [self._tokenize_turns(row, template) for row in rows]
+        images = [row["images"] for row in rows if row["images"]]
+        if not images:
+            return turns, None
+        text = [self._image_token() * len(shown) for shown in images]
+        return turns, self.processor(images=images, text=text, return_tensors="pt", padding=True)["pixel_values"]
 
-    def _turns(self, row: dict[str, Any], template: str) -> tuple[list[int], list[int]]:
-        tokenizer, token = self.processor.tokenizer, self._image_token()
-        (text,), (spans,) = render_jinja_template(
-            [row["messages"]],
+    def _tokenize_whole(self, rows: list[Row], template: str) -> tuple[list[Tokens], torch.Tensor | None]:
+        batch: Batch = self.processor.apply_chat_template(  # type: ignore[assignment]  # annotated for text only
+            [prepare_multimodal_messages(row["messages"], images=row["images"]) for row in rows],
             chat_template=template,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
             return_assistant_tokens_mask=True,
-            **tokenizer.special_tokens_map,
+            processor_kwargs={"padding": True, "padding_side": "right", "add_special_tokens": False},
         )
+        batch["labels"] = batch["input_ids"].masked_fill(batch["assistant_masks"] == 0, IGNORED)
+        return list(zip(_unpadded(batch, "input_ids"), _unpadded(batch, "labels"))), batch.get("pixel_values")
+
+    def _tokenize_turns(self, row: Row, template: str) -> Tokens:
+        token = self._image_token()
+        special_tokens: dict[str, Any] = dict(self.tokenizer.special_tokens_map)
+        rendered = render_jinja_template(
+            [row["messages"]], chat_template=template, return_assistant_tokens_mask=True, **special_tokens
+        )
+        # Texts, and where in them answers are; annotated as a text.
+        (text,), (spans,) = cast(tuple[list[str], list[list[tuple[int, int]]]], rendered)
         placeholders = text.count(token)
         if placeholders != len(row["images"]):
             raise ValueError(
@@ -146,21 +165,14 @@ class ImageTextCollator(DataCollatorForVisionLanguageModeling):
         end = 0
         for start, stop in [*spans, (len(text), len(text))]:
             for segment, learns in ((text[end:start], False), (text[start:stop], True)):
-                expanded = segment.replace(token, token * self.processor.image_seq_length)
-                found = tokenizer(expanded, add_special_tokens=False)["input_ids"] if segment else []
+                expanded = segment.replace(token, token * getattr(self.processor, "image_seq_length", 1))
+                found = self.tokenizer(expanded, add_special_tokens=False)["input_ids"] if segment else []
                 ids += found
                 labels += found if learns else [IGNORED] * len(found)
             end = stop
         return ids, labels
 
-    def _pixels(self, rows: list[dict[str, Any]]) -> torch.Tensor | None:
-        images = [row["images"] for row in rows if row["images"]]
-        if not images:
-            return None
-        text = [self._image_token() * len(pictures) for pictures in images]
-        return self.processor(images=images, text=text, return_tensors="pt", padding=True)["pixel_values"]
-
-    def _cut(self, ids: list[int], labels: list[int]) -> tuple[list[int], list[int]]:
+    def _cut(self, ids: list[int], labels: list[int]) -> Tokens:
         """Drops what exceeds `max_completion_length` from every run of learnt tokens."""
         if self.max_completion_length is None:
             return ids, labels
@@ -171,13 +183,10 @@ class ImageTextCollator(DataCollatorForVisionLanguageModeling):
                 kept.append(index)
         return [ids[i] for i in kept], [labels[i] for i in kept]
 
-    def _pad(self, sequences: list[tuple[list[int], list[int]]]) -> dict[str, torch.Tensor]:
-        length = max(len(ids) for ids, _ in sequences)
-        if self.pad_to_multiple_of is not None:
-            length = -(-length // self.pad_to_multiple_of) * self.pad_to_multiple_of
-        shape = len(sequences), length
+    def _pad(self, sequences: list[Tokens]) -> Batch:
+        shape = len(sequences), max(len(ids) for ids, _ in sequences)
         batch = {
-            "input_ids": torch.full(shape, self.processor.tokenizer.pad_token_id),
+            "input_ids": torch.full(shape, self.tokenizer.pad_token_id),
             "attention_mask": torch.zeros(shape, dtype=torch.long),
             "labels": torch.full(shape, IGNORED),
         }
@@ -191,16 +200,15 @@ class ImageTextCollator(DataCollatorForVisionLanguageModeling):
 @dataclass
 class EncoderDecoderCollator(ImageTextCollator):
     """
-    Rows for BLIP-2 with an encoder–decoder language model: image and prompt are encoded, the answer is decoded.
+    Collates rows for BLIP-2 with an encoder–decoder language model: image and prompt are encoded, the answer decoded.
 
-    Its processor puts the image tokens in front of the prompt itself, so placeholders, and the `<Img>` marks around
-    them, are taken out of it. One question and its answer may come as messages too. The decoder's own end mark closes
-    every answer that fits.
+    Its processor puts the image tokens in front of the prompt itself, so placeholders, and the `<Img>` tags around
+    them, are removed from it. One question and its answer may be given as messages too. The decoder's own end token
+    ends every answer that fits.
     """
 
-    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        tokenizer = self.processor.tokenizer
-        rows = [self._normalise(example, index) for index, example in enumerate(examples)]
+    def __call__(self, examples: list[Row]) -> Batch:
+        rows = [self._normalize(example, index) for index, example in enumerate(examples)]
         for row in rows:
             if "prompt" not in row or len(row["images"]) != 1:
                 raise ValueError(
@@ -213,23 +221,23 @@ class EncoderDecoderCollator(ImageTextCollator):
             padding=True,
             return_tensors="pt",
         )
-        answers = tokenizer(
+        answers = self.tokenizer(
             [row["completion"].strip() for row in rows],
             truncation=self.max_completion_length is not None,
             max_length=self.max_completion_length,
         )["input_ids"]
         for row, ids in zip(rows, answers):
-            if all(token in (tokenizer.eos_token_id, tokenizer.pad_token_id) for token in ids):
-                raise ValueError(f"Nothing of a row is left to learn, because its answer is empty: {_shown(row)}.")
+            if all(token in (self.tokenizer.eos_token_id, self.tokenizer.pad_token_id) for token in ids):
+                raise ValueError(nothing_to_learn(row))
         labels = torch.full((len(rows), max(map(len, answers))), IGNORED)
-        for row_index, ids in enumerate(answers):
-            labels[row_index, : len(ids)] = torch.tensor(ids)
+        for place, ids in enumerate(answers):
+            labels[place, : len(ids)] = torch.tensor(ids)
         return {**inputs, "labels": labels}
 
-    def _normalise(self, example: dict[str, Any], index: int) -> dict[str, Any]:
-        row = super()._normalise(example, index)
+    def _normalize(self, example: Row, index: int) -> Row:
+        row = super()._normalize(example, index)
         if "messages" in row:
-            turns = [(turn["role"], _text(turn)) for turn in row["messages"]]
+            turns = [(turn["role"], message_text(turn)) for turn in row["messages"]]
             if [role for role, _ in turns] == ["user", "assistant"]:
                 return {"images": row["images"], "prompt": turns[0][1], "completion": turns[1][1]}
         else:
@@ -239,7 +247,7 @@ class EncoderDecoderCollator(ImageTextCollator):
 
 
 def make_collator(
-    model: torch.nn.Module,
+    model: PreTrainedModel,
     processor: ProcessorMixin,
     max_completion_length: int | None = None,
     chat_template: str | None = None,
@@ -248,55 +256,55 @@ def make_collator(
     The collator that a model's loss needs.
 
     Raises:
-        ValueError: for BLIP-2 with a decoder-only language model, whose processor cannot take prompt and answer apart.
+        ValueError: for BLIP-2 with a decoder-only language model, whose processor cannot separate prompt and answer.
     """
-    config: Any = model.config
-    if getattr(config, "model_type", None) != "blip-2":
-        return ImageTextCollator(processor, max_completion_length=max_completion_length, chat_template=chat_template)
-    if getattr(config, "use_decoder_only_language_model", False):
+    if not family_of(model.config).encoder_decoder:
+        return ImageTextCollator(processor, max_completion_length, chat_template)
+    if getattr(model.config, "use_decoder_only_language_model", False):
         raise ValueError(
             "BLIP-2 with a decoder-only language model (OPT) is not supported here. Take one with FlanT5, or compose "
             "a MiniGPT-4 with that language model."
         )
-    return EncoderDecoderCollator(processor, max_completion_length=max_completion_length)
+    return EncoderDecoderCollator(processor, max_completion_length)
 
 
-def _text(message: dict[str, Any]) -> str:
-    return " ".join(part["text"] for part in message["content"] if part["type"] == "text")
+def nothing_to_learn(row: Row) -> str:
+    """The message for a row whose answer is empty."""
+    return (
+        f"Nothing of a row is left to learn, because its answer is empty: {_shown(row)}. Give every row an answer, or "
+        "drop it from the source."
+    )
 
 
-def _decoded(image: Any) -> Any:
-    """A picture that a source left undecoded (`{"bytes", "path"}`) as PIL image; others as they are."""
+def _decoded(image: RowImage) -> Image.Image:
+    """An image that a source left undecoded as a PIL image; others as they are."""
     if isinstance(image, dict):
         return load_image(image["path"] if image.get("bytes") is None else image["bytes"])
     return image
 
 
-def _structured(messages: list[dict[str, Any]], images: int) -> list[dict[str, Any]]:
-    """Contents as lists of parts; where no message places the pictures, they stand before the first question."""
-    turns = []
+def _unpadded(batch: Mapping[str, torch.Tensor], name: str) -> list[list[int]]:
+    """Values of the positions that the attention mask keeps, row by row."""
+    return [values[mask].tolist() for values, mask in zip(batch[name], batch["attention_mask"].bool())]
+
+
+def _structured(messages: list[Message], images: int) -> list[Message]:
+    """Contents as lists of parts; if no message has image parts, they are put before the first question."""
+    turns: list[Message] = []
     for message in messages:
         content = message["content"]
-        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        parts: list[Part] = [{"type": "text", "text": content}] if isinstance(content, str) else content
         # Arrow fills the keys of one part into all others.
-        parts = [{key: value for key, value in part.items() if value is not None} for part in parts]
+        parts = [cast(Part, {key: value for key, value in part.items() if value is not None}) for part in parts]
         turns.append({"role": message["role"], "content": parts})
     if not any(part["type"] == "image" for turn in turns for part in turn["content"]):
         question = next((turn for turn in turns if turn["role"] == "user"), None)
         if question is not None:
-            question["content"] = [*({"type": "image"} for _ in range(images)), *question["content"]]
+            question["content"] = [Part(type="image") for _ in range(images)] + question["content"]
     return turns
 
 
-def _unpadded(batch) -> tuple[list[tuple[list[int], list[int]]], torch.Tensor | None]:
-    """Ids and labels of the positions that the attention mask keeps, row by row, and the pictures."""
-    rows = []
-    for ids, labels, mask in zip(batch["input_ids"], batch["labels"], batch["attention_mask"].bool()):
-        rows.append((ids[mask].tolist(), labels[mask].tolist()))
-    return rows, batch.get("pixel_values")
-
-
-def _shown(row: dict[str, Any]) -> str:
-    """A row without its pictures, short enough for an error."""
+def _shown(row: Row) -> str:
+    """A row without its images, short enough for an error."""
     text = str({key: value for key, value in row.items() if key not in ("image", "images")})
     return text if len(text) <= 200 else text[:200] + "…"

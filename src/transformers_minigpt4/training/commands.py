@@ -28,7 +28,8 @@ def train(
     Examples:
         minigpt4 train minigpt4_stage2 --model_name_or_path my-stage1 --sources cc_sbu_align:path/to/cc_sbu_align
     """
-    from .sft import main, parse_recipe
+    from .recipe import parse_recipe
+    from .sft import main
 
     main(*parse_recipe(["--config", recipe, *context.args]))
 
@@ -48,7 +49,8 @@ def features(
     Examples:
         minigpt4 features minigpt4_stage2 --model_name_or_path my-stage1 --feature_cache features
     """
-    from .sft import build_features, parse_recipe
+    from .feature_building import build_features
+    from .recipe import parse_recipe
 
     stage, config, model_args = parse_recipe(["--config", recipe, *context.args])
     counts = build_features(stage, config, model_args)

@@ -1,17 +1,18 @@
-"""Looks through a source: what is usable, what is wrong, how long captions are, what pictures show, how fast it is."""
+"""Checks a source: what is usable, what is wrong, how long captions are, what images show, how fast it loads."""
 
 import textwrap
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
+from torch.utils.data import DataLoader
+from transformers import BlipImageProcessorPil
 
-from transformers_minigpt4.data.prompt_formats import Form
-from transformers_minigpt4.data.schema import answer_text
-from transformers_minigpt4.data.skipped_rows import KINDS, Problems
+from transformers_minigpt4.data.prompt_formats import PromptFormat
+from transformers_minigpt4.data.schema import Row, answer_text
+from transformers_minigpt4.data.skipped_rows import KINDS, SkippedRows
 from transformers_minigpt4.data.sources import Source, open_reader, open_rows, parse_source, render_source
 
 
@@ -25,7 +26,7 @@ class Check:
     """What [`check_source`] found."""
 
     source: str
-    problems: Problems
+    skipped: SkippedRows
     words: list[int] = field(default_factory=list)
     images: list[tuple[Image.Image, str]] = field(default_factory=list)
     shards: int = 0
@@ -33,7 +34,7 @@ class Check:
 
     def report(self) -> str:
         """The findings as text."""
-        (seen,) = self.problems.counts().values()
+        (seen,) = self.skipped.counts().values()
         read = "all of them" if self.complete else "up to the limit"
         lines = [
             self.source,
@@ -44,7 +45,7 @@ class Check:
         for kind, meaning in KINDS.items():
             if seen[kind]:
                 lines.append(f"  {kind:<8} {seen[kind]}: {meaning}")
-                examples = self.problems.examples[self.problems.sources[0], kind]
+                examples = self.skipped.examples[self.skipped.sources[0], kind]
                 lines += [f"           {key}: {reason}" for key, reason in examples]
         if self.words:
             lines += ["  words", *(f"    {line}" for line in histogram(self.words))]
@@ -53,20 +54,20 @@ class Check:
 
 def check_source(
     source: str | Source,
-    form: Form = "stage2",
+    prompt_format: PromptFormat = "stage2",
     *,
     limit: int | None = 1000,
     shuffle: bool = False,
     max_images: int = 24,
 ) -> Check:
     """
-    Reads rows of a source as training would, and decodes their pictures.
+    Reads rows of a source as training would, and decodes their images.
 
     Args:
         source: What [`parse_source`] reads, or its result.
-        form: The form in which the rows must be usable.
-        limit: How many rows to read, bad ones included; `None` for all.
-        shuffle: Whether to read them in a drawn order, not from the start.
+        prompt_format: The prompt format that the rows must fit.
+        limit: How many rows to read, including bad ones; `None` for all.
+        shuffle: Whether to read them in random order, not from the start.
         max_images: How many of the first usable rows to keep for a contact sheet.
 
     Raises:
@@ -74,9 +75,9 @@ def check_source(
     """
     source = source if isinstance(source, Source) else parse_source(source)
     reader = open_reader(source)
-    problems = Problems([str(source)], max_error_rate=None, log=False)
-    check = Check(str(source), problems, shards=reader.num_shards)
-    rows = render_source(reader, form, problems, seed=42 if shuffle else None, limit=limit)
+    skipped = SkippedRows([str(source)], max_error_rate=None, log=False)
+    check = Check(str(source), skipped, shards=reader.num_shards)
+    rows = render_source(reader, prompt_format, skipped, seed=42 if shuffle else None, limit=limit)
     for row in rows:
         text = answer_text(row)
         check.words.append(len(text.split()))
@@ -84,31 +85,33 @@ def check_source(
             thumbnail = row["images"][0].copy()
             thumbnail.thumbnail((_THUMBNAIL, _THUMBNAIL))
             check.images.append((thumbnail, text.strip()))
-    (seen,) = problems.counts().values()
+    (seen,) = skipped.counts().values()
     check.complete = limit is None or seen["rows"] < limit
     return check
 
 
 def loader_throughput(
-    source: str | Source, form: Form = "stage2", *, workers: int = 0, seconds: float = 5.0, size: int = 224
+    source: str | Source,
+    prompt_format: PromptFormat = "stage2",
+    *,
+    workers: int = 0,
+    seconds: float = 5.0,
+    size: int = 224,
 ) -> float:
     """
-    Rows per second that a loader reads, decodes and resizes, with no model behind it.
+    Rows per second that a loader reads, decodes and resizes, without a model.
 
     Args:
         source: What [`parse_source`] reads, or its result.
-        form: The form of the rows.
+        prompt_format: The prompt format of the rows.
         workers: Data workers; 0 for this process alone.
         seconds: How long to measure, after the first batch.
-        size: Side of the resized pictures, in pixels.
+        size: Side of the resized images, in pixels.
 
     Raises:
         DataError: for a source that cannot be opened, or has no usable row.
     """
-    from torch.utils.data import DataLoader
-    from transformers import BlipImageProcessorPil
-
-    rows = open_rows(source, form, min_shards=max(1, workers), max_error_rate=None)
+    rows = open_rows(source, prompt_format, min_shards=max(1, workers), max_error_rate=None)
     collate = _Resize(BlipImageProcessorPil(size={"height": size, "width": size}))
     loader = DataLoader(rows.dataset, batch_size=32, num_workers=workers, collate_fn=collate)
     batches = iter(loader)
@@ -120,12 +123,12 @@ def loader_throughput(
 
 
 class _Resize:
-    """Prepares the pictures of a batch as training would, and says how many rows it has."""
+    """Prepares the images of a batch as training would, and returns its number of rows."""
 
-    def __init__(self, image_processor: Any) -> None:
+    def __init__(self, image_processor: BlipImageProcessorPil) -> None:
         self.image_processor = image_processor
 
-    def __call__(self, rows: list[dict[str, Any]]) -> int:
+    def __call__(self, rows: list[Row]) -> int:
         images = [image for row in rows for image in row["images"]]
         if images:
             self.image_processor(images, return_tensors="pt")
@@ -133,7 +136,7 @@ class _Resize:
 
 
 def histogram(values: Sequence[int]) -> list[str]:
-    """Lines of a histogram of whole numbers, its bars drawn to one scale."""
+    """Lines of a histogram of integers, with bars on one scale."""
     width = max(1, -(-(max(values) + 1) // _BUCKETS))
     counts = [0] * (max(values) // width + 1)
     for value in values:
@@ -150,13 +153,13 @@ def histogram(values: Sequence[int]) -> list[str]:
 
 def save_contact_sheet(path: Path, images: Sequence[tuple[Image.Image, str]]) -> None:
     """
-    Writes a PNG of pictures, each with its text below.
+    Writes a PNG of images, each with its text below.
 
     Raises:
-        ValueError: when there is no picture.
+        ValueError: when there is no image.
     """
     if not images:
-        raise ValueError("no picture for the contact sheet")
+        raise ValueError("there is no image for the contact sheet")
     font = ImageFont.load_default(11)
     texts = [textwrap.wrap(text, _CHARACTERS, max_lines=8, placeholder=" …") for _, text in images]
     columns = min(_COLUMNS, len(images))
@@ -167,10 +170,10 @@ def save_contact_sheet(path: Path, images: Sequence[tuple[Image.Image, str]]) ->
     ]
     sheet = Image.new("RGB", (columns * cell_width + _MARGIN, sum(heights) + _MARGIN), "white")
     pen = ImageDraw.Draw(sheet)
-    for number, ((picture, _), lines) in enumerate(zip(images, texts)):
+    for number, ((image, _), lines) in enumerate(zip(images, texts)):
         left = (number % columns) * cell_width + _MARGIN
         top = sum(heights[: number // columns]) + _MARGIN
-        sheet.paste(picture, (left, top + _THUMBNAIL - picture.height))
+        sheet.paste(image, (left, top + _THUMBNAIL - image.height))
         for place, line in enumerate(lines):
             pen.text((left, top + _THUMBNAIL + place * _LINE + 2), line, fill=(25, 25, 25), font=font)
     sheet.save(path, format="PNG")

@@ -1,14 +1,15 @@
-"""Computes logits where labels are and nowhere else, whichever head and loss come behind the base model."""
+"""Computes logits only where labels are, whichever head and loss follow the base model."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutput
 
-from .collator import IGNORED
+from transformers_minigpt4.data.schema import Row
+
+from .collator import IGNORED, Batch, Collator
 
 
 POSITIONS = "label_positions"
@@ -17,26 +18,24 @@ POSITIONS = "label_positions"
 @dataclass
 class LabelledCollator:
     """
-    Goes around a collator and says which positions of a batch predict a label; for models of [`keep_labelled`].
+    Wraps a collator and adds which positions of a batch predict a label; for models of [`keep_labelled`].
 
     transformers' forward projects every position, prompt and padding too. TRL's fused head skips unlabelled ones on
     devices with Triton, and scores all elsewhere.
 
     Returns (per call): what the collator gives, with `labels` of shape `(1, L + 1)`, which are -100 followed by the L
     labels of the batch, and `label_positions` of shape `(L + 1,)`, the places that predict them in the flattened batch
-    (the last one repeated). Heads and losses shift labels by one as always.
+    (the last one repeated). Heads and losses shift labels by one as usual.
     """
 
-    collator: Callable[[list[dict[str, Any]]], dict[str, Any]]
+    collator: Collator
 
-    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+    def __call__(self, examples: list[Row]) -> Batch:
         batch = dict(self.collator(examples))
         labels = batch["labels"]
         learnt = torch.zeros_like(labels, dtype=torch.bool)
         learnt[:, :-1] = labels[:, 1:] != IGNORED
         positions = learnt.flatten().nonzero()[:, 0]
-        if len(positions) == 0:
-            raise ValueError("No position of the batch has a label, so there is nothing to learn from it.")
         found = labels.flatten()[positions + 1]
         batch["labels"] = torch.cat([found.new_full((1,), IGNORED), found])[None]
         batch[POSITIONS] = torch.cat([positions, positions[-1:]])
@@ -45,7 +44,7 @@ class LabelledCollator:
 
 def keep_labelled(model: PreTrainedModel) -> list[torch.utils.hooks.RemovableHandle]:
     """
-    Makes a base model hand on only the hidden states of `label_positions`, where a batch has them.
+    Makes a base model return only the hidden states of `label_positions`, if a batch has them.
 
     Works with transformers' own loss and with TRL's fused head, because both call the base model and put their head on
     `last_hidden_state`, which then has shape `(1, L + 1, D)`. The model's own forward keeps the image token out of the
@@ -61,13 +60,13 @@ def keep_labelled(model: PreTrainedModel) -> list[torch.utils.hooks.RemovableHan
     base = model.base_model
     kept: list[torch.Tensor | None] = []
 
-    def take_positions(module: nn.Module, args: Any, kwargs: dict[str, Any]):
+    def take_positions(module: nn.Module, args: tuple[object, ...], kwargs: Batch) -> tuple[tuple[object, ...], Batch]:
         kept[:] = [kwargs.pop(POSITIONS, None)]
         return args, kwargs
 
-    def gather(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any):
+    def gather(module: nn.Module, args: tuple[object, ...], kwargs: Batch, output: BaseModelOutput) -> BaseModelOutput:
         positions = kept.pop() if kept else None
-        if positions is not None:
+        if positions is not None and output.last_hidden_state is not None:
             hidden_states = output.last_hidden_state  # (B, T, D)
             output.last_hidden_state = hidden_states.flatten(0, 1)[positions][None]  # (1, L + 1, D)
         return output

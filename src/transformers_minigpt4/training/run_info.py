@@ -1,79 +1,68 @@
-"""What a run was, beside its checkpoints: resolved recipe, versions, seeds, data, revision, and its loss curve."""
+"""Run info beside the checkpoints: resolved recipe, versions, seeds, data, revision, and the loss curve."""
 
 import dataclasses
 import hashlib
 import json
 import logging
 import os
-import platform
-import subprocess
 import sys
-from importlib import metadata
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
+from datasets import Dataset, IterableDataset
+from datasets.fingerprint import generate_fingerprint
 from PIL import Image, ImageDraw
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from trl import ModelConfig
 
-from transformers_minigpt4.data.skipped_rows import Problems
+from transformers_minigpt4.data.skipped_rows import SkippedRows
 from transformers_minigpt4.utils.file_names import RUN_FILE
+from transformers_minigpt4.utils.files import PathLike, atomic_file, write_atomically
+from transformers_minigpt4.utils.versions import CORE_PACKAGES, git_revision, package_versions
+
+from .arguments import StageArguments
 
 
 logger = logging.getLogger(__name__)
 CURVE, PLOT = "loss.jsonl", "loss.png"
-_PACKAGES = (
-    *("transformers_minigpt4", "torch", "transformers", "trl", "peft", "datasets", "accelerate"),
-    *("safetensors", "tokenizers", "pillow"),
-)
 
 
-def run_info(arguments: list[Any], dataset: Any, trainable: dict[str, int]) -> dict[str, Any]:
+def run_info(
+    arguments: Sequence[StageArguments | TrainingArguments | ModelConfig],
+    dataset: Dataset | IterableDataset,
+    trainable: dict[str, int],
+    fingerprint: str | None = None,
+) -> dict[str, object]:
     """
     Facts that are known before the first step.
 
     Args:
         arguments (`list`): The dataclasses that a recipe was parsed into; secrets are left out.
-        dataset: The rows.
+        dataset (`Dataset` or `IterableDataset`): The rows.
         trainable (`dict[str, int]`): What `prepare_stage` returned.
+        fingerprint (`str`, *optional*): Digest of the data; by default computed from `dataset`.
     """
-    recipe: dict[str, Any] = {}
+    recipe: dict[str, object] = {}
     for group in arguments:
-        values = group.to_dict() if hasattr(group, "to_dict") else dataclasses.asdict(group)
+        values = group.to_dict() if isinstance(group, TrainingArguments) else dataclasses.asdict(group)
         recipe.update({key: value for key, value in values.items() if "token" not in key or key.endswith("tokens")})
-    versions = {"python": platform.python_version()}
-    for name in _PACKAGES:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            versions[name] = "not installed"
     return {
         "recipe": recipe,
         "command": sys.argv,
         "seed": recipe.get("seed"),
         "data_seed": recipe.get("data_seed"),
-        "versions": versions,
+        "versions": package_versions((*CORE_PACKAGES, "pillow")),
         "git_revision": git_revision(),
-        "data_fingerprint": data_fingerprint(dataset),
+        "data_fingerprint": data_fingerprint(dataset) if fingerprint is None else fingerprint,
         "trainable_parameters": trainable,
         "world_size": int(os.environ.get("WORLD_SIZE", "1")),
     }
 
 
-def git_revision() -> str | None:
-    """Commit of the working folder, with `+changes` where it has any; `None` outside of git."""
-    try:
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout
-        changes = subprocess.run(["git", "status", "--porcelain"], capture_output=True, text=True, check=True).stdout
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return commit.strip() + ("+changes" if changes.strip() else "")
-
-
-def data_fingerprint(dataset: Any) -> str:
-    """The data set's own fingerprint where it has one, else a hash of its description and first row."""
-    own = getattr(dataset, "fingerprint", None) or getattr(dataset, "_fingerprint", None)
-    if isinstance(own, str):
-        return own
+def data_fingerprint(dataset: Dataset | IterableDataset) -> str:
+    """A hash of a dataset's content, or of the first row of a stream."""
+    if isinstance(dataset, Dataset):
+        return generate_fingerprint(dataset)
     row = next(iter(dataset))
     shown = {key: str(value) for key, value in row.items() if key not in ("image", "images")}
     shards = getattr(dataset, "num_shards", None)
@@ -82,45 +71,47 @@ def data_fingerprint(dataset: Any) -> str:
 
 class RunInfoCallback(TrainerCallback):
     """
-    Writes the record and the loss curve (JSON Lines and PNG) into the output folder and every checkpoint.
+    Writes the run info and the loss curve (JSON Lines and PNG) into the output folder and every checkpoint.
 
     Args:
-        record (`dict`): What [`run_info`] gave.
-        problems (`Problems`, *optional*): Counts of rows read and skipped; they join the record as they stand when it
-            is written, and are told at the end.
+        info (`dict`): The result of [`run_info`].
+        skipped (`SkippedRows`, *optional*): Counts of rows read and skipped; their current values are added to the
+            info whenever it is written, and they are logged at the end.
     """
 
-    def __init__(self, record: dict[str, Any], problems: Problems | None = None):
-        self.record = record
-        self.problems = problems
+    def __init__(self, info: dict[str, object], skipped: SkippedRows | None = None) -> None:
+        self.info = info
+        self.skipped = skipped
 
-    def write(self, folder: str | os.PathLike, state: Any) -> None:
+    def write(self, folder: PathLike, state: TrainerState) -> None:
+        """Writes info and curve into a folder, which is created if it does not exist."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         history = [entry for entry in state.log_history if "loss" in entry]
-        counts = {} if self.problems is None else {"rows": self.problems.counts()}
-        _replace(folder / RUN_FILE, (json.dumps({**self.record, **counts}, indent=1, default=str) + "\n").encode())
-        _replace(folder / CURVE, "".join(json.dumps(entry) + "\n" for entry in history).encode())
+        counts = {} if self.skipped is None else {"rows": self.skipped.counts()}
+        write_atomically(folder / RUN_FILE, json.dumps({**self.info, **counts}, indent=1, default=str) + "\n")
+        write_atomically(folder / CURVE, "".join(json.dumps(entry) + "\n" for entry in history))
         if history:
-            scratch = folder / f".{PLOT}"
-            plot_curve([(entry["step"], entry["loss"]) for entry in history]).save(scratch, format="PNG")
-            os.replace(scratch, folder / PLOT)
+            with atomic_file(folder / PLOT) as scratch:
+                plot_curve([(entry["step"], entry["loss"]) for entry in history]).save(scratch, format="PNG")
 
-    def on_save(self, args, state, control, **kwargs):
-        checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
+        checkpoint = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
         if state.is_world_process_zero and not (checkpoint / RUN_FILE).exists() and checkpoint.is_dir():
             self.write(checkpoint, state)
 
-    def on_train_end(self, args, state, control, **kwargs):
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
         if state.is_world_process_zero:
-            self.write(args.output_dir, state)
-            if self.problems is not None:
-                for line in self.problems.report().splitlines():
+            self.write(str(args.output_dir), state)
+            if self.skipped is not None:
+                for line in self.skipped.report().splitlines():
                     logger.log(logging.INFO if line.endswith("none skipped") else logging.WARNING, line)
 
 
-def plot_curve(points: list[tuple[int, float]], size: tuple[int, int] = (720, 360)) -> Image.Image:
-    """A line of loss over steps with labelled corners."""
+def plot_curve(points: list[tuple[float, float]], size: tuple[int, int] = (720, 360)) -> Image.Image:
+    """A line of loss over steps with labelled corners; `size` in pixels."""
     width, height = size
     left, top, right, bottom = 60, 20, width - 20, height - 40
     image = Image.new("RGB", size, "white")
@@ -133,11 +124,13 @@ def plot_curve(points: list[tuple[int, float]], size: tuple[int, int] = (720, 36
         return image
     low, high = min(loss for _, loss in finite), max(loss for _, loss in finite)
     first, last = finite[0][0], finite[-1][0]
-    place = lambda step, loss: (  # noqa: E731
-        left + (right - left) * (step - first) / max(last - first, 1),
-        bottom - (bottom - top) * (loss - low) / max(high - low, 1e-12),
-    )
-    line = [place(*point) for point in finite]
+    line = [
+        (
+            left + (right - left) * (step - first) / max(last - first, 1),
+            bottom - (bottom - top) * (loss - low) / max(high - low, 1e-12),
+        )
+        for step, loss in finite
+    ]
     if len(line) > 1:
         pen.line(line, fill=(30, 90, 200), width=2)
     else:
@@ -151,9 +144,3 @@ def plot_curve(points: list[tuple[int, float]], size: tuple[int, int] = (720, 36
     ):
         pen.text(position, text, fill="black")
     return image
-
-
-def _replace(path: Path, content: bytes) -> None:
-    scratch = path.with_name(f".{path.name}")
-    scratch.write_bytes(content)
-    os.replace(scratch, path)

@@ -1,88 +1,92 @@
-"""TRL's and transformers' trainers with what the stages need: schedule, small whole checkpoints, exact resume."""
+"""TRL's and transformers' trainers with what the stages need: schedule, small complete checkpoints, exact resume."""
 
 import os
 import shutil
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import DistributedType
-from datasets import IterableDataset
+from datasets import Dataset, IterableDataset
+from peft import PeftModel
 from safetensors import SafetensorError
-from transformers import ProgressCallback, Trainer
-from transformers.trainer_utils import rotate_checkpoints
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, ProgressCallback, Trainer
+from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 from trl import SFTTrainer
 
+from transformers_minigpt4.utils.text import first_line
+
 from . import checkpoints
+from .arguments import StageConfig, require_max_steps
+from .collator import Batch, Collator
 from .loss import POSITIONS
-from .packing import count_tokens
 from .run_info import RunInfoCallback
 from .sanity_checks import LabelsRequired
 from .schedule import get_minigpt4_schedule
 from .stages import touch_trainable
 from .stream import POSITION, Position, PositionedStream, plain_worker_error, stream_loader
+from .throughput import ThroughputBar, ThroughputCallback
 
 
-# What the mixin overrides and calls is a trainer's, which it stands in front of.
-_Trainer: Any = Trainer if TYPE_CHECKING else object
+if TYPE_CHECKING:  # the mixin overrides and calls methods of the trainer that it is put in front of
+    from transformers import Trainer as _Trainer
+else:
+    _Trainer = object
 
 
 class StageTrainerMixin(_Trainer):
     """
-    Goes in front of a trainer class, see [`StageSFTTrainer`] and [`StageTrainer`].
+    Goes in front of a trainer class, see [`StageSFTTrainer`] and [`StageTrainer`]; its `args` are a [`StageConfig`].
 
-    - `args.min_lr`, where it is set, selects the authors' schedule.
-    - Checkpoints hold the trained parts, optimizer, schedule, random states and data position; they appear whole under
-      their name, or not at all.
-    - A streaming data set is split over ranks and workers, has no end, and goes on exactly where a run stopped.
+    - `args.min_lr` selects the authors' schedule.
+    - Checkpoints hold the trained modules, optimizer, schedule, random states and data position; they appear complete
+      under their name, or not at all.
+    - A streaming dataset is split over ranks and workers, has no end, and resumes exactly where a run stopped.
     - Batches without images train along (`touch_trainable`).
-    - One run at a time per output folder.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any):
+    args: StageConfig
+    model: PreTrainedModel
+    lr_scheduler: LambdaLR | None
+    data_collator: Collator
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         dataset = kwargs.get("train_dataset")
         if dataset is not None:
             require_rows(dataset)
         self._positions: dict[int, Position] = {}
         self._staging: Path | None = None
-        self._real_tokens: torch.Tensor | int = 0
-        self._rows: torch.Tensor | int = 0
-        self._all_tokens = 0
-        self._logged_at: float | None = None
         super().__init__(*args, **kwargs)
-        if self.args.load_best_model_at_end:
-            raise ValueError(
-                "load_best_model_at_end needs whole checkpoints, and these hold trained parts alone. Switch it off "
-                "and load the checkpoint that you want."
-            )
-        if isinstance(self.train_dataset, IterableDataset) and self.args.max_steps <= 0:
-            raise ValueError("A stream has no end, so the run needs one: set max_steps.")
-        self.data_collator = LabelsRequired(self.data_collator)  # type: ignore[has-type]
+        if isinstance(self.train_dataset, IterableDataset):
+            require_max_steps(self.args)
+        self._given_schedule = self.lr_scheduler
+        self.data_collator = LabelsRequired(self.data_collator)
+        self.throughput = ThroughputCallback()
+        self.callback_handler.callbacks.insert(0, self.throughput)  # reporters and the bar come after it
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(ThroughputBar())
         sharded = self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
-        model = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        model = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
         touch_trainable(model, whole_tower=sharded)
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any):
-        """See [`~Trainer.train`]. A folder that holds checkpoints is resumed or refused, never written over."""
-        if not self.is_world_process_zero():
-            self.accelerator.wait_for_everyone()
-            return self._train(resume_from_checkpoint, **kwargs)
-        with checkpoints.run_lock(self.args.output_dir):
-            shutil.rmtree(Path(self.args.output_dir) / checkpoints.STAGING, ignore_errors=True)
-            self.accelerator.wait_for_everyone()
-            return self._train(resume_from_checkpoint, **kwargs)
-
-    def _train(self, resume: str | bool | None, **kwargs: Any):
-        checkpoint = checkpoints.resolve_resume(self.args.output_dir, resume)
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
+        """See [`~Trainer.train`]. A folder that holds checkpoints is resumed or refused, never overwritten."""
+        output = str(self.args.output_dir)
+        checkpoint = checkpoints.resolve_resume(output, resume_from_checkpoint)
+        if self.is_world_process_zero():
+            shutil.rmtree(Path(output) / checkpoints.STAGING, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
         self._positions = {}
         if checkpoint is not None and isinstance(self.train_dataset, IterableDataset):
             self._positions = self._load_positions(checkpoint)
-        self._logged_at = time.perf_counter()
+        self.lr_scheduler = self._given_schedule  # one of an earlier call has run out
         try:
-            return super().train(resume_from_checkpoint=checkpoint, **kwargs)
+            return super().train(checkpoint, *args, **kwargs)
         except Exception as error:
             plain = plain_worker_error(error)
             if plain is None:
@@ -93,54 +97,65 @@ class StageTrainerMixin(_Trainer):
         """
         See [`~Trainer.end`].
 
-        torch's reducer goes before the process group. Left to be the last that holds it, the reducer waits for a
-        thread of the group while it keeps Python's lock, which that thread may want: the process would never end.
+        torch's reducer goes before the process group. As the group's last owner, the reducer would wait for one of its
+        threads while it holds Python's lock, which that thread may need: the process would never end.
         """
         self.model_wrapped = self.model
         self.accelerator.free_memory()
         super().end()
 
-    # Schedule
+    def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LRScheduler:
+        """
+        See [`~Trainer.create_scheduler`]; the authors' schedule if `args.min_lr` is set.
 
-    def create_scheduler(self, num_training_steps: int, optimizer=None):
-        if getattr(self.args, "min_lr", None) is None or self.lr_scheduler is not None:  # type: ignore[has-type]
+        transformers refuses `optimizers=` for sharded models, whose optimizer it must create itself, and calls this
+        documented method instead.
+        """
+        if self.args.min_lr is None or self.lr_scheduler is not None:
             return super().create_scheduler(num_training_steps, optimizer)
+        optimizer = optimizer or self.optimizer
+        if optimizer is None:
+            raise ValueError("The schedule needs an optimizer. Call create_optimizer first.")
         self.lr_scheduler = get_minigpt4_schedule(
-            optimizer or self.optimizer,
+            optimizer,
             num_training_steps,
             self.args.get_warmup_steps(num_training_steps),
             min_lr=self.args.min_lr,
             warmup_start_lr=self.args.warmup_start_lr,
             iters_per_epoch=self.args.iters_per_epoch,
         )
-        self._created_lr_scheduler = True
         return self.lr_scheduler
 
     # Data position
 
-    def get_train_dataloader(self):
+    def get_train_dataloader(self) -> DataLoader:
         if not isinstance(self.train_dataset, IterableDataset):
             return super().get_train_dataloader()
         stream = PositionedStream(
             self.train_dataset,
-            self._train_batch_size,
+            self.args.train_batch_size,
             rank=self.args.process_index,
             world_size=self.args.world_size,
             start=self._positions,
         )
         return stream_loader(stream, self.data_collator, self.args)
 
-    def training_step(self, model, inputs, num_items_in_batch=None):
+    def training_step(
+        self, model: nn.Module, inputs: Batch, num_items_in_batch: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
         position = inputs.pop(POSITION, None)
         if position is not None:
             self._positions = {**self._positions, position.worker: position}
-        rows, real, every = count_tokens(inputs)
-        self._rows, self._real_tokens = self._rows + rows, self._real_tokens + real
-        self._all_tokens += every
+        self.throughput.count(inputs)
         return super().training_step(model, inputs, num_items_in_batch)
 
-    def _position_file(self, checkpoint: str | os.PathLike) -> Path:
+    def _position_file(self, checkpoint: str | os.PathLike[str]) -> Path:
         return Path(checkpoint) / f"data_position_{self.args.process_index}.pt"
+
+    def _save_positions(self, checkpoint: Path) -> None:
+        positions = [vars(position) for position in self._positions.values()]
+        shape = {"workers": self.args.dataloader_num_workers, "batch_size": self.args.train_batch_size}
+        torch.save({**shape, "positions": positions}, self._position_file(checkpoint))
 
     def _load_positions(self, checkpoint: str) -> dict[int, Position]:
         path = self._position_file(checkpoint)
@@ -150,36 +165,28 @@ class StageTrainerMixin(_Trainer):
                 "processes as the run had."
             )
         saved = torch.load(path, weights_only=True)
-        if saved["workers"] != self.args.dataloader_num_workers or saved["batch_size"] != self._train_batch_size:
+        workers, batch_size = self.args.dataloader_num_workers, self.args.train_batch_size
+        if saved["workers"] != workers or saved["batch_size"] != batch_size:
             raise ValueError(
                 f"{checkpoint} was written with {saved['workers']} workers and batches of {saved['batch_size']}, and "
-                f"the run has {self.args.dataloader_num_workers} and {self._train_batch_size}: the stream's position "
-                "would not fit. Resume with the same."
+                f"the run has {workers} and {batch_size}: the stream's position would not fit. Resume with the same."
             )
         return {position["worker"]: Position(**position) for position in saved["positions"]}
 
-    # Checkpoints
+    # Checkpoints: private methods of `Trainer`, see "Private names of other packages" in docs/architecture.md
 
-    def _get_output_dir(self, trial):
+    def _get_output_dir(self, trial: Any) -> str:
         return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
 
-    def _save_checkpoint(self, model, trial):
-        output = Path(self.args.output_dir)
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        output = Path(str(self.args.output_dir))
         name = f"checkpoint-{self.state.global_step}"
         staged = output / checkpoints.STAGING / name
         self._staging = staged.parent
         try:
             super()._save_checkpoint(model, trial)
             if self._positions:
-                positions = [vars(position) for position in self._positions.values()]
-                torch.save(
-                    {
-                        "workers": self.args.dataloader_num_workers,
-                        "batch_size": self._train_batch_size,
-                        "positions": positions,
-                    },
-                    self._position_file(staged),
-                )
+                self._save_positions(staged)
             if self.is_world_process_zero():
                 for callback in self.callback_handler.callbacks:
                     if isinstance(callback, RunInfoCallback):
@@ -188,12 +195,12 @@ class StageTrainerMixin(_Trainer):
             if self.is_world_process_zero():
                 checkpoints.publish(staged, output / name)
         except (OSError, RuntimeError, SafetensorError) as error:
-            shutil.rmtree(self._staging, ignore_errors=True)
+            shutil.rmtree(staged.parent, ignore_errors=True)
             last = checkpoints.get_last_checkpoint(str(output))
             raise OSError(
-                f"{name} could not be written to {output} ({str(error).splitlines()[0]}). "
-                + (f"{os.path.basename(last)} is whole. " if last else "There is no earlier checkpoint. ")
-                + "Free space on that disk, or set save_total_limit, and go on with --resume_from_checkpoint true."
+                f"{name} could not be written to {output} ({first_line(error)}). "
+                + (f"{os.path.basename(last)} is complete. " if last else "There is no earlier checkpoint. ")
+                + "Free space on that disk, or set save_total_limit, and resume with --resume-from-checkpoint true."
             ) from error
         finally:
             self._staging = None
@@ -202,52 +209,46 @@ class StageTrainerMixin(_Trainer):
             rotate_checkpoints(output_dir=str(output), save_total_limit=self.args.save_total_limit, use_mtime=False)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Writes none: TRL's shows a text model made from "None". `minigpt4 push` writes the card."""
+        """Writes none: TRL's describes a text model trained from "None". `minigpt4 push` writes the card."""
 
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
         if not self.args.should_save:
             return
-        folder = output_dir or self.args.output_dir
+        folder = output_dir or str(self.args.output_dir)
         checkpoints.save_trained(self.accelerator.unwrap_model(self.model), folder, state_dict)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
-        torch.save(self.args, os.path.join(folder, "training_args.bin"))
+        torch.save(self.args, os.path.join(folder, TRAINING_ARGS_NAME))
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
-        peft = hasattr(self.model, "peft_config") and hasattr(self.model, "get_base_model")
-        if peft or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if isinstance(self.model, PeftModel) or self.is_fsdp_enabled or self.is_deepspeed_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:
             checkpoints.load_trained(self.model, resume_from_checkpoint)
 
-    # Log
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "loss" in logs and self._all_tokens and self._logged_at is not None:
-            now = time.perf_counter()
-            rows = int(self._rows) * self.args.world_size
-            logs["samples_per_second"] = round(rows / (now - self._logged_at), 3)
-            logs["non_padding_fraction"] = round(float(self._real_tokens) / self._all_tokens, 4)
-            self._real_tokens, self._all_tokens, self._rows, self._logged_at = 0, 0, 0, now
-        super().log(logs, start_time)
-
 
 class StageSFTTrainer(StageTrainerMixin, SFTTrainer):
-    """TRL's `SFTTrainer`, whose loss is computed where labels are, for MiniGPT-4 and LLaVA."""
+    """TRL's `SFTTrainer`, with the loss computed only where labels are, for MiniGPT-4 and LLaVA."""
 
-    def __init__(self, *args: Any, **kwargs: Any):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        # TRL puts all that learns into bf16 beside quantised weights, where a projection's small steps are lost.
+        # TRL converts all trainable parameters of quantised models to bf16, but a projector's small steps need fp32.
         for name, parameter in self.model.named_parameters():
             if parameter.requires_grad and "modules_to_save" in name:
                 parameter.data = parameter.data.float()
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: Batch,
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
         """
-        TRL's loss, and on a CPU the model's own where logits are at labels alone.
+        TRL's loss, or on a CPU the model's own if logits are at labels only.
 
-        TRL's head computes them twice to save memory, and is the slower one there (docs/benchmarks.md). Its
-        metrics of entropy and accuracy are left out then.
+        TRL's head computes them twice to save memory, and is slower there (docs/training_speed.md). Its metrics of
+        entropy and accuracy are left out then.
         """
         if POSITIONS not in inputs or self.accelerator.device.type != "cpu" or self.args.loss_type != "nll":
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
@@ -259,24 +260,12 @@ class StageTrainer(StageTrainerMixin, Trainer):
     """transformers' `Trainer`, for models whose own loss is needed, such as BLIP-2 with its encoder–decoder."""
 
 
-class ThroughputBar(ProgressCallback):
-    """transformers' bar, with samples per second and the share of positions that rows take."""
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        super().on_log(args, state, control, logs=logs, **kwargs)
-        if self.training_bar is not None and "samples_per_second" in (logs or {}):
-            share = f"{logs['non_padding_fraction']:.0%} real tokens"
-            self.training_bar.set_postfix_str(f"{logs['samples_per_second']:.3g} samples/s, {share}")
-
-
-def require_rows(dataset: Any) -> None:
+def require_rows(dataset: Dataset | IterableDataset) -> None:
     """
     Raises:
-        ValueError: for a data set without rows.
+        ValueError: for a dataset without rows.
     """
-    try:
-        next(iter(dataset))
-    except StopIteration:
+    if next(iter(dataset), None) is None:
         raise ValueError(
             "The source has no usable row, so there is nothing to train on. Check it with `minigpt4 data check`."
-        ) from None
+        )

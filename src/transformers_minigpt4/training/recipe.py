@@ -1,0 +1,113 @@
+"""Parses a recipe and the command line that overrides its keys."""
+
+import sys
+from dataclasses import fields
+from difflib import get_close_matches
+from typing import Any, NoReturn
+
+import yaml
+from trl import ModelConfig, TrlParser
+
+from .arguments import StageArguments, StageConfig, check_arguments
+from .recipe_files import find_recipe
+
+
+GROUPS: tuple[Any, ...] = (StageArguments, StageConfig, ModelConfig)  # dataclasses
+# Short names of keys, on the command line only.
+ALIASES = {
+    "model": "model_name_or_path",
+    "output": "output_dir",
+    "batch_size": "per_device_train_batch_size",
+}
+# Keys that had another name before 0.1.0.
+RENAMED = {
+    "form": "prompt_format",
+    "train_parts": "trainable_modules",
+    "max_bad_share": "max_error_rate",
+    "requires_projection_layers": "requires_projector_layers",
+}
+
+
+class RecipeParser(TrlParser):
+    """TRL's parser of recipes and command lines, whose errors are exceptions with one line."""
+
+    def error(self, message: str) -> NoReturn:  # argparse would print all keys and exit
+        raise ValueError(f"{message[:1].upper()}{message[1:]}. Correct it in the recipe or on the command line.")
+
+
+def parse_recipe(arguments: list[str] | None = None) -> tuple[StageArguments, StageConfig, ModelConfig]:
+    """
+    Reads `--config RECIPE` and the keys that the command line overrides.
+
+    Dashes and underscores are the same in the names of options, and `--model`, `--output` and `--batch-size` are short
+    for `model_name_or_path`, `output_dir` and `per_device_train_batch_size`.
+
+    Args:
+        arguments (`list[str]`, *optional*): By default those of the process.
+
+    Raises:
+        ValueError: for a recipe or a key that does not exist, a value that its key cannot have, and options that
+            exclude each other.
+    """
+    words = normalize_options(list(sys.argv[1:] if arguments is None else arguments))
+    if "--config" in words[:-1]:
+        place = words.index("--config") + 1
+        words[place] = find_recipe(words[place])
+    try:
+        *parsed, rest = RecipeParser(GROUPS, allow_abbrev=False).parse_args_and_config(
+            words, return_remaining_strings=True
+        )
+    except yaml.YAMLError as error:
+        raise ValueError(f"The recipe is not valid YAML: {' '.join(str(error).split())}.") from error
+    if rest:
+        raise ValueError(_unknown(rest))
+    stage, config, model_args = parsed
+    check_arguments(stage, config, model_args)
+    return stage, config, model_args
+
+
+def normalize_options(words: list[str]) -> list[str]:
+    """
+    A command line whose options have the names of their keys: underscores, and no aliases.
+
+    Raises:
+        ValueError: for a key that is given under two names with two values.
+    """
+    found: list[str] = []
+    given: dict[str, tuple[str, list[str]]] = {}
+    for place, word in enumerate(words):
+        if not word.startswith("--"):
+            found.append(word)
+            continue
+        option, equals, value = word[2:].partition("=")
+        key = option.replace("-", "_")
+        key = ALIASES.get(key, key)
+        found.append(f"--{key}{equals}{value}")
+        end = next((i for i, later in enumerate(words) if i > place and later.startswith("--")), len(words))
+        values = [value] if equals else words[place + 1 : end]
+        earlier, earlier_values = given.setdefault(key, (option, values))
+        if earlier != option and earlier_values != values:
+            raise ValueError(
+                f"--{earlier} {' '.join(earlier_values)} and --{option} {' '.join(values)} set the same key, {key}. "
+                "Give one of them."
+            )
+    return found
+
+
+def _unknown(rest: list[str]) -> str:
+    """What to say of keys that no recipe has."""
+    unknown = [word.lstrip("-").partition("=")[0] for word in rest if word.startswith("--")]
+    for name in unknown:
+        if name in RENAMED:
+            return (
+                f"The recipe key {name} is called {RENAMED[name]} now. Rename it in the recipe or on the command line."
+            )
+        if name in ALIASES:
+            return f"{name} is an option of the command line only. In a recipe, write {ALIASES[name]}."
+    keys = {field.name for group in GROUPS for field in fields(group)}
+    near = get_close_matches(unknown[0].replace("-", "_"), keys, 1) if unknown else []
+    return (
+        f"Unknown in a recipe or on its command line: {' '.join(rest)}. "
+        + (f"Did you mean {near[0]}? " if near else "")
+        + "Keys are those of TRL's SFTConfig and ModelConfig, and of this package's training/arguments.py."
+    )

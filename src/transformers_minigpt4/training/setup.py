@@ -1,0 +1,93 @@
+"""Sets up the trainer of a recipe: stage, adapters, collator, optimizations, sanity checks and run info."""
+
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftConfig
+from transformers import PreTrainedModel, ProcessorMixin
+from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.trainer_utils import set_seed
+from trl import ModelConfig, get_peft_config
+
+from transformers_minigpt4.modeling.modeling_minigpt4 import MiniGPT4PreTrainedModel
+from transformers_minigpt4.utils.families import PROJECTOR, QFORMER, family_of
+
+from .arguments import StageArguments, StageConfig
+from .collator import make_collator
+from .loading import LoadedRows
+from .optimizations import optimize
+from .run_info import RunInfoCallback, run_info
+from .sanity_checks import SanityCheckCallback
+from .stages import prepare_stage, trainable_parameters
+from .towerless import complete, has_tower
+from .trainer import StageSFTTrainer, StageTrainer
+
+
+def make_trainer(
+    stage: StageArguments,
+    config: StageConfig,
+    model_args: ModelConfig,
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    rows: LoadedRows,
+) -> StageSFTTrainer | StageTrainer:
+    """
+    The prepared trainer; `SFTTrainer`, or `Trainer` for a model with its own loss.
+
+    Raises:
+        DataError: for a feature cache of other weights.
+        ValueError: for modules that the model does not have, and for rows that cannot be packed.
+    """
+    set_seed(config.seed)  # adapters are drawn at random
+    prepare_stage(model, stage.trainable_modules)
+    collator = make_collator(model, processor, stage.max_completion_length)
+    common = {
+        "model": model,
+        "args": config,
+        "train_dataset": rows.dataset,
+        "data_collator": optimize(stage, config, model, processor, collator),
+        "processing_class": processor,
+    }
+    trainer: StageSFTTrainer | StageTrainer
+    if family_of(model.config).encoder_decoder:
+        trainer = StageTrainer(**common)
+    else:
+        trainer = StageSFTTrainer(**common, peft_config=_adapters(model_args, stage))
+    trainer.add_callback(SanityCheckCallback(stage.check_first_loss))
+    trainable = trainable_parameters(trainer.model)
+    info = run_info([stage, config, model_args], rows.dataset, trainable, rows.fingerprint)
+    trainer.add_callback(RunInfoCallback(info, rows.skipped))
+    return trainer
+
+
+def save_final(trainer: StageSFTTrainer | StageTrainer) -> None:
+    """Leaves a checkpoint in the output folder that loads by its name: MiniGPT-4's trained modules, else all."""
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    if isinstance(model, MiniGPT4PreTrainedModel) or hasattr(model, "peft_config"):
+        trainer.save_model()
+        return
+    if trainer.args.should_save:
+        folder = str(trainer.args.output_dir)
+        (model if has_tower(model) else complete(model)).save_pretrained(folder)
+        if trainer.processing_class is not None:
+            trainer.processing_class.save_pretrained(folder)
+        torch.save(trainer.args, Path(folder) / TRAINING_ARGS_NAME)
+    trainer.accelerator.wait_for_everyone()
+
+
+def _adapters(model_args: ModelConfig, stage: StageArguments) -> PeftConfig | None:
+    """PEFT freezes what is not an adapter; the stage's other modules train completely and are saved with them."""
+    peft_config = get_peft_config(model_args)
+    if not isinstance(peft_config, LoraConfig):
+        return peft_config
+    modules = {PROJECTOR: "multi_modal_projector", QFORMER: "qformer"}
+    chosen = [modules[name] for name in stage.trainable_modules if name in modules]
+    peft_config.modules_to_save = [*(peft_config.modules_to_save or []), *chosen] or None
+    # `q_proj` and `v_proj` occur in vision towers too, which stay frozen.
+    targets = peft_config.target_modules
+    if isinstance(targets, str) and targets.isidentifier():  # TRL passes on a single name without its list
+        targets = [targets]
+    if isinstance(targets, (list, set)) and targets:
+        names = "|".join(sorted(targets))
+        peft_config.target_modules = rf".*language_model.*\.({names})"
+    return peft_config

@@ -1,0 +1,73 @@
+"""Measures a run's samples per second and how much of its batches is padding."""
+
+import time
+
+import torch
+from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from .collator import Batch
+from .packing import count_tokens
+
+
+class ThroughputCallback(TrainerCallback):
+    """
+    Adds `samples_per_second` and `non_padding_fraction` since the last log to every log of a loss.
+
+    Callbacks do not see batches, so the trainer calls [`count`] with each. It must come before the callbacks that
+    report logs.
+    """
+
+    def __init__(self) -> None:
+        self.rows: torch.Tensor | int = 0
+        self.tokens: torch.Tensor | int = 0
+        self.positions = 0
+        self.since = time.perf_counter()
+
+    def count(self, batch: Batch) -> None:
+        """Counts a batch, without waiting for its device."""
+        rows, tokens, positions = count_tokens(batch)
+        self.rows, self.tokens, self.positions = self.rows + rows, self.tokens + tokens, self.positions + positions
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        self._restart()
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: object,
+    ) -> None:
+        if logs is None or "loss" not in logs or not self.positions:
+            return
+        samples = int(self.rows) * args.world_size
+        measured = {
+            "samples_per_second": round(samples / (time.perf_counter() - self.since), 3),
+            "non_padding_fraction": round(float(self.tokens) / self.positions, 4),
+        }
+        logs.update(measured)
+        state.log_history[-1].update(measured)  # a copy of `logs`
+        self._restart()
+
+    def _restart(self) -> None:
+        self.rows, self.tokens, self.positions, self.since = 0, 0, 0, time.perf_counter()
+
+
+class ThroughputBar(ProgressCallback):
+    """transformers' bar, with samples per second and the non-padding fraction."""
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: object,
+    ) -> None:
+        super().on_log(args, state, control, logs=logs, **kwargs)
+        if self.training_bar is not None and logs is not None and "samples_per_second" in logs:
+            fraction = f"{logs['non_padding_fraction']:.0%} non-padding"
+            self.training_bar.set_postfix_str(f"{logs['samples_per_second']:.3g} samples/s, {fraction}")

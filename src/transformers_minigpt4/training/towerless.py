@@ -1,0 +1,87 @@
+"""Models without their frozen image modules, for training from cached features."""
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import LlavaConfig, LlavaForConditionalGeneration, PreTrainedModel
+from transformers.conversion_mapping import (
+    get_checkpoint_conversion_mapping,
+    register_checkpoint_conversion_mapping,
+)
+
+from transformers_minigpt4.modeling.modeling_minigpt4 import MiniGPT4ForConditionalGeneration
+
+
+REMOVABLE = ("vision_tower", "qformer")
+
+
+class RemovedModule(nn.Module):
+    """Takes the place of a removed module, and raises when it is called."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+
+    def forward(self, *args: object, **kwargs: object) -> None:
+        """
+        Raises:
+            RuntimeError: always.
+        """
+        raise RuntimeError(
+            f"The {self.name} was taken out, because this model trains from cached features. Give it image_features, "
+            "or load the complete model."
+        )
+
+
+class TowerlessLlava(LlavaForConditionalGeneration):
+    """LLaVA without its vision tower, whose weights are then not loaded."""
+
+    def __init__(self, config: LlavaConfig) -> None:
+        super().__init__(config)  # in `from_pretrained`, on the meta device: nothing is allocated yet
+        remove_tower(self)
+        self._keys_to_ignore_on_load_unexpected = {r"(^|\.)vision_tower\."}
+
+
+# Published checkpoints have older names of weights, which transformers converts by the name of the class.
+register_checkpoint_conversion_mapping(TowerlessLlava.__name__, get_checkpoint_conversion_mapping("llava"))
+
+
+def load_towerless(model_type: str, name: str, **keywords: Any) -> PreTrainedModel:
+    """
+    `from_pretrained` without vision tower and Q-Former, whose weights are not read.
+
+    Args:
+        model_type (`str`): `"minigpt4"` or `"llava"`.
+        name (`str`): Folder or Hub id.
+        keywords: For `from_pretrained`.
+    """
+    if model_type == "llava":
+        return TowerlessLlava.from_pretrained(name, **keywords)
+    model = MiniGPT4ForConditionalGeneration.from_pretrained(name, image_modules=False, **keywords)
+    remove_tower(model)
+    return model
+
+
+def remove_tower(model: PreTrainedModel) -> None:
+    """Takes vision tower and Q-Former out of a model, in place; what replaces them raises when it is called."""
+    for name in REMOVABLE:
+        if hasattr(model.base_model, name):
+            setattr(model.base_model, name, RemovedModule(name))
+
+
+def has_tower(model: PreTrainedModel) -> bool:
+    """Whether a model has its vision tower, which [`remove_tower`] and [`load_towerless`] leave out."""
+    return not isinstance(getattr(model.base_model, "vision_tower", None), RemovedModule)
+
+
+@torch.no_grad()
+def complete(model: PreTrainedModel) -> PreTrainedModel:
+    """The complete model of one without its tower: as its checkpoint has it, with the weights that `model` trained."""
+    model_class = LlavaForConditionalGeneration if isinstance(model, TowerlessLlava) else type(model)
+    revision = getattr(model.config, "_commit_hash", None)
+    loaded = model_class.from_pretrained(model.name_or_path, dtype=model.dtype, revision=revision or "main")
+    for name, value in model.named_parameters():
+        if value.requires_grad:
+            loaded.get_parameter(name).copy_(value)
+    return loaded
