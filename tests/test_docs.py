@@ -13,6 +13,7 @@ import typer
 from typer.main import get_command
 
 from transformers_minigpt4.cli import app
+from transformers_minigpt4.evaluation.tasks.advanced import CRITERIA
 
 
 ROOT = Path(__file__).parent.parent
@@ -85,6 +86,23 @@ def test_pages_that_the_code_names_exist():
         if path.suffix in (".py", ".yaml", ".jinja"):
             for name in re.findall(r"\bdocs/[\w/-]+\.md\b", path.read_text(encoding="utf-8")):
                 assert (ROOT / name).is_file(), f"{path.name} names {name}"
+
+
+# British spellings, and words for which the package has others: image, projector, dataset, resume, complete.
+OTHER_WORDS = re.compile(
+    r"\b(pictures?|projections?|data sets?|licences?|colours?|neighbours?|(?:tokenis|normalis|quantis)\w*|learnt"
+    r"|shortcuts?|whole|goes on|on end|at hand)\b",
+    re.IGNORECASE,
+)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.name != "CHANGELOG.md"], ids=lambda p: p.name)
+def test_words(page):
+    """Code, prompts and quoted output stay as they are."""
+    text = re.sub(r"```.*?```|`[^`]*`|^::: .*$", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    for criterion in CRITERIA.values():
+        text = text.replace(criterion, "")
+    assert OTHER_WORDS.findall(text) == []
 
 
 def test_every_page_is_on_the_site():
