@@ -58,18 +58,18 @@ class Letters(Task):
         return records
 
 
-def picture(number: int) -> Image.Image:
+def plain_image(number: int) -> Image.Image:
     return Image.new("RGB", (40 + number % 7, 50), (20 * number % 255, 90, 200 - 17 * number % 200))
 
 
 def write_letters(folder: Path, rows: int = 10, images: int = 1) -> Path:
-    """The data of [`Letters`]: `rows` questions about `images` pictures each."""
+    """The data of [`Letters`]: `rows` questions about `images` images each."""
     folder.mkdir(parents=True, exist_ok=True)
     entries = []
     for i in range(rows):
         names = [f"{i}-{n}.png" for n in range(images)]
         for n, name in enumerate(names):
-            picture(3 * i + n).save(folder / name)
+            plain_image(3 * i + n).save(folder / name)
         entries.append({"id": i, "scene": "thing " * (1 + i % 4), "images": names, "reference": i % 2})
     (folder / "letters.json").write_text(json.dumps(entries))
     return folder

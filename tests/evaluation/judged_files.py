@@ -7,14 +7,14 @@ from typing import Any
 from PIL import Image
 
 
-def write_picture(path: Path, colour: str = "grey") -> Path:
+def write_image(path: Path, colour: str = "grey") -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", (8, 8), colour).save(path)
     return path
 
 
-def write_coco(folder: Path, captions: dict[int, list[str]], pictures: str = "val2014") -> Path:
-    """A COCO captions file in `annotations/`, with its pictures in the folder `pictures`."""
+def write_coco(folder: Path, captions: dict[int, list[str]], images: str = "val2014") -> Path:
+    """A COCO captions file in `annotations/`, with its images in the folder `images`."""
     (folder / "annotations").mkdir(parents=True)
     content: dict[str, Any] = {
         "info": {},
@@ -28,7 +28,7 @@ def write_coco(folder: Path, captions: dict[int, list[str]], pictures: str = "va
     }
     (folder / "annotations" / "captions_val2014.json").write_text(json.dumps(content))
     for key in captions:
-        write_picture(folder / pictures / f"COCO_val2014_{key:012d}.jpg")
+        write_image(folder / images / f"COCO_val2014_{key:012d}.jpg")
     return folder
 
 
@@ -42,7 +42,7 @@ def write_advanced(folder: Path, images: int = 2, described: bool = True) -> Pat
     for task in ("meme", "recipe", "advertisement", "poem"):
         names = [f"{number:02d}.png" for number in range(images)]
         for name in names:
-            write_picture(folder / task / name)
+            write_image(folder / task / name)
         if described:
             rows = [{"image": name, "description": f"A {task} numbered {name}."} for name in names]
             write_lines(folder / task / "descriptions.jsonl", rows)

@@ -1,9 +1,9 @@
-"""Data of every task in its official form, as small as can be, for the tests."""
+"""Data of every task in its official format, as small as can be, for the tests."""
 
 import json
 from pathlib import Path
 
-from judged_files import write_advanced, write_coco, write_lines, write_picture
+from judged_files import write_advanced, write_coco, write_image, write_lines
 
 
 def write_json(path: Path, content) -> None:
@@ -12,7 +12,7 @@ def write_json(path: Path, content) -> None:
 
 
 def write_aokvqa(folder: Path) -> None:
-    write_picture(folder / "val2017" / "000000000007.jpg")
+    write_image(folder / "val2017" / "000000000007.jpg")
     row = {
         **{"split": "val", "image_id": 7, "question_id": "a", "question": "What is on the man's head?"},
         **{"choices": ["hat", "cap", "bird", "nothing"], "correct_choice_idx": 1, "direct_answers": ["cap"] * 10},
@@ -22,7 +22,7 @@ def write_aokvqa(folder: Path) -> None:
 
 
 def write_gqa(folder: Path) -> None:
-    write_picture(folder / "images" / "n1.jpg")
+    write_image(folder / "images" / "n1.jpg")
     types = {"structural": "query", "semantic": "attr"}
     row = {
         "question": "What color is the dog?",
@@ -45,7 +45,7 @@ def write_chair(folder: Path) -> None:
 
 
 def write_scienceqa(folder: Path) -> None:
-    with_picture = {
+    with_image = {
         **{
             "question": "Which  ocean is highlighted?",
             "choices": ["the Arctic Ocean", "the Indian Ocean"],
@@ -57,9 +57,9 @@ def write_scienceqa(folder: Path) -> None:
         **{"question": "Which word rhymes?", "choices": ["thin", "tall", "bin"], "answer": 2},
         **{"hint": "Read the  poem.", "image": None, "subject": "language science", "grade": "grade11"},
     }
-    write_json(folder / "problems.json", {"4": with_picture, "11": text_alone})
+    write_json(folder / "problems.json", {"4": with_image, "11": text_alone})
     write_json(folder / "pid_splits.json", {"test": ["4", "11"]})
-    write_picture(folder / "test" / "4" / "image.png")
+    write_image(folder / "test" / "4" / "image.png")
 
 
 def write_llava_bench(folder: Path) -> None:
@@ -69,14 +69,14 @@ def write_llava_bench(folder: Path) -> None:
     boxes = [{"category": "person", "bbox": [0.1, 0.2, 0.3, 0.4]}]
     context = {"image": "000000000139.jpg", "captions": ["A man reads."], "instances": boxes}
     write_lines(folder / "caps_boxes_coco2014_val_80.jsonl", [context])
-    write_picture(folder / "images" / "000000000139.jpg")
+    write_image(folder / "images" / "000000000139.jpg")
 
 
 def write_pope(folder: Path) -> None:
     for sampling in ("random", "popular", "adversarial"):
         row = {"question_id": 1, "image": "a.jpg", "text": "Is there a dog in the image?", "label": "no"}
         write_lines(folder / f"coco_pope_{sampling}.json", [row])
-    write_picture(folder / "images" / "a.jpg")
+    write_image(folder / "images" / "a.jpg")
 
 
 def write_captioned(folder: Path) -> None:

@@ -94,7 +94,7 @@ def test_compare(checkpoint, data, tmp_path):
     assert {path.name for path in (tmp_path / "page").iterdir()} == {"answers.html", "minigpt-4-table-4.png"}
     evaluate(checkpoint, "--tasks", "letters", "--data", data, "--output", tmp_path / "c", "--limit", 3)
     line = complaint("compare", tmp_path / "a", tmp_path / "c", "--output", tmp_path / "page")
-    assert "with other questions (another revision of the data" in line
+    assert "with different questions (another revision of the data" in line
 
 
 def test_list_tasks_names_all():

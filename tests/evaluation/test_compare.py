@@ -140,19 +140,19 @@ class TestRefusals:
         other = write_letters(tmp_path / "revised", rows=39)
         keep(pair[1], other, "second", ["e"] * 39)
         with pytest.raises(
-            ValueError, match=r"first and second were asked 'letters' with other questions \(another rev"
+            ValueError, match=r"first and second were asked 'letters' with different questions \(another rev"
         ):
             compare_results(pair, [Letters()])
 
     @pytest.mark.parametrize(
         "changes,words",
         [
-            ({"prompts": {"one": "Say it."}}, "with other prompts"),
+            ({"prompts": {"one": "Say it."}}, "with different prompts"),
             ({"judge_prompts": {"one": "Right?"}}, "prompts for the judge"),
             ({"generation": {"max_new_tokens": 5}}, "arguments of generate"),
             ({"judge": {"model": "strict"}}, "judged on 'letters' by nobody and strict"),
             ({"metrics": {"accuracy": 99.0}}, "scored by another version"),
-            ({"samples": 41}, "holds 40 answers, but results.json speaks of 41"),
+            ({"samples": 41}, "holds 40 answers, but results.json says 41"),
         ],
     )
     def test_other_conditions(self, pair, changes, words):
@@ -169,7 +169,7 @@ class TestRefusals:
         with pytest.raises(ValueError, match="named twice"):
             compare_results([pair[0], pair[0]], [Letters()])
         (pair[1] / "results.json").write_text('{"stages": []}')
-        with pytest.raises(ValueError, match="no results file of `minigpt4 evaluate`"):
+        with pytest.raises(ValueError, match="not a results file of `minigpt4 evaluate`"):
             compare_results(pair, [Letters()])
 
     def test_no_task_in_common(self, pair, tmp_path):
@@ -243,9 +243,9 @@ def test_page_shows_answers_side_by_side(pair, tmp_path):
     page = Page(path.read_text())
     assert "script" not in page.tags and "b" in page.tags  # the prompts are bold
     assert page.tags.count("article") == 40 and page.tags.count("img") == 39
-    assert all(source.startswith("data:image/jpeg;base64,") for source in page.sources)  # nothing from elsewhere
+    assert all(source.startswith("data:image/jpeg;base64,") for source in page.sources)  # nothing from other sites
     assert page.texts.count(evil) == 20 and page.texts.count("<b>second</b>") == 40
-    assert sum("cannot load image" in text for text in page.texts) == 21  # 20 failed questions, and picture 7 here
+    assert sum("cannot load image" in text for text in page.texts) == 21  # 20 failed questions, and image 7 here
     few = write_page(comparison, tmp_path / "few", examples=3, seed=1).read_text()
     assert few.count("<article>") == 3
     assert few == write_page(comparison, tmp_path / "again", examples=3, seed=1).read_text()

@@ -94,8 +94,8 @@ def save_instructblip(folder: Path) -> None:
     tokenizer.pad_token = tokenizer.unk_token
     reader = AutoTokenizer.from_pretrained(GOLDEN / "tokenizer", padding_side="right")
     reader.pad_token = reader.unk_token
-    pictures = BlipImageProcessorPil(size={"height": 56, "width": 56})
-    processor = InstructBlipProcessor(pictures, tokenizer, reader, num_query_tokens=8)
+    image_processor = BlipImageProcessorPil(size={"height": 56, "width": 56})
+    processor = InstructBlipProcessor(image_processor, tokenizer, reader, num_query_tokens=8)
     small = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
     config = InstructBlipConfig(
         vision_config=Blip2VisionConfig(**small, image_size=56, patch_size=14).to_dict(),
@@ -131,13 +131,13 @@ def test_other_families(families, data, tmp_path, family):
 
 
 @pytest.mark.parametrize("images", [0, 2])
-def test_text_alone_and_several_pictures(families, tiny_checkpoint, tmp_path, images):
+def test_text_only_and_several_images(families, tiny_checkpoint, tmp_path, images):
     data = write_letters(tmp_path / "data", rows=3, images=images)
     for checkpoint in (tiny_checkpoint, str(families / "llava")):
         out = tmp_path / Path(checkpoint).name
         assert evaluate(checkpoint, [Letters()], data, out)["tasks"]["letters"]["failures"] == 0
         assert all(len(row["images"]) == images and row["answer"] for row in answers(out).values())
-    with pytest.raises(ValueError, match=f"takes one picture a prompt, but a prompt has {images}"):
+    with pytest.raises(ValueError, match=f"takes one image per prompt, but a prompt has {images}"):
         evaluate(str(families / "blip2"), [Letters()], data, tmp_path / "blip2")
     assert not (tmp_path / "blip2" / "results.json").exists()
 
@@ -145,7 +145,7 @@ def test_text_alone_and_several_pictures(families, tiny_checkpoint, tmp_path, im
 @pytest.fixture(scope="module")
 def processes():
     """
-    Makes processes from one that has imported what they need, and has computed nothing.
+    Starts processes from one that has imported what they need, and has computed nothing.
 
     A fork of this one could hang: the threads of OpenMP do not survive it.
     """
@@ -257,10 +257,10 @@ def test_what_changed_is_asked_again(tiny_checkpoint, data, tmp_path, monkeypatc
     assert len([id_ for batch in asked for id_ in batch]) == 10
 
 
-def test_a_missing_picture_is_a_failure_and_is_tried_again(tiny_checkpoint, data, tmp_path):
+def test_a_missing_image_is_a_failure_and_is_tried_again(tiny_checkpoint, data, tmp_path):
     content = (data / "2-0.png").read_bytes()
     (data / "2-0.png").unlink()
-    (data / "6-0.png").write_bytes(b"no picture")
+    (data / "6-0.png").write_bytes(b"not an image")
     entry = evaluate(tiny_checkpoint, [Letters()], data, tmp_path / "out", batch_size=4)["tasks"]["letters"]
     rows = answers(tmp_path / "out")
     assert entry["failures"] == 2 and entry["samples"] == 10
@@ -361,10 +361,10 @@ class TestBadInput:
     def test_foreign_file_among_the_answers(self, tiny_checkpoint, data, tmp_path):
         (tmp_path / "out" / "answers").mkdir(parents=True)
         (tmp_path / "out" / "answers" / "letters.jsonl").write_text('{"caption": "mine"}\n')
-        with pytest.raises(ValueError, match=r"line 1 of .*letters.jsonl' is no answer"):
+        with pytest.raises(ValueError, match=r"line 1 of .*letters.jsonl' is not an answer"):
             evaluate(tiny_checkpoint, [Letters()], data, tmp_path / "out")
 
-    def test_scoring_must_be_whole(self, tiny_checkpoint, data, tmp_path):
+    def test_scoring_must_be_complete(self, tiny_checkpoint, data, tmp_path):
         task = Letters()
         task.score = lambda questions, answers, judge=None: []
         with pytest.raises(ValueError, match="scored 0 of 10 questions"):
@@ -384,7 +384,7 @@ def test_data_from_the_hub(tiny_checkpoint, data, tmp_path, monkeypatch):
         monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
         entry = evaluate(tiny_checkpoint, [Letters()], "hub:me/letters", tmp_path / "out")["tasks"]["letters"]
         assert (entry["data"], entry["revision"], entry["samples"]) == ("me/letters", sha, 10)
-        with pytest.raises(ValueError, match=r"cannot get the data set 'me/gone' from the Hub: .*check name"):
+        with pytest.raises(ValueError, match=r"cannot get the dataset 'me/gone' from the Hub: .*check name"):
             evaluate(tiny_checkpoint, [Letters()], {"letters": "hub:me/gone@v1"}, tmp_path / "out")
 
 

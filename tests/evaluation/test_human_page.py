@@ -59,7 +59,7 @@ def write_run(folder: Path, model: str, questions, answers) -> Path:
 
 @pytest.fixture
 def runs(tmp_path):
-    """Two models over 4 tasks × 2 pictures; `beta` could not answer one question."""
+    """Two models over 4 tasks × 2 images; `beta` could not answer one question."""
     questions = load_task("advanced").questions(write_advanced(tmp_path / "data"))
     made = []
     for model in ("alpha", "beta"):
@@ -75,7 +75,7 @@ def sheet(runs, tmp_path):
     return make_sheet(runs, tmp_path / "sheet")
 
 
-def test_a_sheet_is_shuffled_and_whole(sheet, runs, tmp_path):
+def test_a_sheet_is_shuffled_and_complete(sheet, runs, tmp_path):
     assert len(sheet.items) == 16 and len(sheet.asked) == 15
     models = [item.model for item in sheet.items]
     assert models != sorted(models) and len({item.id for item in sheet.items}) == 16
@@ -83,9 +83,9 @@ def test_a_sheet_is_shuffled_and_whole(sheet, runs, tmp_path):
     again, other = make_sheet(runs, tmp_path / "again"), make_sheet(runs, tmp_path / "other", seed=1)
     assert [item.id for item in again.items] == [item.id for item in sheet.items]
     assert [(i.model, i.question) for i in other.items] != [(i.model, i.question) for i in sheet.items]
-    # The same picture has one name, whoever answered.
-    pictures = {item.question: item.image for item in sheet.items}
-    assert all(item.image == pictures[item.question] for item in sheet.items)
+    # An image has one name, whichever model answered.
+    images = {item.question: item.image for item in sheet.items}
+    assert all(item.image == images[item.question] for item in sheet.items)
 
 
 def test_counts_by_hand(sheet):
@@ -149,7 +149,7 @@ def test_a_bad_table_changes_nothing(sheet, tmp_path):
     good = {"item": sheet.asked[0].id, "success": "yes"}
     for rows, message in (
         ([good, {"item": sheet.asked[1].id, "success": "maybe"}], r"row 3 .* says 'maybe'; write yes or no"),
-        ([good, good], "a second time"),
+        ([good, good], "repeats the item"),
         ([good, {"item": "zzz", "success": "no"}], "has no item 'zzz'"),
         ([{"id": "1", "success": "no"}], "has no column 'item'"),
     ):
@@ -176,7 +176,7 @@ def test_verdicts_flow_into_the_results(sheet, runs):
     # Answers of another run than the sheet's are left alone.
     lines[0]["answer"] = "changed"
     (runs[0] / "answers" / "advanced.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    with pytest.raises(ValueError, match="other answers than the sheet was made of"):
+    with pytest.raises(ValueError, match="other answers than the sheet"):
         write_verdicts(sheet)
 
 
@@ -189,7 +189,7 @@ def test_a_sheet_knows_its_runs_from_any_folder(runs, tmp_path, monkeypatch):
     assert write_verdicts(Sheet(Path("."))) == runs
 
 
-def test_a_picture_that_has_gone_leaves_no_half_a_sheet(runs, tmp_path):
+def test_a_missing_image_leaves_no_half_a_sheet(runs, tmp_path):
     (tmp_path / "data" / "recipe" / "00.png").rename(tmp_path / "kept.png")
     with pytest.raises(ValueError, match=r"recipe/00.png' has moved since the evaluation; put it back"):
         make_sheet(runs, tmp_path / "sheet")
@@ -198,12 +198,12 @@ def test_a_picture_that_has_gone_leaves_no_half_a_sheet(runs, tmp_path):
 
 
 def test_runs_that_do_not_go_together(runs, tmp_path):
-    with pytest.raises(ValueError, match="holds something already"):
+    with pytest.raises(ValueError, match="is not empty"):
         make_sheet(runs, tmp_path / "data")
     results = read_results(runs[1])
     results["tasks"]["advanced"]["fingerprint"] = data_fingerprint([])
     write_results(runs[1], results["checkpoint"], results["tasks"])
-    with pytest.raises(ValueError, match="alpha and beta were asked different questions"):
+    with pytest.raises(ValueError, match="alpha and beta were asked about different questions"):
         make_sheet(runs, tmp_path / "new")
     write_results(runs[1], results["checkpoint"], {})
     with pytest.raises(ValueError, match="has no results of advanced"):
@@ -250,7 +250,7 @@ def test_the_commands(runs, tmp_path):
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
 def test_judging_in_a_browser(sheet):
-    """By key and by button; back; a reload goes on where it was; nothing tells the model."""
+    """By key and by button; back; a reload resumes; nothing reveals the model."""
     from playwright.sync_api import expect, sync_playwright
 
     from transformers_minigpt4.evaluation.human_page import serve_sheet

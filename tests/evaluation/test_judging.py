@@ -149,7 +149,7 @@ def test_what_was_judged_before_the_endpoint_died_is_kept(tmp_path):
     with ScriptedEndpoint(["yes"] * 5 + [Reply(status=500)]) as endpoint:
         with (
             open_chat_model(settings(endpoint, concurrency=1), cache=tmp_path / "judge.sqlite") as judge,
-            pytest.raises(JudgeStopped, match=r"'judge' answered 5 of 12 questions, then: .*run the same again"),
+            pytest.raises(JudgeStopped, match=r"'judge' answered 5 of 12 questions, then: .*run the same command"),
         ):
             judge_all(judge, prompts, YES_NO)
         endpoint.respond = lambda body: "yes"
@@ -186,7 +186,7 @@ def test_a_wrong_key_stops_at_once(monkeypatch):
 
 
 def test_no_judge():
-    with pytest.raises(ValueError, match="llava_bench is scored by a judge, and none is given"):
+    with pytest.raises(ValueError, match="llava_bench is scored by a judge, but none is given"):
         need_judge(None, "llava_bench")
 
 

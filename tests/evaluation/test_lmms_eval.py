@@ -1,13 +1,14 @@
 """
 The model for lmms-eval, against the parts of its interface that a model meets.
 
-Where lmms-eval is installed these are its own classes. Elsewhere this file stands in for the three that
-`evaluation/lmms_eval.py` imports (as they are in lmms-eval 0.7.3), because its sixty dependencies do not fit beside
-the package's.
+Where lmms-eval is installed these are its own classes. Elsewhere this file provides stand-ins for the three that
+`evaluation/lmms_eval_model.py` and the entry point import (as in lmms-eval 0.7.3), because its sixty dependencies
+conflict with the package's.
 """
 
 import importlib
 import importlib.util
+import subprocess
 import sys
 import types
 from dataclasses import dataclass, field
@@ -15,6 +16,8 @@ from typing import Any
 
 import pytest
 from PIL import Image
+
+from transformers_minigpt4.evaluation import lmms_eval
 
 
 INSTALLED = importlib.util.find_spec("lmms_eval") is not None
@@ -67,7 +70,7 @@ def stand_in() -> dict[str, types.ModuleType]:
 
 @pytest.fixture(scope="module")
 def adapter():
-    name = "transformers_minigpt4.evaluation.lmms_eval"
+    name = "transformers_minigpt4.evaluation.lmms_eval_model"
     with pytest.MonkeyPatch.context() as patch:
         if not INSTALLED:
             for module, content in stand_in().items():
@@ -85,7 +88,7 @@ def model(adapter, tiny_checkpoint):
         {"images": [Image.new("RGB", (30 + 5 * i, 40), (40 * i, 90, 200))], "text": "word " * (1 + i)}
         for i in range(5)
     ]
-    documents.append({"images": [], "text": "no picture"})
+    documents.append({"images": [], "text": "no image"})
     made.task_dict = {"tiny": {"test": documents}}
     return made
 
@@ -104,10 +107,15 @@ def request(adapter, model, number, settings=None, task="tiny"):
 
 
 def test_the_manifest_names_the_class(adapter):
-    manifest = adapter.manifest()
+    manifest = lmms_eval.manifest()
     module, _, name = manifest.simple_class_path.rpartition(".")
     kind = getattr(importlib.import_module(module), name)
     assert manifest.model_id == "minigpt4" and issubclass(kind, adapter.lmms) and kind.is_simple
+
+
+def test_the_entry_point_loads_no_torch():
+    code = "import sys, transformers_minigpt4.evaluation.lmms_eval; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 def test_answers_come_in_order_whatever_the_batches(adapter, model):
@@ -136,7 +144,7 @@ def test_settings_of_tasks(adapter, model):
 
 def test_what_it_cannot_do(adapter, model):
     model.task_dict["clips"] = {"test": [{"images": ["clip.mp4"], "text": "what?"}]}
-    with pytest.raises(ValueError, match="the task clips holds a str, but the model takes pictures alone"):
+    with pytest.raises(ValueError, match="the task clips has a str, but the model takes only images"):
         model.generate_until([request(adapter, model, 0, task="clips")])
     for method in (model.loglikelihood, model.generate_until_multi_round):
         with pytest.raises(NotImplementedError, match="not supported; choose one"):

@@ -63,7 +63,7 @@ def test_tokens_are_those_of_the_golden_file():
 
 def test_missing_tools_are_named(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert "there is no java" in caption_metrics.missing_tools()["all"]
+    assert "java is not installed" in caption_metrics.missing_tools()["all"]
     monkeypatch.setitem(sys.modules, "pycocoevalcap", None)
     assert "transformers_minigpt4[evaluation]" in caption_metrics.missing_tools()["all"]
 

@@ -35,7 +35,7 @@ def test_words_found_are_the_official_ones(golden):
 def test_objects_that_are_there_and_scores(golden):
     words = ObjectWords(golden["synonyms"])
     there = words.categories_of(golden["instances"], golden["captions"])
-    assert {str(picture): sorted(objects) for picture, objects in there.items()} == golden["objects"]
+    assert {str(image): sorted(objects) for image, objects in there.items()} == golden["objects"]
     mentioned = wrong = sentences = 0
     for row in golden["rows"]:
         mentions = words.mentions(row["caption"])

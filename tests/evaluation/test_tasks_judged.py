@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from judged_files import write_advanced, write_coco, write_lines, write_picture
+from judged_files import write_advanced, write_coco, write_image, write_lines
 from scripted_endpoint import ScriptedEndpoint, user_text
 
 from transformers_minigpt4.evaluation.evaluator import Question
@@ -68,7 +68,7 @@ class TestAdvanced:
         assert len(load_task("advanced").questions(tmp_path, 3)) == 3
 
     def test_scores(self, tmp_path):
-        """2 pictures a task: all poems good, one recipe, a meme unreadable, an advertisement without answer."""
+        """2 images per task: all poems good, one recipe, a meme unreadable, an advertisement without answer."""
         questions = load_task("advanced").questions(write_advanced(tmp_path))
         answers = {q.id: f"An answer about {q.id}" for q in questions if q.id != "advertisement/01.png"}
 
@@ -101,7 +101,7 @@ class TestAdvanced:
         # No count of 0 successes that nobody has found.
         assert summarise(task, questions, records)["metrics"] == {f"judged/{name}": 0 for name in PROMPTS}
 
-    def test_a_count_lies_among_the_pictures(self, tmp_path):
+    def test_a_count_does_not_exceed_the_images(self, tmp_path):
         """A bootstrap sample may hold 30 of the 25 memes; an interval of their successes ends at 25 all the same."""
         task = load_task("advanced")
         questions = task.questions(write_advanced(tmp_path, images=5))
@@ -123,12 +123,12 @@ class TestAdvanced:
         with pytest.raises(ValueError, match=r"no folder .*meme"):
             task.questions(tmp_path)
         (tmp_path / "meme").mkdir()
-        with pytest.raises(ValueError, match=r"holds no picture"):
+        with pytest.raises(ValueError, match=r"holds no image"):
             task.questions(tmp_path)
         write_advanced(tmp_path)
         for rows, message in (
             ([{"image": "99.png", "description": "x"}], "about '99.png', which is not in the folder"),
-            ([{"image": "00.png", "description": "x"}] * 2, "a second time"),
+            ([{"image": "00.png", "description": "x"}] * 2, "repeats"),
             ([{"image": "00.png"}], "not of the form"),
         ):
             write_lines(tmp_path / "poem" / "descriptions.jsonl", rows)
@@ -138,7 +138,7 @@ class TestAdvanced:
 
 class TestCocoCoverage:
     def test_scores(self, tmp_path):
-        """Three pictures with 2 captions each; of the third, the judge cannot be read about one."""
+        """Three images with 2 captions each; of the third, the judge cannot be read about one."""
         captions = {7: ["a cat", "a mat"], 3: ["a dog", "a fog"], 12: ["a hen", "a pen"], 20: ["x", "y"]}
         questions = load_task("coco_coverage").questions(write_coco(tmp_path, captions))
         assert [q.id for q in questions] == ["3", "7", "12", "20"]
@@ -174,7 +174,7 @@ class TestCocoCoverage:
         with pytest.raises(ValueError, match=r"none is given"):
             load_task("coco_coverage").score([], {}, None)
 
-    def test_more_pictures_than_wanted_are_drawn(self, tmp_path):
+    def test_more_images_than_wanted_are_drawn(self, tmp_path):
         data = write_coco(tmp_path, {key: ["a"] for key in range(30)})
         keys = [key for key, _, _ in captioned_images(data, 10)]
         assert len(set(keys)) == 10 and keys == sorted(keys) and keys != list(range(10))
@@ -191,9 +191,7 @@ class TestCocoCoverage:
     def test_annotations_of_another_split(self, tmp_path):
         write_coco(tmp_path / "val", {1: ["a"], 2: ["b"]})
         (tmp_path / "val" / "val2014").rename(tmp_path / "val" / "other")
-        with pytest.raises(
-            ValueError, match=r"none of the 2 pictures .*annotations and pictures are of the same split"
-        ):
+        with pytest.raises(ValueError, match=r"none of the 2 images .*annotations and images are of the same split"):
             load_task("coco_coverage").questions(tmp_path / "val")
 
     def test_bad_files(self, tmp_path):
@@ -203,11 +201,14 @@ class TestCocoCoverage:
         path = tmp_path / "captions_val2014.json"
         images = [{"id": 1, "file_name": "a.jpg"}]
         for content, message in (
-            ([], "no COCO captions file"),
+            ([], "not a COCO captions file"),
             ({"images": images * 2, "annotations": []}, "image id 1 twice"),
             ({"images": images, "annotations": [{"image_id": 1, "bbox": []}]}, "not the instances"),
-            ({"images": images, "annotations": [{"image_id": 2, "caption": "a"}]}, "no caption of one of its images"),
-            ({"images": [{"id": 1}], "annotations": []}, "no COCO captions file"),
+            (
+                {"images": images, "annotations": [{"image_id": 2, "caption": "a"}]},
+                "not a caption of one",
+            ),
+            ({"images": [{"id": 1}], "annotations": []}, "not a COCO captions file"),
         ):
             path.write_text(json.dumps(content))
             with pytest.raises(ValueError, match=message):
@@ -313,8 +314,8 @@ class TestLLaVABench:
             for i, row in enumerate(rows)
         ]
         write_lines(folder / "caps_boxes_coco2014_val_80.jsonl", contexts)
-        write_picture(folder / "images" / "COCO_val2014_000000000001.jpg")
-        write_picture(folder / "images" / "000000000002.jpg")
+        write_image(folder / "images" / "COCO_val2014_000000000001.jpg")
+        write_image(folder / "images" / "000000000002.jpg")
         return folder
 
     def test_questions(self, tmp_path):
@@ -378,7 +379,7 @@ class TestLLaVABench:
             task.questions(tmp_path)
         rows = [{"question_id": 0, "image": "a.jpg", "category": "conv", "text": "?"}]
         write_lines(tmp_path / "qa90_questions.jsonl", rows * 2)
-        with pytest.raises(ValueError, match=r"line 2 of .*question_id 0 a second time"):
+        with pytest.raises(ValueError, match=r"line 2 of .*repeats the question_id 0"):
             task.questions(tmp_path)
         write_lines(tmp_path / "qa90_questions.jsonl", [{"question_id": 0, "prompt": "?"}])
         with pytest.raises(ValueError, match=r"has no 'text', 'image', 'category'"):

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
-from judged_files import write_coco, write_lines, write_picture
+from judged_files import write_coco, write_image, write_lines
 from scripted_endpoint import ScriptedEndpoint
 
 from transformers_minigpt4.evaluation.results import complete_records, data_fingerprint, summarise
@@ -32,7 +32,7 @@ def write_aokvqa(folder, rows=None, images=True):
     rows = GOLDEN["aokvqa"]["annotations"] if rows is None else rows
     write_json(folder / "aokvqa_v1p0_val.json", rows)
     for row in rows if images else ():
-        write_picture(folder / "val2017" / f"{row['image_id']:012}.jpg")
+        write_image(folder / "val2017" / f"{row['image_id']:012}.jpg")
     return folder
 
 
@@ -40,7 +40,7 @@ def write_gqa(folder, questions=None):
     questions = GOLDEN["gqa"]["questions"] if questions is None else questions
     write_json(folder / "testdev_balanced_questions.json", questions)
     for row in questions.values():
-        write_picture(folder / "images" / f"{row['imageId']}.jpg")
+        write_image(folder / "images" / f"{row['imageId']}.jpg")
     return folder
 
 
@@ -57,7 +57,7 @@ def write_pope(folder, rows=None):
             for n, row in enumerate(rows, start=1)
         ]
         write_lines(folder / f"coco_pope_{sampling}.json", lines)
-    write_picture(folder / "val2014" / "COCO_val2014_000000000001.jpg")
+    write_image(folder / "val2014" / "COCO_val2014_000000000001.jpg")
     return folder
 
 
@@ -67,7 +67,7 @@ def write_chair(folder):
     write_json(folder / "annotations" / "instances_val2014.json", golden["instances"])
     (folder / "synonyms.txt").write_text(golden["synonyms"])
     for image in golden["captions"]["images"]:
-        write_picture(folder / "val2014" / image["file_name"])
+        write_image(folder / "val2014" / image["file_name"])
     return folder
 
 
@@ -77,7 +77,7 @@ def write_scienceqa(folder, problems=None):
     write_json(folder / "pid_splits.json", GOLDEN["scienceqa"]["pid_splits"])
     for pid, problem in problems.items():
         if problem.get("image"):
-            write_picture(folder / "test" / pid / "image.png")
+            write_image(folder / "test" / pid / "image.png")
     return folder
 
 
@@ -152,7 +152,7 @@ def test_questions_are_the_same_from_another_folder(name, tmp_path):
     assert [question.prompt for question in task.questions(tmp_path / "one", limit=3)] == [
         question.prompt for question in (first if name != "pope" else [first[0], first[20], first[40]])[:3]
     ]
-    assert all(Path(picture).is_file() for question in first for picture in question.images)
+    assert all(Path(image).is_file() for question in first for image in question.images)
 
 
 @pytest.mark.parametrize("name", WRITERS)
@@ -245,7 +245,7 @@ def test_chair_as_the_official_script(tmp_path):
         ("1/long", ["horse", "person"]),
         ("1/short", ["horse", "person"]),
     ]
-    # The script scores several captions of a picture; here each becomes the one of a question of its own.
+    # The script scores several captions of an image; here each becomes the one of a question of its own.
     first = {question.id: question for question in questions}
     rows = [
         (type(first["1/long"])(f"row{n}", "", (), first[f"{row['image_id']}/long"].reference, {"length": "long"}), row)
@@ -302,7 +302,7 @@ def test_scienceqa_groups_as_the_official_script(tmp_path):
 
 
 def test_scienceqa_ensembles(tmp_path):
-    """Complement and judge, by hand; the text model speaks out of form once and is asked again, and once twice."""
+    """Complement and judge, by hand; the text model leaves the format once and is asked again, and once twice."""
     questions = load_task("scienceqa").questions(write_scienceqa(tmp_path))
     own = {"4": "A", "5": "A", "6": "B", "8": "B", "11": "I cannot tell", "13": "A"}  # right: 5, 8
     alone = {
@@ -311,7 +311,7 @@ def test_scienceqa_ensembles(tmp_path):
         "heat": "The answer is A.",  # differs from B: the judge says A, right
         "force": "The answer is A.",  # differs from B: the judge cannot be read, B stands, right
         "soft": "Wool is. The answer is A.",  # the model named nothing
-        "main idea": "I would say two.",  # never in form: the model's own A stands, wrong
+        "main idea": "I would say two.",  # never in the format: the model's own A stands, wrong
     }
 
     def respond(body):
@@ -389,10 +389,10 @@ def test_aokvqa_bad_rows(tmp_path, change, said):
         load_task("aokvqa").questions(write_aokvqa(tmp_path, rows))
 
 
-def test_aokvqa_pictures_of_another_split(tmp_path):
+def test_aokvqa_images_of_another_split(tmp_path):
     write_aokvqa(tmp_path, images=False)
-    write_picture(tmp_path / "val2017" / "000000999999.jpg")
-    with pytest.raises(ValueError, match=r"none of the 4 pictures .* 'aokvqa_v1p0_val.json'|of the same split"):
+    write_image(tmp_path / "val2017" / "000000999999.jpg")
+    with pytest.raises(ValueError, match=r"none of the 4 images .* 'aokvqa_v1p0_val.json'|of the same split"):
         load_task("aokvqa").questions(tmp_path)
 
 
@@ -454,13 +454,13 @@ def test_chair_annotations_of_another_split(tmp_path):
     for image in instances["images"]:
         image["id"] += 1000
     write_json(folder / "instances_val2014.json", instances)
-    with pytest.raises(ValueError, match=r"6 of the 6 pictures of 'captions_val2014.json' are not in"):
+    with pytest.raises(ValueError, match=r"6 of the 6 images of 'captions_val2014.json' are not in"):
         load_task("chair").questions(tmp_path)
     instances["annotations"][0].pop("category_id")
     for image in instances["images"]:
         image["id"] -= 1000
     write_json(folder / "instances_val2014.json", instances)
-    with pytest.raises(ValueError, match=r"is no COCO instances file .*category_id"):
+    with pytest.raises(ValueError, match=r"is not a COCO instances file .*category_id"):
         load_task("chair").questions(tmp_path)
     write_json(folder / "instances_val2014.json", {"images": []})
     with pytest.raises(ValueError, match="has no field 'annotations'"):
@@ -483,7 +483,7 @@ def test_scienceqa_files_of_different_releases(tmp_path):
         load_task("scienceqa").questions(write_scienceqa(tmp_path, problems))
 
 
-def test_one_missing_picture_is_a_failure_of_its_questions_alone(tmp_path):
+def test_one_missing_image_fails_only_its_own_questions(tmp_path):
     folder = write_gqa(tmp_path)
     (folder / "images" / "n1.jpg").unlink()
     questions = load_task("gqa").questions(folder)

@@ -30,6 +30,9 @@ def test_revision_of_a_folder(tmp_path):
     assert commit is not None and len(commit) == 40
     (tmp_path / "new").touch()
     assert git_revision(tmp_path) == f"{commit}+changes"
+    assert git_revision(tracked=tmp_path / "new") is None
+    subprocess.run([*git, "add", "new"], check=True)
+    assert git_revision(tracked=tmp_path / "new") == f"{commit}+changes"
 
 
 def test_spans_of_tensors(tmp_path):

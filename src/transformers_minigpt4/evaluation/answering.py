@@ -5,17 +5,19 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
-from typing import Any, BinaryIO
 
 from PIL import Image
+from transformers import ProcessorMixin
 
 from transformers_minigpt4.inference.generation import answer_prompts
+from transformers_minigpt4.inference.loading import GenerativeModel
+from transformers_minigpt4.inference.sources import ImageSource
 from transformers_minigpt4.processing.image_utils_minigpt4 import ImageLoadError, load_image
-from transformers_minigpt4.utils.files import to_json
+from transformers_minigpt4.utils.files import JsonLinesWriter, JsonObject, atomic_file, to_json
+from transformers_minigpt4.utils.loading import load_ahead
 
 from .evaluator import Question
 
@@ -25,13 +27,13 @@ _LOADING_THREADS = 8
 
 def make_batches(questions: Iterable[Question], batch_size: int) -> list[list[Question]]:
     """
-    Batches of equally many pictures a question, the longest prompts first.
+    Batches of questions with the same number of images, the longest prompts first.
 
-    Prompts of like length waste little padding, and a batch that is too large for the memory fails at once.
+    Prompts of similar length waste little padding, and a batch that is too large for the memory fails at once.
 
     Args:
         questions: In any order; the batches do not depend on it.
-        batch_size: Questions a batch, at most.
+        batch_size: Largest number of questions in a batch.
 
     Raises:
         ValueError: if `batch_size` is below 1.
@@ -46,23 +48,25 @@ def make_batches(questions: Iterable[Question], batch_size: int) -> list[list[Qu
     return batches
 
 
-def image_digest(image: Any) -> str:
+def image_digest(image: ImageSource) -> str:
     """
-    What tells a picture apart wherever it is stored: name and size of a file, a URL, or a hash of the content.
+    What identifies an image wherever it is stored: name and size of a file, a URL, or a hash of the content.
 
-    Reading every byte of 5,000 photographs before the first question would take longer than it is worth.
+    Reading every byte of 5,000 photos before the first question would take too long.
     """
     if isinstance(image, Image.Image):
         content = f"{image.mode}{image.size}".encode() + image.tobytes()
         return hashlib.sha256(content).hexdigest()
     if isinstance(image, (bytes, bytearray)):
         return hashlib.sha256(image).hexdigest()
+    if not isinstance(image, (str, os.PathLike)):
+        return str(image)
     path = Path(image)
     return f"{path.name}:{path.stat().st_size}" if path.is_file() else str(image)
 
 
-def question_key(question: Question, generation: Mapping[str, Any], model: str) -> str:
-    """What an answer depends on, so that a kept one is used again only where all of this is the same."""
+def question_key(question: Question, generation: Mapping[str, object], model: str) -> str:
+    """Hash of all that an answer depends on; a saved answer is reused only where it is the same."""
     facts = [question.prompt, [image_digest(image) for image in question.images], dict(generation), model]
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
@@ -70,13 +74,14 @@ def question_key(question: Question, generation: Mapping[str, Any], model: str) 
 @dataclass
 class AnswerStore:
     """
-    The answers of one task in a folder: finished ones in `TASK.jsonl`, a run's under way in `TASK.part-N.jsonl`.
+    The answers of one task in a folder: finished ones in `TASK.jsonl`, those of a running process in
+    `TASK.part-N.jsonl`.
 
-    Every process appends to a part of its own. A line is whole by itself: `{"id", "key", "answer"}`, or `"error"` in
-    place of the answer where a picture cannot be loaded; these questions are asked again by the next run.
+    Each process appends to its own part. A line is complete in itself: `{"id", "key", "answer"}`, or `"error"` instead
+    of the answer where an image cannot be loaded; the next run asks these questions again.
 
     Args:
-        folder: Made where it does not exist.
+        folder: Created if it does not exist.
         task: Name of the task.
         process: Number of this process.
     """
@@ -84,7 +89,7 @@ class AnswerStore:
     folder: Path
     task: str
     process: int = 0
-    _file: BinaryIO | None = field(default=None, repr=False)
+    _part: JsonLinesWriter | None = field(default=None, repr=False)
 
     @property
     def finished(self) -> Path:
@@ -94,14 +99,14 @@ class AnswerStore:
     def parts(self) -> list[Path]:
         return sorted(self.folder.glob(f"{self.task}.part-*.jsonl"))
 
-    def read(self) -> dict[str, dict[str, Any]]:
+    def read(self) -> dict[str, JsonObject]:
         """
-        The last line of each question, by `key`. The end of a part that a kill cut in half is left out.
+        The last line of each question, by `key`. A last line that a kill cut short is ignored.
 
         Raises:
             ValueError: where a file holds anything but answers.
         """
-        lines: dict[str, dict[str, Any]] = {}
+        lines: dict[str, JsonObject] = {}
         for path in (self.finished, *self.parts):
             if path.is_file():
                 for number, line in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
@@ -112,58 +117,55 @@ class AnswerStore:
                         lines[record["key"]] = record
                     else:
                         raise ValueError(
-                            f"line {number} of {str(path)!r} is no answer; remove the file or choose another --output"
+                            f"line {number} of {str(path)!r} is not an answer; remove the file or choose another "
+                            "--output"
                         )
         return lines
 
     @contextlib.contextmanager
     def writing(self) -> Iterator["AnswerStore"]:
-        """Open this process's part for [`append`], cut behind its last whole line."""
+        """Open this process's part for [`append`]."""
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"{self.task}.part-{self.process}.jsonl"
-        path.touch()
-        with open(path, "r+b") as file:
-            content = file.read()
-            file.truncate(content.rfind(b"\n") + 1)
-            file.seek(0, os.SEEK_END)
-            self._file = file
-            try:
-                yield self
-            finally:
-                self._file = None
+        # As in `read`, a line without line break does not count, whatever it holds: all processes must see the same.
+        with JsonLinesWriter(path, is_cut=lambda line: True) as self._part:
+            yield self
+        self._part = None
 
-    def append(self, records: Sequence[Mapping[str, Any]]) -> None:
-        """Write one batch; it is on the disk when this returns."""
-        if self._file is None:
-            raise ValueError(f"the answers of {self.task} are not open; append within `writing()`")
-        self._file.write(b"".join(to_json(record).encode() + b"\n" for record in records))
-        self._file.flush()
-        os.fsync(self._file.fileno())
-
-    def finish(self, records: Iterable[Mapping[str, Any]]) -> None:
+    def append(self, records: Iterable[Mapping[str, object]]) -> None:
         """
-        Put `records` (each with `id`, `key` and `answer` or `error`) into `TASK.jsonl`, and remove the parts.
+        Write one batch; it is on the disk when this returns.
 
-        Answers to questions that are not among them, such as those behind a `--limit`, go to a part of their own, so
-        that a later run need not ask again.
+        Raises:
+            ValueError: outside of `writing()`.
+        """
+        if self._part is None:
+            raise ValueError(f"the answers of {self.task} are not open; append within `writing()`")
+        self._part.append(records)
+
+    def finish(self, records: Iterable[Mapping[str, object]]) -> None:
+        """
+        Write `records` (each with `id`, `key` and `answer` or `error`) to `TASK.jsonl`, and remove the parts.
+
+        Answers to other questions, such as those cut off by a `--limit`, are kept in a separate part, so that a later
+        run need not ask again.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         rows = list(records)
         used = {row["key"] for row in rows}
         others = [line for key, line in self.read().items() if key not in used and "answer" in line]
         kept = self.folder / f"{self.task}.part-unused.jsonl"
-        for path, lines in ((kept, others), (self.finished, rows)):
+        contents: tuple[tuple[Path, Sequence[Mapping[str, object]]], ...] = ((kept, others), (self.finished, rows))
+        for path, lines in contents:
             if lines:
-                scratch = path.with_name(f".{path.name}")
-                with scratch.open("w", encoding="utf-8") as file:
+                with atomic_file(path) as scratch, scratch.open("w", encoding="utf-8") as file:
                     file.writelines(to_json(line) + "\n" for line in lines)
-                os.replace(scratch, path)
         for part in self.parts:
             if part != kept or not others:
                 part.unlink()
 
 
-def _parse(line: bytes) -> dict[str, Any] | None:
+def _parse(line: bytes) -> JsonObject | None:
     try:
         record = json.loads(line)
     except ValueError:
@@ -173,45 +175,41 @@ def _parse(line: bytes) -> dict[str, Any] | None:
 
 
 def answer_batches(
-    batches: Sequence[Sequence[Question]], model: Any, processor: Any, generation: Mapping[str, Any]
+    batches: Iterable[list[Question]],
+    model: GenerativeModel,
+    processor: ProcessorMixin,
+    generation: Mapping[str, object],
 ) -> Iterator[list[dict[str, str]]]:
     """
-    Answer batch by batch, while threads load the pictures of the next.
+    Answer batch by batch, while threads load the images of the next one.
 
     Args:
-        batches: Questions with equally many pictures within a batch.
+        batches: Questions with the same number of images within a batch.
         model: Any image-text-to-text model with `generate`.
         processor: The model's processor.
         generation: Arguments of `generate`.
 
     Yields:
-        One list a batch: `{"id", "answer"}`, or `{"id", "error"}` for a question one of whose pictures cannot be
-        loaded. Whatever else goes wrong raises.
+        One list per batch: `{"id", "answer"}`, or `{"id", "error"}` for a question one of whose images cannot be
+        loaded. Any other error is raised.
     """
-    pool = ThreadPoolExecutor(_LOADING_THREADS, thread_name_prefix="load-image")
+    for loaded in load_ahead(batches, _load_all, _LOADING_THREADS):
+        ready = [(question, images) for question, images in loaded if isinstance(images, list)]
+        answers: dict[str, str] = {}
+        if ready:
+            prompts = [question.prompt for question, _ in ready]
+            texts = answer_prompts([images for _, images in ready], prompts, model, processor, **generation)
+            answers = {question.id: text for (question, _), text in zip(ready, texts)}
+        yield [
+            {"id": question.id, "error": str(images)}
+            if isinstance(images, ImageLoadError)
+            else {"id": question.id, "answer": answers[question.id]}
+            for question, images in loaded
+        ]
 
-    def load(batch: Sequence[Question]) -> list[Any]:
-        return [pool.submit(_load_all, question.images) for question in batch]
 
+def _load_all(question: Question) -> list[Image.Image] | ImageLoadError:
     try:
-        waiting = load(batches[0]) if batches else []
-        for number, batch in enumerate(batches):
-            loaded = [future.result() for future in waiting]
-            waiting = load(batches[number + 1]) if number + 1 < len(batches) else []
-            whole = [(q, pictures) for q, pictures in zip(batch, loaded) if isinstance(pictures, list)]
-            texts: list[str] = []
-            if whole:
-                prompts = [question.prompt for question, _ in whole]
-                texts = answer_prompts([pictures for _, pictures in whole], prompts, model, processor, **generation)
-            answers = {question.id: {"answer": text} for (question, _), text in zip(whole, texts)}
-            failed = {q.id: {"error": str(error)} for q, error in zip(batch, loaded) if not isinstance(error, list)}
-            yield [{"id": question.id, **(answers | failed)[question.id]} for question in batch]
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
-
-
-def _load_all(pictures: Sequence[Any]) -> list[Image.Image] | ImageLoadError:
-    try:
-        return [load_image(image) for image in pictures]
+        return [load_image(image) for image in question.images]
     except ImageLoadError as error:
         return error

@@ -6,16 +6,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby, takewhile
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from transformers_minigpt4.utils.files import JsonObject
+
 from .evaluator import Columns, Metric, Statistic, Task, columns_of, interval, resampled
-from .results import ANSWERS, read_results
+from .results import ANSWERS, Results, TaskResults, read_results
 from .tasks import load_task
 
 
-# The columns of the papers' tables; of a task that is not here, all metrics. The rest is in the table of all metrics.
+# The columns of the papers' tables; for tasks not listed, all metrics. The others are in the table of all metrics.
 COLUMNS = {
     "advanced": tuple(f"successes/{request}" for request in ("meme", "recipe", "advertisement", "poem")),
     "coco_coverage": ("covered", "captions_covered"),
@@ -38,9 +39,9 @@ COLUMNS = {
 PERMUTATIONS = 2000
 SIGNIFICANT = 0.05
 _CHUNK = 4_000_000  # drawn swaps held at once
-# What must be the same for numbers to be comparable: key of a task's results, and what it is called in the error.
+# What must be equal for numbers to be comparable: key of a task's results, and its name in the error.
 _SAME = {
-    "fingerprint": "questions (another revision of the data, another --limit, or other pictures)",
+    "fingerprint": "questions (another revision of the data, another --limit, or other images)",
     "prompts": "prompts",
     "judge_prompts": "prompts for the judge",
     "generation": "arguments of generate",
@@ -53,20 +54,20 @@ class Run:
 
     name: str
     folder: Path
-    tasks: Mapping[str, Mapping[str, Any]]
+    tasks: Mapping[str, TaskResults]
 
 
 @dataclass(frozen=True)
 class Difference:
     """
-    What one metric gains from the first run to another.
+    How one metric differs between the first run and another.
 
     Attributes:
         task, metric, run: Which.
         value: Other minus first.
         interval: 95 %, from bootstrap samples over questions that are the same for both.
-        p: Two-sided, of a paired permutation test: how often random swaps of the two answers to a question give a
-            difference as large.
+        p: Two-sided, of a paired permutation test: how often random swaps of the two answers to a question give at
+            least as large a difference.
         significant: Whether `p` is below 0.05 after Holm's correction for all differences of the comparison.
     """
 
@@ -85,7 +86,7 @@ class Comparison:
     Runs over the same questions.
 
     Attributes:
-        runs: The first is the one that all others are compared with.
+        runs: All others are compared with the first.
         tables: By paper, the columns of its table as task and metric.
         metrics: All metrics of which a run has a value, as task and metric.
         differences: Of the tables' columns.
@@ -104,16 +105,16 @@ def compare_results(
     Compare two or more evaluations.
 
     Args:
-        folders: Output folders of `evaluate`; the first is the one that all others are compared with.
-        tasks: Names or tasks themselves; by default all that every folder holds.
+        folders: Output folders of `evaluate`; all others are compared with the first.
+        tasks: Names or tasks themselves; by default those that every folder has.
         seed: Of bootstrap and permutations.
 
     Raises:
-        ValueError: where a folder holds no results, or the results are not of the same questions, prompts, judge and
-            arguments of `generate`.
+        ValueError: if a folder holds no results, or the results differ in questions, prompts, judge or arguments of
+            `generate`.
     """
     if len(folders) < 2:
-        raise ValueError("a comparison needs two folders of results at least")
+        raise ValueError("a comparison needs at least two folders of results")
     runs = _named([Path(folder) for folder in folders])
     chosen = _common_tasks(runs, tasks)
     columns: list[tuple[str, str, Metric]] = []
@@ -129,7 +130,7 @@ def compare_results(
         for run, table in zip(runs, tables):
             _check_values(task.name, metrics, run, table)
         paper = str(runs[0].tasks[task.name]["paper"])
-        # Answers that nobody has judged yet are compared too, side by side.
+        # Answers that nobody has judged yet are compared as well, side by side.
         named = {metric.name: metric for metric in metrics or task.metrics}
         shown = [named[name] for name in COLUMNS.get(task.name, named) if name in named]
         columns += [(paper, task.name, metric) for metric in shown]
@@ -142,24 +143,24 @@ def compare_results(
     return Comparison(runs, grouped, everything, _corrected(differences))
 
 
-def read_answers(run: Run, task: str) -> list[dict[str, Any]]:
+def read_answers(run: Run, task: str) -> list[JsonObject]:
     """
     The answers with their records, in the order of ids.
 
     Raises:
-        ValueError: where the file is missing or broken.
+        ValueError: if the file is missing or damaged.
     """
     path = run.folder / ANSWERS / f"{task}.jsonl"
     if not path.is_file():
-        raise ValueError(f"there is no {str(path)!r} beside results.json; evaluate {run.name} again")
+        raise ValueError(f"there is no {str(path)!r} next to results.json; evaluate {run.name} again")
     with path.open(encoding="utf-8") as file:
         try:
-            rows = [json.loads(line) for line in file]
+            rows: list[JsonObject] = [json.loads(line) for line in file]
         except ValueError as error:
             raise ValueError(f"{str(path)!r} is not JSON Lines ({error}); evaluate {run.name} again") from error
     if len(rows) != run.tasks[task]["samples"]:
         raise ValueError(
-            f"{str(path)!r} holds {len(rows)} answers, but results.json speaks of {run.tasks[task]['samples']}; "
+            f"{str(path)!r} holds {len(rows)} answers, but results.json says {run.tasks[task]['samples']}; "
             f"evaluate {run.name} again"
         )
     return sorted(rows, key=lambda row: str(row["id"]))
@@ -175,7 +176,7 @@ def _named(folders: Sequence[Path]) -> list[Run]:
 
 
 def _what_differs(folders: Sequence[Path]) -> list[str]:
-    """The parts of paths between their common beginning and their common end."""
+    """What paths have between their common beginning and their common end."""
     twice = next((folder for folder in folders if folders.count(folder) > 1), None)
     if twice is not None:
         raise ValueError(f"the folder {str(twice)!r} is named twice; compare two different ones")
@@ -209,8 +210,8 @@ def _check_same(task: str, runs: Sequence[Run]) -> None:
         for key, name in _SAME.items():
             if run.tasks[task].get(key) != first.tasks[task].get(key):
                 raise ValueError(
-                    f"{first.name} and {run.name} were asked {task!r} with other {name}, so their numbers cannot be "
-                    "compared; evaluate one of them again on the same"
+                    f"{first.name} and {run.name} were asked {task!r} with different {name}, so their numbers cannot "
+                    "be compared; evaluate one of them again with the same"
                 )
         judges = [_judge(entry) for entry in (first.tasks[task], run.tasks[task])]
         if judges[0] != judges[1]:
@@ -220,7 +221,7 @@ def _check_same(task: str, runs: Sequence[Run]) -> None:
             )
 
 
-def _judge(entry: Mapping[str, Any]) -> str:
+def _judge(entry: TaskResults) -> str:
     judge = entry.get("judge") or {}
     return str(judge.get("model", "people" if judge else "nobody"))
 
@@ -231,7 +232,7 @@ def _check_values(task: str, metrics: Sequence[Metric], run: Run, columns: Colum
         if not math.isclose(kept, now, rel_tol=1e-9, abs_tol=1e-9) and not (math.isnan(kept) and math.isnan(now)):
             raise ValueError(
                 f"{metric.name} of {task!r} of {run.name} is {kept} in results.json, but {now} by its answers: they "
-                "were scored by another version; evaluate again, which asks the model nothing that it has answered"
+                "were scored by another version; evaluate again, which reuses the saved answers"
             )
 
 
@@ -264,18 +265,18 @@ def permutation_p(
     """
     Two-sided p-value of a paired permutation test.
 
-    Where both models were equally good, their answers to a question could be swapped. Each permutation swaps those of
-    a random half of the questions; p is the share of differences at least as large as the real one, which counts as
-    a permutation too.
+    If both models were equally good, their answers to a question could be swapped. Each permutation swaps those of a
+    random half of the questions; p is the share of differences at least as large as the real one, which itself counts
+    as a permutation.
 
     Args:
         statistic: What is compared.
         first, other: Columns over the same questions in the same order.
-        permutations: How many; 2,000 tell p-values down to 0.0005.
+        permutations: How many; 2,000 resolve p-values down to 0.0005.
         seed: Draws the swaps.
 
     Returns:
-        NaN where the statistic has no value for one of them.
+        NaN if the statistic has no value for one of them.
     """
     real = float(statistic(other)) - float(statistic(first))
     if not math.isfinite(real):
@@ -288,7 +289,7 @@ def permutation_p(
         swaps = rng.integers(0, 2, size=(min(chunk, permutations - start), rows), dtype=np.int8).astype(bool)
         found.append(_swapped_differences(statistic, first, other, swaps))
     differences = np.concatenate(found)
-    # The same sums in another order of addition are not less than the real difference.
+    # Sums that differ only in the order of addition must not count as smaller than the real difference.
     as_large = np.abs(differences) >= abs(real) - 1e-9 * max(1.0, abs(real))
     return (1 + int(as_large.sum())) / (1 + permutations)
 
@@ -363,15 +364,15 @@ def _arrow(metric: Metric) -> str:
     return {True: "↑", False: "↓", None: "·"}[metric.higher_is_better]
 
 
-def _cell(entry: Mapping[str, Any], metric: str) -> str:
+def _cell(entry: TaskResults, metric: str) -> str:
     if metric not in entry["metrics"]:
         return "no value"
     span = entry["intervals"].get(metric)
     return f"{entry['metrics'][metric]:.4g}" + (f" [{span[0]:.4g}, {span[1]:.4g}]" if span else "")
 
 
-def results_table(results: Mapping[str, Any], tasks: Sequence[str]) -> str:
-    """The metrics of some tasks of a `results.json` as Markdown; below it those without value."""
+def results_table(results: Results, tasks: Sequence[str]) -> str:
+    """The metrics of some tasks of a `results.json` as Markdown, followed by those without a value."""
     rows, without = [], []
     for name in tasks:
         entry = results["tasks"][name]

@@ -1,22 +1,25 @@
-"""Shows a comparison: a PNG chart for each table, and one HTML page of answers side by side with their pictures."""
+"""Shows a comparison: a PNG chart for each table, and one HTML page of answers side by side with their images."""
 
 import base64
 import io
 import math
-import os
 import random
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from transformers_minigpt4.processing.image_utils_minigpt4 import ImageLoadError, load_image
+from transformers_minigpt4.utils.files import JsonObject, atomic_file, write_atomically
 
 from .compare import Comparison, Run, comparison_tables, read_answers
 from .evaluator import Metric
 from .results import ANSWERS
 
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 PAGE = "answers.html"
 _THUMBNAIL = 256  # pixels of the longer side
@@ -38,17 +41,17 @@ th { width: 18%; overflow-wrap: anywhere; } td.small { width: 20%; }
 
 def write_charts(comparison: Comparison, folder: Path) -> list[Path]:
     """
-    Draw a chart for each table: bars of every run with 95 % intervals, one field a metric.
+    Draw a chart for each table: bars of every run with 95 % intervals, one panel per metric.
 
     Args:
         comparison: What to draw.
-        folder: Made where it does not exist.
+        folder: Created if it does not exist.
 
     Returns:
         The PNG files.
 
     Raises:
-        ValueError: where matplotlib is not installed.
+        ValueError: if matplotlib is not installed.
     """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -71,18 +74,17 @@ def write_charts(comparison: Comparison, folder: Path) -> list[Path]:
             field.set_axis_off()
         figure.suptitle(_plain(paper))
         path = folder / (re.sub(r"[^a-z0-9]+", "-", paper.lower()).strip("-") + ".png")
-        scratch = path.with_name(f".{path.name}")
-        figure.savefig(scratch, format="png", dpi=150)
-        os.replace(scratch, path)
+        with atomic_file(path) as scratch:
+            figure.savefig(scratch, format="png", dpi=150)
         paths.append(path)
     return paths
 
 
-def _draw(field: Any, runs: Sequence[Run], task: str, metric: Metric, named: bool) -> None:
+def _draw(field: "Axes", runs: Sequence[Run], task: str, metric: Metric, named: bool) -> None:
     entries = [run.tasks[task] for run in runs]
     values = [entry["metrics"].get(metric.name, float("nan")) for entry in entries]
     spans = [entry["intervals"].get(metric.name, (value, value)) for entry, value in zip(entries, values)]
-    # An interval of the percentile kind may lie beside the value itself; a bar of negative length cannot be drawn.
+    # A percentile interval may exclude the value itself; a bar of negative length cannot be drawn.
     errors = [
         [max(0.0, value - low) for value, (low, _) in zip(values, spans)],
         [max(0.0, high - value) for value, (_, high) in zip(values, spans)],
@@ -90,7 +92,7 @@ def _draw(field: Any, runs: Sequence[Run], task: str, metric: Metric, named: boo
     field.barh(range(len(runs)), values, xerr=errors, color="#4a7ab5", ecolor="#333333", capsize=3)
     highest = max((high for _, high in spans if math.isfinite(high)), default=0.0)
     right = 1.05 * highest if highest > 0 else 1.0
-    field.set_xlim(-0.02 * right, right)  # the mark of a 0 is seen, where no value has none
+    field.set_xlim(-0.02 * right, right)  # so that a 0 is visible, unlike a missing value
     field.set_yticks(range(len(runs)), [_plain(run.name) if named else "" for run in runs])
     field.invert_yaxis()
     better = {True: "higher is better", False: "lower is better", None: "neither is better"}[metric.higher_is_better]
@@ -100,18 +102,18 @@ def _draw(field: Any, runs: Sequence[Run], task: str, metric: Metric, named: boo
 
 
 def _plain(text: str) -> str:
-    """Text that matplotlib does not read as a formula."""
+    """Text that matplotlib does not parse as a formula."""
     return text.replace("$", r"\$")
 
 
 def write_page(comparison: Comparison, folder: Path, *, examples: int = 50, seed: int = 0) -> Path:
     """
-    Write `answers.html`, one file that needs no other: tables, then questions with pictures and all answers.
+    Write `answers.html`, a self-contained file: tables, then questions with images and all answers.
 
     Args:
         comparison: What to show.
-        folder: Made where it does not exist.
-        examples: Questions of each task, drawn from those that were not all answered alike.
+        folder: Created if it does not exist.
+        examples: Questions of each task, drawn from those with different answers.
         seed: Draws them.
 
     Returns:
@@ -124,7 +126,7 @@ def write_page(comparison: Comparison, folder: Path, *, examples: int = 50, seed
         differ = [id_ for id_ in answers[0] if len({_text(rows[id_]) for rows in answers}) > 1]
         drawn = set(random.Random(seed).sample(differ, min(examples, len(differ))))
         body.append(
-            f"<h2>{escape(task)}</h2><p>{len(differ)} of {len(answers[0])} questions were not answered alike; "
+            f"<h2>{escape(task)}</h2><p>{len(differ)} of {len(answers[0])} questions have different answers; "
             f"{len(drawn)} of these follow, drawn at random.</p>"
         )
         body += [_example(comparison.runs, [rows[id_] for rows in answers]) for id_ in differ if id_ in drawn]
@@ -133,18 +135,16 @@ def write_page(comparison: Comparison, folder: Path, *, examples: int = 50, seed
         f"<title>Answers side by side</title><style>{_STYLE}</style><body>{''.join(body)}</body></html>\n"
     )
     folder.mkdir(parents=True, exist_ok=True)
-    scratch = folder / f".{PAGE}"
     # A lone surrogate, which a file name may hold, has no UTF-8.
-    scratch.write_text(page, encoding="utf-8", errors="backslashreplace")
-    os.replace(scratch, folder / PAGE)
+    write_atomically(folder / PAGE, page.encode("utf-8", errors="backslashreplace"))
     return folder / PAGE
 
 
-def _text(row: Mapping[str, Any]) -> str:
+def _text(row: JsonObject) -> str:
     return str(row.get("answer", row.get("error")))
 
 
-def _example(runs: Sequence[Run], rows: Sequence[Mapping[str, Any]]) -> str:
+def _example(runs: Sequence[Run], rows: Sequence[JsonObject]) -> str:
     first = rows[0]
     images = "".join(_image(name, runs[0].folder) for name in first["images"])
     reference = first["reference"] if isinstance(first["reference"], str) else repr(first["reference"])
@@ -160,7 +160,7 @@ def _example(runs: Sequence[Run], rows: Sequence[Mapping[str, Any]]) -> str:
     )
 
 
-def _facts(record: Mapping[str, Any]) -> str:
+def _facts(record: JsonObject) -> str:
     """The numbers of a record, in words."""
     shown = {key: value for key, value in record.items() if isinstance(value, (bool, int, float)) and key != "failed"}
     return ", ".join(

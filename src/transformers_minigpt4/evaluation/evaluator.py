@@ -1,28 +1,30 @@
-"""The one contract of all evaluation tasks: questions, answers, scored records, metrics and their intervals."""
+"""What all evaluation tasks share: questions, answers, scored records, metrics and their intervals."""
 
 import json
 import math
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
+
+from transformers_minigpt4.inference.sources import ImageSource
+from transformers_minigpt4.utils.files import JsonObject
 
 
 if TYPE_CHECKING:
     from transformers_minigpt4.llm.client import ChatModel
 
 
-Columns = Mapping[str, np.ndarray]
-Record = dict[str, Any]
+Columns: TypeAlias = Mapping[str, np.ndarray]
+Record: TypeAlias = JsonObject
 
 RESAMPLES = 1000  # bootstrap samples of an interval
-# Under every task's own arguments of `generate`, so that no checkpoint's sampling or penalties come in.
-GREEDY: Mapping[str, Any] = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0}
+# Defaults below every task's own arguments of `generate`, so that no checkpoint's sampling or penalties apply.
+GREEDY: Mapping[str, object] = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0}
 _CHUNK = 4_000_000  # drawn row numbers held at once: 32 MB
 
 
@@ -34,15 +36,15 @@ class Question:
     Args:
         id: Unique within the task; answers are kept and compared by it.
         prompt: The exact text of the user's turn, without image placeholder and chat template.
-        images: Pictures in order, each what [`~processing.image_utils_minigpt4.load_image`] takes; none for a
-            question of text alone.
-        reference: What the answer is scored against, as JSON can hold it.
+        images: In order, each what [`~processing.image_utils_minigpt4.load_image`] takes; none for a text-only
+            question.
+        reference: What the answer is scored against; must be JSON-serializable.
         groups: What results are split by, such as `{"subject": "natural science"}`.
     """
 
     id: str
     prompt: str
-    images: tuple[Any, ...] = ()
+    images: tuple[ImageSource, ...] = ()
     reference: Any = None
     groups: Mapping[str, str] = field(default_factory=dict)
 
@@ -50,7 +52,7 @@ class Question:
 @dataclass(frozen=True)
 class Statistic:
     """
-    A number that depends on sums over the rows alone, so that a bootstrap sample costs one product with its counts.
+    A number that depends only on sums over the rows, so that a bootstrap sample costs one product with its counts.
 
     Args:
         terms: From columns to an array (rows, terms) without NaN.
@@ -71,10 +73,10 @@ class Metric:
 
     Args:
         name: Such as `"accuracy"`; letters, digits, `_` and `/`.
-        higher_is_better: Its direction; `None` where neither is better, such as the number of words.
+        higher_is_better: Its direction; `None` where neither is, such as for the number of words.
         unit: Such as `"%"`, `"words"` or `"points"`.
         compute: From per-question columns to the number. [`mean`], [`ratio`] and [`of_sums`] make fast ones; any other
-            function works too and is called once a bootstrap sample.
+            function works too and is called once per bootstrap sample.
     """
 
     name: str
@@ -88,9 +90,9 @@ def mean(column: str, scale: float = 1.0, where: tuple[str, str] | None = None) 
     Mean of a column over the rows that have a value there.
 
     Args:
-        column: Its name; rows of `None` or without it do not count.
+        column: Its name; rows without it or with `None` do not count.
         scale: 100 for a share in %.
-        where: `(group, value)`: over the rows of this group alone.
+        where: `(group, value)`: only rows of this group count.
     """
     return Statistic(partial(_mean_terms, column=column, where=where), partial(_quotient, scale=scale))
 
@@ -103,7 +105,7 @@ def ratio(numerator: str, denominator: str, scale: float = 1.0, where: tuple[str
 
 
 def of_sums(
-    formula: Callable[..., Any], *columns: str, scale: float = 1.0, where: tuple[str, str] | None = None
+    formula: Callable[..., np.ndarray], *columns: str, scale: float = 1.0, where: tuple[str, str] | None = None
 ) -> Statistic:
     """
     Any formula of the sums of columns, such as F1 from counts or BLEU from n-gram counts.
@@ -113,7 +115,7 @@ def of_sums(
             by zero must give NaN, not raise (numpy's does).
         columns: Names; rows that lack one of them do not count.
         scale: What the result is multiplied by.
-        where: `(group, value)`: over the rows of this group alone.
+        where: `(group, value)`: only rows of this group count.
     """
     return Statistic(partial(_column_terms, names=columns, where=where), partial(_apply, formula=formula, scale=scale))
 
@@ -145,7 +147,7 @@ def _quotient(sums: np.ndarray, scale: float) -> np.ndarray:
         return np.where(sums[..., 1] == 0, np.nan, scale * sums[..., 0] / sums[..., 1])
 
 
-def _apply(sums: np.ndarray, formula: Callable[..., Any], scale: float) -> np.ndarray:
+def _apply(sums: np.ndarray, formula: Callable[..., np.ndarray], scale: float) -> np.ndarray:
     with np.errstate(divide="ignore", invalid="ignore"):
         return scale * np.asarray(formula(*np.moveaxis(sums, -1, 0)), float)
 
@@ -154,7 +156,7 @@ class Task(ABC):
     """
     One task of the evaluation.
 
-    A subclass sets the attributes and gives `questions` and `score`; the runner does the rest. It is made without
+    A subclass sets the attributes and defines `questions` and `score`; the runner does the rest. It is created without
     arguments and keeps no state between calls.
 
     Attributes:
@@ -162,12 +164,12 @@ class Task(ABC):
         paper: What it reproduces, such as `"MiniGPT-4, Table 5"`.
         description: One line on what it measures.
         data: One line on the files that it reads, by their official names, for `--list-tasks`.
-        dataset: The data set's usual name, for the model card, such as `"gqa"`.
+        dataset: The dataset's usual name, for the model card, such as `"gqa"`.
         split: Its split, such as `"testdev"`.
-        prompts: The exact prompts by name, with `{fields}` where data goes in; questions are made from these.
-        judge_prompts: The same for the judge; empty where none is asked.
+        prompts: The exact prompts by name, with `{fields}` for the data; questions are made from these.
+        judge_prompts: The same for the judge; empty for a task without one.
         generation: Arguments of `generate` on top of [`GREEDY`], such as `{"max_new_tokens": 10}`.
-        metrics: Named numbers; `primary` is the name of the first to look at.
+        metrics: Named numbers; `primary` is the name of the most important one.
         needs_judge: Whether `score` cannot do without a judge.
     """
 
@@ -179,7 +181,7 @@ class Task(ABC):
     split: str = "test"
     prompts: Mapping[str, str]
     judge_prompts: Mapping[str, str] = {}
-    generation: Mapping[str, Any]
+    generation: Mapping[str, object]
     metrics: tuple[Metric, ...]
     primary: str
     needs_judge: bool = False
@@ -189,7 +191,7 @@ class Task(ABC):
         """
         Read the official files.
 
-        Pictures need not be opened; one that is missing then counts as a failure of its question.
+        Images need not be opened; a missing one then counts as a failure of its question.
 
         Args:
             data: Folder or file of this task.
@@ -205,17 +207,17 @@ class Task(ABC):
         self, questions: Sequence[Question], answers: Mapping[str, str], judge: "ChatModel | None" = None
     ) -> list[Record]:
         """
-        Score answers, one record a question in the same order.
+        Score answers, one record per question in the same order.
 
         Args:
             questions: All of them.
-            answers: By id. A question that failed (a picture that cannot be loaded) has none: it must count as
-                failed, such as `{"correct": 0}`, and never as an empty text.
+            answers: By id. A question that failed (an image that cannot be loaded) has none: it must count as failed,
+                such as `{"correct": 0}`, and never as an empty text.
             judge: A chat model, see [`~transformers_minigpt4.llm.client.ChatModel`].
 
         Returns:
-            JSON-able objects. Numbers, booleans and `None` (no value here) are the columns of the metrics; texts and
-            others are kept for reading. The runner adds `id`, `failed` and the question's groups.
+            JSON objects. Numbers, booleans and `None` (no value) are the columns of the metrics; texts and others are
+            kept for reading. The runner adds `id`, `failed` and the question's groups.
         """
 
 
@@ -224,8 +226,8 @@ def columns_of(records: Sequence[Record], groups: Iterable[str] = ()) -> dict[st
     Records as columns: floats with NaN for absent values, and texts for the groups.
 
     Args:
-        records: One a question.
-        groups: Keys that hold texts to select by; absent ones are `""`.
+        records: One per question.
+        groups: Keys of texts to select by; absent ones are `""`.
     """
     columns: dict[str, np.ndarray] = {name: np.array([str(row.get(name, "")) for row in records]) for name in groups}
     numeric = {
@@ -247,14 +249,14 @@ def resampled(
     seed: int = 0,
 ) -> np.ndarray:
     """
-    The statistics of bootstrap samples, each of as many rows as there are, drawn with replacement.
+    The statistics of bootstrap samples, each as large as the data, drawn with replacement.
 
     All statistics see the same samples, and so does a second call with the same seed and number of rows: differences
     between two models over the same questions are then paired.
 
     Args:
         statistics: What to compute.
-        columns: Arrays of one length.
+        columns: Arrays of the same length.
         resamples: Number of samples.
         seed: Draws them.
 
@@ -286,7 +288,7 @@ def resampled(
 
 
 def interval(samples: np.ndarray, level: float = 0.95) -> tuple[float, float] | None:
-    """The percentile interval of bootstrap samples (resamples,); `None` where they hold no number."""
+    """The percentile interval of bootstrap samples (resamples,); `None` if none of them is a number."""
     finite = samples[np.isfinite(samples)]
     if not len(finite):
         return None
@@ -299,7 +301,7 @@ def read_json(path: Path) -> Any:
     A JSON file of a task's data.
 
     Raises:
-        ValueError: where there is no such file, or it is not JSON.
+        ValueError: if the file does not exist or is not JSON.
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
@@ -311,24 +313,17 @@ def read_json(path: Path) -> Any:
         raise ValueError(f"{str(path)!r} is not JSON ({error}); fetch it again") from error
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Write a JSON file in one step."""
-    scratch = path.with_name(f".{path.name}")
-    scratch.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(scratch, path)
-
-
 def read_json_lines(path: Path) -> list[Any]:
     """
     A JSON Lines file of a task's data; empty lines are skipped.
 
     Raises:
-        ValueError: where there is no such file, or a line is not JSON, with its number.
+        ValueError: if the file does not exist, or a line is not JSON, with its number.
     """
     if not path.is_file():
         raise ValueError(f"there is no file {str(path)!r}; docs/reference/tasks.md lists the files of each task")
     rows = []
-    # As bytes: a wrong encoding is then the fault of a line, too.
+    # As bytes, so that a wrong encoding is reported with its line, too.
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
@@ -343,10 +338,10 @@ def read_json_lines(path: Path) -> list[Any]:
 
 def find_file(data: Path, *names: str) -> Path:
     """
-    The file that `data` is, or the first of `names` (patterns of `Path.glob`) inside the folder `data`.
+    `data` itself if it is a file, else the first match of `names` (patterns of `Path.glob`) in the folder `data`.
 
     Raises:
-        ValueError: where there is none.
+        ValueError: if there is none.
     """
     if data.is_file():
         return data

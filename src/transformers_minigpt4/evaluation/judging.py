@@ -1,37 +1,37 @@
-"""Asks a judge: answers in a strict form, one further try where one cannot be read, candidates in both orders."""
+"""Asks a judge: answers in a strict format, one retry for an unreadable answer, candidates in both orders."""
 
 import re
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 from tqdm import tqdm
 
 from transformers_minigpt4.llm.client import ChatModel
-from transformers_minigpt4.llm.types import ChatAnswer, ChatError
+from transformers_minigpt4.llm.types import ChatAnswer, ChatError, Message
 
 
 K = TypeVar("K", bound=Hashable)
 T = TypeVar("T")
 
-# Faults of one question and its answer. All others are the endpoint's, and say nothing about the text that is judged.
+# Failures of one question and its answer. All others are the endpoint's, and say nothing about the judged text.
 _OF_THE_ANSWER = frozenset({"cut_off", "empty", "filtered", "refused"})
-_GIVE_UP_AFTER = 20  # failures of the endpoint on end, each with all its retries behind it
+_GIVE_UP_AFTER = 20  # consecutive failures of the endpoint, each after all retries
 _MARKS = " \t\r\n\"'`*_.!"
 
 
 class JudgeStopped(RuntimeError):
-    """The judge failed on questions, so that there is no score; what it answered before is kept in the cache."""
+    """The judge failed on some questions, so there is no score; its earlier answers are kept in the cache."""
 
 
 @dataclass(frozen=True)
-class Form(Generic[T]):
+class ResponseFormat(Generic[T]):
     """
-    The form that a judge must answer in.
+    The format that a judge must answer in.
 
     Args:
-        parse: From an answer to its value; `None` where it is in another form.
-        reminder: What the judge is told once when it answered in another form.
+        parse: From an answer to its value; `None` if it is in another format.
+        reminder: What the judge is told once after an answer in another format.
     """
 
     parse: Callable[[str], T | None]
@@ -40,19 +40,19 @@ class Form(Generic[T]):
 
 @dataclass(frozen=True)
 class Verdict(Generic[T]):
-    """What a judge said about one thing: `value` is `None` where it could not be read twice; `text` as it came."""
+    """What a judge answered to one question: `value` is `None` if it was unreadable twice; `text` is as received."""
 
     value: T | None
     text: str
 
 
 def parse_yes_no(text: str) -> bool | None:
-    """`True` or `False` for an answer of the one word yes or no, in any case, quoted or not; else `None`."""
+    """`True` or `False` for an answer that is the word yes or no, in any case, quoted or not; else `None`."""
     return {"yes": True, "no": False}.get(text.strip(_MARKS).lower())
 
 
 def parse_two_scores(text: str) -> tuple[float, float] | None:
-    """The two scores of 1 to 10 that are an answer's whole first line, apart by space or comma; else `None`."""
+    """The two scores from 1 to 10 that make up an answer's first line, separated by space or comma; else `None`."""
     lines = text.strip().splitlines() or [""]
     match = re.fullmatch(r"(\d+(?:\.\d+)?)(?:\s*,\s*|\s+)(\d+(?:\.\d+)?)", lines[0].strip(_MARKS))
     if match is None:
@@ -61,10 +61,10 @@ def parse_two_scores(text: str) -> tuple[float, float] | None:
     return (first, second) if 1 <= first <= 10 and 1 <= second <= 10 else None
 
 
-YES_NO: Form[bool] = Form(
+YES_NO: ResponseFormat[bool] = ResponseFormat(
     parse_yes_no, "That answer cannot be used. Answer the question with the one word yes or no and nothing else."
 )
-TWO_SCORES: Form[tuple[float, float]] = Form(
+TWO_SCORES: ResponseFormat[tuple[float, float]] = ResponseFormat(
     parse_two_scores,
     "That answer cannot be used. Write the two scores, numbers from 1 to 10, on the first line, with a space between "
     "them and nothing else on that line.",
@@ -73,63 +73,63 @@ TWO_SCORES: Form[tuple[float, float]] = Form(
 
 def need_judge(judge: ChatModel | None, task: str) -> ChatModel:
     """
-    The judge of a task that cannot do without.
+    The judge of a task that needs one.
 
     Raises:
-        ValueError: where there is none.
+        ValueError: if there is none.
     """
     if judge is None:
         raise ValueError(
-            f"the task {task} is scored by a judge, and none is given; name one, see docs/guides/evaluate.md"
+            f"the task {task} is scored by a judge, but none is given; name one, see docs/guides/evaluate.md"
         )
     return judge
 
 
 def judge_all(
-    judge: ChatModel, prompts: Iterable[tuple[K, str]], form: Form[T], progress: str = "judging"
+    judge: ChatModel, prompts: Iterable[tuple[K, str]], response_format: ResponseFormat[T], progress: str = "judging"
 ) -> dict[K, Verdict[T]]:
     """
     Ask a judge many questions.
 
-    An answer in another form, or an empty or cut-off one, is asked for once more with the first answer and the
-    reminder; what cannot be read then has no value, so that it counts neither for nor against what was judged.
+    After an answer in another format, or an empty or cut-off one, the judge is asked once more, with its first answer
+    and the reminder; if that is unreadable too, the verdict has no value and counts neither for nor against.
 
     Args:
-        judge: A chat model; with a cache it answers a question of an earlier run at no cost.
+        judge: A chat model; with a cache, questions of an earlier run cost nothing.
         prompts: Key and question. Keys must differ.
-        form: The form of the answers.
-        progress: What the progress bar says.
+        response_format: The format of the answers.
+        progress: Label of the progress bar.
 
     Returns:
-        One verdict a key.
+        One verdict per key.
 
     Raises:
-        JudgeStopped: when the endpoint failed, after its retries, on at least one question. All others have been
-            asked by then, unless the fault concerns all (a wrong key, a budget that is spent) or a row of failures
-            showed that the endpoint is gone.
+        JudgeStopped: if the endpoint failed, after its retries, on at least one question. All others have been asked
+            by then, unless the failure concerns all (a wrong key, a spent budget) or many failures in a row showed
+            that the endpoint is gone.
     """
     asked = dict(prompts)
-    # The same question twice is asked once: it costs once, and a run from the cache says what the first one said.
-    questions = {prompt: [{"role": "user", "content": prompt}] for prompt in asked.values()}
-    verdicts = _read(_answers(judge, questions, progress), form)
+    # A repeated question is asked once: it costs once, and a run from the cache gives the same answers.
+    questions: dict[str, list[Message]] = {prompt: [{"role": "user", "content": prompt}] for prompt in asked.values()}
+    verdicts = _read(_answers(judge, questions, progress), response_format)
     again = {
         prompt: [
             *questions[prompt],
             {"role": "assistant", "content": verdict.text or "(nothing)"},
-            {"role": "user", "content": form.reminder},
+            {"role": "user", "content": response_format.reminder},
         ]
         for prompt, verdict in verdicts.items()
         if verdict.value is None
     }
     if again:
-        verdicts.update(_read(_answers(judge, again, f"{progress}, asked again"), form))
+        verdicts.update(_read(_answers(judge, again, f"{progress}, asked again"), response_format))
     return {key: verdicts[prompt] for key, prompt in asked.items()}
 
 
 def judge_in_both_orders(
     judge: ChatModel,
     pairs: Iterable[tuple[K, Callable[[str, str], str], str, str]],
-    form: Form[tuple[float, float]] = TWO_SCORES,
+    response_format: ResponseFormat[tuple[float, float]] = TWO_SCORES,
     progress: str = "judging",
 ) -> dict[K, Verdict[tuple[float, float]]]:
     """
@@ -138,12 +138,12 @@ def judge_in_both_orders(
     Args:
         judge: A chat model.
         pairs: Key, function that writes the question about a first and a second candidate, and the two candidates.
-        form: Gives the scores of the first and the second.
-        progress: What the progress bar says.
+        response_format: Gives the scores of the first and the second.
+        progress: Label of the progress bar.
 
     Returns:
-        For each key the means over both orders, in the order given; no value where one of the two could not be read,
-        because the other alone would carry its position's favour.
+        For each key the means over both orders, in the given order; no value if one of the two was unreadable, because
+        the other alone would carry the bias of its position.
 
     Raises:
         JudgeStopped: as [`judge_all`].
@@ -153,7 +153,7 @@ def judge_in_both_orders(
         for key, write, first, second in pairs
         for swapped in (False, True)
     ]
-    single = judge_all(judge, prompts, form, progress)
+    single = judge_all(judge, prompts, response_format, progress)
     both: dict[K, Verdict[tuple[float, float]]] = {}
     for key, swapped in single:
         if not swapped:
@@ -166,22 +166,22 @@ def judge_in_both_orders(
 
 
 def _answers(
-    judge: ChatModel, questions: dict[K, list[dict[str, Any]]], progress: str
+    judge: ChatModel, questions: dict[K, list[Message]], progress: str
 ) -> Iterator[tuple[K, ChatAnswer | ChatError]]:
-    """The answers in any order; faults of the endpoint are raised at the end, or when there is no end to them."""
+    """The answers in any order; failures of the endpoint are raised at the end, or when they do not stop."""
     failures: list[ChatError] = []
-    answered = on_end = 0
+    answered = in_a_row = 0
     with tqdm(total=len(questions), desc=progress, disable=None) as bar:
         try:
             for key, answer in judge.complete_many(questions.items()):
                 bar.update()
                 if isinstance(answer, ChatError) and answer.kind not in _OF_THE_ANSWER:
                     failures.append(answer)
-                    on_end += 1
-                    if on_end == _GIVE_UP_AFTER:
+                    in_a_row += 1
+                    if in_a_row == _GIVE_UP_AFTER:
                         break
                     continue
-                on_end = 0
+                in_a_row = 0
                 answered += 1
                 yield key, answer
         except ChatError as error:
@@ -189,15 +189,17 @@ def _answers(
     if failures:
         raise JudgeStopped(
             f"the judge {judge.name!r} answered {answered} of {len(questions)} questions, then: {failures[0]}; its "
-            "answers are kept where there is a cache, so run the same again when that is mended"
+            "answers are kept if there is a cache, so run the same command again once that is fixed"
         ) from failures[0]
 
 
-def _read(answers: Iterable[tuple[K, ChatAnswer | ChatError]], form: Form[T]) -> dict[K, Verdict[T]]:
+def _read(
+    answers: Iterable[tuple[K, ChatAnswer | ChatError]], response_format: ResponseFormat[T]
+) -> dict[K, Verdict[T]]:
     verdicts: dict[K, Verdict[T]] = {}
     for key, answer in answers:
-        # Of an answer that was cut off, the beginning may hold all that the form asks for.
+        # The beginning of a cut-off answer may hold all that the format asks for.
         said = answer.answer if isinstance(answer, ChatError) else answer
         text = said.text if said is not None else ""
-        verdicts[key] = Verdict(form.parse(text), text)
+        verdicts[key] = Verdict(response_format.parse(text), text)
     return verdicts

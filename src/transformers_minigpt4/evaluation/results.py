@@ -3,114 +3,124 @@
 import hashlib
 import json
 import math
-import platform
-import subprocess
 from collections.abc import Mapping, Sequence
-from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
+from transformers_minigpt4.modeling.trained_modules_minigpt4 import fingerprint
 from transformers_minigpt4.utils.file_names import RESULTS_FILE, RUN_FILE
+from transformers_minigpt4.utils.files import write_json
+from transformers_minigpt4.utils.versions import PACKAGE, git_revision, package_versions
 
 from .answering import image_digest
-from .evaluator import GREEDY, Question, Record, Task, columns_of, interval, resampled, write_json
+from .evaluator import GREEDY, Question, Record, Task, columns_of, interval, resampled
 
 
-ANSWERS = "answers"  # folder of one JSON Lines file a task
+ANSWERS = "answers"  # folder with one JSON Lines file per task
 FORMAT = 1
 
 _PACKAGES = (
-    *("transformers_minigpt4", "torch", "transformers", "accelerate", "tokenizers", "numpy", "pillow"),
+    *(PACKAGE, "torch", "transformers", "accelerate", "tokenizers", "numpy", "pillow"),
     *("pycocoevalcap", "openai"),
 )
 _MODEL_FILES = {".safetensors", ".bin", ".json", ".jinja", ".model", ".txt", ".py"}
 _NO_MODEL_FILES = {RESULTS_FILE, RUN_FILE, "trainer_state.json"}
-_SAMPLE_BYTES = 4096
-_SMALL_FILE = 1 << 20
+_SAMPLE_BYTES, _SAMPLES = 4096, 4096  # of a file that is not safetensors
+
+
+class CheckpointFacts(TypedDict):
+    """What identifies a checkpoint: its commit on the Hub, or a fingerprint of its files."""
+
+    id: str
+    revision: str | None
+    fingerprint: str
+    model_type: str
+    dtype: str
+
+
+class TaskResults(TypedDict, total=False):
+    """The results of one task: what they depend on ([`describe_task`]), metrics ([`summarise`]), and the run."""
+
+    paper: str
+    dataset: str
+    split: str
+    revision: str | None
+    data: str
+    fingerprint: str
+    prompts: dict[str, str]
+    judge_prompts: dict[str, str]
+    generation: dict[str, object]
+    metrics: dict[str, float]
+    intervals: dict[str, list[float]]
+    primary: str
+    higher_is_better: dict[str, bool | None]
+    units: dict[str, str]
+    without_value: list[str]
+    groups: list[str]
+    samples: int
+    failures: int
+    answers: str
+    run: Mapping[str, object]
+    judge: Mapping[str, object]
+
+
+class Results(TypedDict, total=False):
+    """What `results.json` holds."""
+
+    format: int
+    checkpoint: CheckpointFacts
+    tasks: dict[str, TaskResults]
 
 
 def data_fingerprint(questions: Sequence[Question]) -> str:
     """
-    SHA-256 over all questions: ids, prompts, pictures, references and groups, in the order of their ids.
+    SHA-256 over all questions: ids, prompts, images, references and groups, in the order of their ids.
 
-    Pictures in files count by name and size, see [`~answering.picture_digest`], so data may move to another folder.
+    Images in files count by name and size, see [`~answering.image_digest`], so the data may move to another folder.
     """
     digest = hashlib.sha256()
     for question in sorted(questions, key=lambda question: question.id):
-        pictures = [image_digest(image) for image in question.images]
-        facts = [question.id, question.prompt, pictures, question.reference, dict(question.groups)]
+        images = [image_digest(image) for image in question.images]
+        facts = [question.id, question.prompt, images, question.reference, dict(question.groups)]
         digest.update(json.dumps(facts, sort_keys=True).encode() + b"\n")
     return digest.hexdigest()
 
 
 def checkpoint_fingerprint(folder: Path) -> str:
-    """
-    SHA-256 over the files of a checkpoint: small ones whole, of weights the name, shape and samples of each tensor.
-
-    4 KiB at the start and in the middle of each tensor: reading 15 GB would take longer than loading them.
-    """
-    digest = hashlib.sha256()
-    for path in sorted(folder.iterdir()):
-        if not path.is_file() or path.suffix not in _MODEL_FILES or path.name in _NO_MODEL_FILES:
+    """SHA-256 over the files of a checkpoint: small ones completely, weights by samples (see [`fingerprint`])."""
+    files = sorted(path for path in folder.iterdir() if path.is_file() and path.suffix in _MODEL_FILES)
+    weights = [path for path in files if path.suffix == ".safetensors"]
+    digest = hashlib.sha256(fingerprint(weights).encode())
+    for path in files:
+        if path in weights or path.name in _NO_MODEL_FILES:
             continue
         size = path.stat().st_size
         digest.update(f"{path.name}:{size}\n".encode())
         with path.open("rb") as file:
-            if size <= _SMALL_FILE:
-                digest.update(file.read())
-                continue
-            for offset in _sampled_offsets(file, size, path.suffix):
+            for offset in range(0, size, max(_SAMPLE_BYTES, size // _SAMPLES)):
                 file.seek(offset)
                 digest.update(file.read(_SAMPLE_BYTES))
     return digest.hexdigest()
 
 
-def _sampled_offsets(file: Any, size: int, suffix: str) -> list[int]:
-    if suffix != ".safetensors":
-        return list(range(0, size, max(_SAMPLE_BYTES, size // 4096)))
-    start = int.from_bytes(file.read(8), "little")
-    header = json.loads(file.read(start))
-    spans = [entry["data_offsets"] for name, entry in header.items() if name != "__metadata__"]
-    return [8, *sorted({8 + start + offset for begin, end in spans for offset in (begin, (begin + end) // 2)})]
+def environment() -> dict[str, object]:
+    """Versions of the packages that a result depends on, and the commit of this package if git tracks it."""
+    return {"versions": package_versions(_PACKAGES), "git_revision": git_revision(tracked=Path(__file__))}
 
 
-def environment() -> dict[str, Any]:
-    """Versions of the packages that a result depends on, and the commit of this package where it lies in git."""
-    versions = {"python": platform.python_version()}
-    for name in _PACKAGES:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            versions[name] = "not installed"
-    return {"versions": versions, "git_revision": _git_revision(Path(__file__).parent)}
-
-
-def _git_revision(folder: Path) -> str | None:
-    run = lambda *words: subprocess.run(  # noqa: E731
-        ["git", "-C", str(folder), *words], capture_output=True, text=True, check=True
-    ).stdout.strip()
-    try:
-        run("ls-files", "--error-unmatch", Path(__file__).name)
-        return run("rev-parse", "HEAD") + ("+changes" if run("status", "--porcelain", ".") else "")
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-def summarise(
-    task: Task, questions: Sequence[Question], records: Sequence[Record], *, seed: int = 0
-) -> dict[str, Any]:
+def summarise(task: Task, questions: Sequence[Question], records: Sequence[Record], *, seed: int = 0) -> TaskResults:
     """
     One task's metrics with their 95 % bootstrap intervals over questions.
 
     Args:
-        task: Names the metrics.
+        task: Defines the metrics.
         questions: All of them.
-        records: One each, as [`complete_records`] gives them.
-        seed: Of the bootstrap.
+        records: One each, as returned by [`complete_records`].
+        seed: Seed of the bootstrap.
 
     Returns:
         `metrics`, `intervals` (`[low, high]`), `primary`, `higher_is_better`, `units`, `groups`, `samples`, `failures`
-        and `without_value`: metrics for which no question gave a number, which are in neither of the first two.
+        and `without_value`: metrics for which no question gave a number, which neither of the first two contains.
     """
     groups = sorted({group for question in questions for group in question.groups})
     columns = columns_of(records, groups)
@@ -138,7 +148,7 @@ def complete_records(
     A task's records with `id`, `failed` and the question's groups.
 
     Raises:
-        ValueError: if the task gave another number of records than there are questions.
+        ValueError: if the task returned more or fewer records than there are questions.
     """
     if len(records) != len(questions):
         raise ValueError(
@@ -150,7 +160,7 @@ def complete_records(
     ]
 
 
-def describe_task(task: Task, questions: Sequence[Question], data: str, revision: str | None) -> dict[str, Any]:
+def describe_task(task: Task, questions: Sequence[Question], data: str, revision: str | None) -> TaskResults:
     """What a task's numbers depend on, apart from the model: prompts, arguments of `generate`, and data."""
     return {
         "paper": task.paper,
@@ -165,37 +175,37 @@ def describe_task(task: Task, questions: Sequence[Question], data: str, revision
     }
 
 
-def read_results(folder: Path) -> dict[str, Any]:
+def read_results(folder: Path) -> Results:
     """
-    The `results.json` of an evaluation, or of the checkpoint that it stands beside.
+    The `results.json` of an evaluation.
 
     Args:
-        folder: The output folder, or the file itself.
+        folder: The output folder, which may be the checkpoint's own, or the file itself.
 
     Raises:
-        ValueError: where there is none, or it is not of this form.
+        ValueError: if there is none, or it has another format.
     """
     path = folder / RESULTS_FILE if folder.is_dir() else folder
     if not path.is_file():
-        raise ValueError(f"there is no {str(path)!r}; make it with `minigpt4 evaluate CHECKPOINT --output {folder}`")
+        raise ValueError(f"there is no {str(path)!r}; create it with `minigpt4 evaluate CHECKPOINT --output {folder}`")
     try:
-        results = json.loads(path.read_text(encoding="utf-8"))
+        results: Results = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{str(path)!r} is not JSON ({error}); evaluate again") from error
     if not isinstance(results, dict) or results.get("format") != FORMAT or "tasks" not in results:
         raise ValueError(
-            f"{str(path)!r} is no results file of `minigpt4 evaluate` in format {FORMAT}; evaluate again into another "
-            "--output"
+            f"{str(path)!r} is not a results file of `minigpt4 evaluate` in format {FORMAT}; evaluate again into "
+            "another --output"
         )
     return results
 
 
-def check_output(output: Path, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+def check_output(output: Path, checkpoint: CheckpointFacts) -> dict[str, TaskResults]:
     """
-    The tasks that `output` holds already, to be kept beside new ones.
+    The tasks that `output` already holds, to be kept next to new ones.
 
     Raises:
-        ValueError: if they are of another checkpoint.
+        ValueError: if they are results of another checkpoint.
     """
     path = output / RESULTS_FILE
     if not path.is_file():
@@ -209,13 +219,12 @@ def check_output(output: Path, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
             f"{str(path)!r} holds results of another checkpoint ({theirs}), not of this one ({mine}); choose another "
             "--output, or remove it"
         )
-    tasks: dict[str, Any] = earlier["tasks"]
-    return tasks
+    return earlier["tasks"]
 
 
-def write_results(output: Path, checkpoint: Mapping[str, Any], tasks: Mapping[str, Any]) -> dict[str, Any]:
-    """Write `results.json` in one step; returns what it holds."""
-    results = {"format": FORMAT, "checkpoint": dict(checkpoint), "tasks": dict(tasks)}
+def write_results(output: Path, checkpoint: CheckpointFacts, tasks: Mapping[str, TaskResults]) -> Results:
+    """Write `results.json` in one step; returns its content."""
+    results: Results = {"format": FORMAT, "checkpoint": checkpoint, "tasks": dict(tasks)}
     output.mkdir(parents=True, exist_ok=True)
     write_json(output / RESULTS_FILE, results)
     return results

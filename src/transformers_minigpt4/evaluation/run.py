@@ -5,21 +5,32 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate import PartialState
+from tqdm.auto import tqdm
+from transformers import AutoConfig, ProcessorMixin
 
-from transformers_minigpt4.inference.loading import load_model_and_processor
+from transformers_minigpt4.inference.loading import GenerativeModel, load_model_and_processor
+from transformers_minigpt4.inference.sources import ImageSource
+from transformers_minigpt4.llm.client import ChatModel
+from transformers_minigpt4.llm.opening import open_chat_model
+from transformers_minigpt4.llm.types import ChatSettings
 from transformers_minigpt4.processing.image_utils_minigpt4 import ImageLoadError, load_image
+from transformers_minigpt4.utils.text import first_line
 
 from .answering import AnswerStore, answer_batches, image_digest, make_batches, question_key
 from .evaluator import GREEDY, Question, Task
+from .questions import DataSources, load_questions
 from .results import (
     ANSWERS,
+    CheckpointFacts,
+    Results,
+    TaskResults,
     check_output,
     checkpoint_fingerprint,
     complete_records,
@@ -31,24 +42,30 @@ from .results import (
 from .tasks import load_task
 
 
-if TYPE_CHECKING:
-    from transformers_minigpt4.llm.client import ChatModel
-    from transformers_minigpt4.llm.types import ChatSettings
-
-
-HUB = "hub:"  # data sets on the Hub, as hub:namespace/name[@revision]
 JUDGE_CACHE = "judge.sqlite"
-_COPY = 384  # pixels of the longer side of a kept picture
-_WAIT = timedelta(hours=12)  # a process that has finished waits so long for the others
+_COPY = 384  # pixels of the longer side of a saved copy of an image
+_WAIT = timedelta(hours=12)  # how long a process that has finished waits for the others
+
+
+@dataclass
+class _Job:
+    """One task of a run: its questions with the keys of their answers, where the data is from, and the time spent."""
+
+    task: Task
+    questions: list[Question]
+    source: tuple[str, str | None]
+    keys: dict[str, str]
+    store: AnswerStore
+    seconds: float = 0.0
 
 
 def evaluate(
     checkpoint: str,
     tasks: Sequence[str | Task],
-    data: str | Path | Mapping[str, str | Path],
+    data: DataSources,
     output: str | Path,
     *,
-    judge: "ChatSettings | ChatModel | None" = None,
+    judge: ChatSettings | ChatModel | None = None,
     judge_cache: str | Path | None = None,
     batch_size: int = 8,
     limit: int | None = None,
@@ -56,36 +73,34 @@ def evaluate(
     device: str | None = None,
     trust_remote_code: bool = False,
     seed: int = 0,
-) -> dict[str, Any]:
+) -> Results:
     """
     Ask a model all questions of some tasks, score its answers and write `output/results.json`.
 
-    Under `accelerate launch` or `torchrun` the questions are split over the processes; the first one scores. A run
-    that was stopped goes on where it was: answers are on the disk batch by batch, and an answer is used again where
-    question, pictures, arguments of `generate` and checkpoint are the same.
+    Under `accelerate launch` or `torchrun` the questions are split over the processes; the first one scores. An
+    interrupted run is resumed: answers are on the disk batch by batch, and an answer is reused where question, images,
+    arguments of `generate` and checkpoint are the same.
 
     Args:
         checkpoint: Folder or Hub id of an image-text-to-text model of any family, with its processor.
-        tasks: Names of `tasks.TASKS`, or tasks themselves.
-        data: Where the official files are. A folder: `data/TASK` is taken where it exists, else `data` itself. Or a
-            path for each task. `"hub:namespace/name@revision"` is a data set of the Hub.
-        output: Folder for `results.json` and `answers/TASK.jsonl`; what it holds of other tasks stays.
-        judge: Settings of a chat model, or one that is open, for the tasks that ask one.
-        judge_cache: Where the judge's replies are kept; by default `output/judge.sqlite`.
+        tasks: Names from `tasks.TASKS`, or tasks themselves.
+        data: Where the official files are. A folder: `data/TASK` if that exists, else `data` itself. Or a path for
+            each task. `"hub:namespace/name@revision"` is a dataset of the Hub.
+        output: Folder for `results.json` and `answers/TASK.jsonl`; results of other tasks in it are kept.
+        judge: Settings of a chat model, or an open one, for the tasks that need one.
+        judge_cache: Cache of the judge's replies; by default `output/judge.sqlite`.
         batch_size: Questions that go through the model at once.
         limit: Questions of each task, the first ones; all by default.
-        dtype, device, trust_remote_code: As of [`~describe.load_model_and_processor`].
-        seed: Of the bootstrap intervals.
+        dtype, device, trust_remote_code: As of [`~inference.loading.load_model_and_processor`].
+        seed: Seed of the bootstrap intervals.
 
     Returns:
         What `results.json` holds. On a process other than the first: an empty mapping.
 
     Raises:
         ValueError: for an unknown task, missing or wrong data, duplicate ids, a checkpoint that cannot be evaluated,
-            or an output of another checkpoint. All but the last words of a checkpoint are found before it is loaded.
+            or an output of another checkpoint. All but a missing processor are found before the model is loaded.
     """
-    from accelerate import PartialState
-
     chosen = [load_task(task) if isinstance(task, str) else task for task in tasks]
     _check_request(chosen, judge, limit)
     output = Path(output)
@@ -98,30 +113,35 @@ def evaluate(
     if device is None and state.num_processes > 1:
         device = str(state.device)
     model = _LazyModel(checkpoint, dtype, device, trust_remote_code)
-    stores = [AnswerStore(output / ANSWERS, task.name, state.process_index) for task in chosen]
-    seconds = []
-    for (task, questions, _), store in zip(loaded, stores):
+    jobs = [
+        _Job(
+            task,
+            questions,
+            source,
+            _keys(task, questions, facts),
+            AnswerStore(output / ANSWERS, task.name, state.process_index),
+        )
+        for task, questions, source in loaded
+    ]
+    for job in jobs:
         start = time.perf_counter()
-        _ask(task, questions, store, model, facts, batch_size, state)
-        seconds.append(time.perf_counter() - start)
+        _ask(job, model, batch_size, state)
+        job.seconds = time.perf_counter() - start
     state.wait_for_everyone()
     if not state.is_main_process:
         return {}
-    done = dict(earlier)
-    surroundings = {**environment(), **model.placement, "processes": state.num_processes}
-    with _open_judge(judge, judge_cache or output / JUDGE_CACHE, chosen) as open_judge:
-        for (task, questions, source), store, spent in zip(loaded, stores, seconds):
-            entry = describe_task(task, questions, *source)
-            entry |= _score(task, questions, store, facts, open_judge, seed)
-            entry["run"] = {**surroundings, "seconds": round(spent, 2), "batch_size": batch_size, "limit": limit}
-            if open_judge is not None and task.judge_prompts:
-                entry["judge"] = {"model": open_judge.name, **asdict(open_judge.usage)}
-            done[task.name] = entry
-            results = write_results(output, facts, done)
+    run: dict[str, object] = {**environment(), **model.placement, "processes": state.num_processes}
+    run |= {"batch_size": batch_size, "limit": limit}
+    results: Results = {}
+    with _open_judge(judge, judge_cache or output / JUDGE_CACHE) as open_judge:
+        for job in jobs:
+            entry = _score(job, open_judge, seed)
+            entry["run"] = {**run, "seconds": round(job.seconds, 2)}
+            results = write_results(output, facts, {**earlier, **results.get("tasks", {}), job.task.name: entry})
     return results
 
 
-def _check_request(tasks: Sequence[Task], judge: Any, limit: int | None) -> None:
+def _check_request(tasks: Sequence[Task], judge: ChatSettings | ChatModel | None, limit: int | None) -> None:
     if not tasks:
         raise ValueError("no task is named; give --tasks, such as gqa,chair (--list-tasks shows all)")
     twice = [name for name, count in Counter(task.name for task in tasks).items() if count > 1]
@@ -137,68 +157,13 @@ def _check_request(tasks: Sequence[Task], judge: Any, limit: int | None) -> None
             )
 
 
-def load_questions(
-    task: Task, data: str | Path | Mapping[str, str | Path], limit: int | None = None
-) -> tuple[list[Question], tuple[str, str | None]]:
+def checkpoint_facts(checkpoint: str, dtype: str = "auto", trust_remote_code: bool = False) -> CheckpointFacts:
     """
-    A task's questions, and the name and the Hub revision of where they are from.
+    What identifies a checkpoint; loads only its config.
 
     Raises:
-        ValueError: where the data is missing or wrong, holds no question, or one id twice.
+        ValueError: if there is no such checkpoint.
     """
-    path, name, revision = _find_data(task.name, data)
-    questions = task.questions(path, limit)
-    if not questions:
-        raise ValueError(f"{str(path)!r} holds no question for the task {task.name!r}; check the path")
-    twice = [id_ for id_, count in Counter(question.id for question in questions).items() if count > 1]
-    if twice:
-        raise ValueError(
-            f"{str(path)!r} holds the id {twice[0]!r} twice for the task {task.name!r} ({len(twice)} such ids); fetch "
-            "the official file again"
-        )
-    return questions, (name, revision)
-
-
-def _find_data(task: str, data: str | Path | Mapping[str, str | Path]) -> tuple[Path, str, str | None]:
-    if isinstance(data, Mapping):
-        if task not in data:
-            raise ValueError(f"no data is named for the task {task!r}; give --data {task}=PATH or --data FOLDER")
-        source = data[task]
-    else:
-        source = data
-    if str(source).startswith(HUB):
-        return _download(*str(source).removeprefix(HUB).partition("@")[::2])
-    path = Path(source)
-    if not isinstance(data, Mapping) and (path / task).exists():
-        path = path / task
-    if not path.exists():
-        raise ValueError(f"there is no data for the task {task!r} at {str(path)!r}; check --data")
-    return path, path.name, None
-
-
-def _download(name: str, revision: str) -> tuple[Path, str, str]:
-    import huggingface_hub
-
-    try:
-        path = Path(huggingface_hub.snapshot_download(name, repo_type="dataset", revision=revision or None))
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().partition("\n")[0].rstrip(".")
-        raise ValueError(
-            f"cannot get the data set {name!r} from the Hub: {reason}; check name and revision, or log in with "
-            "`hf auth login`"
-        ) from error
-    return path, name, path.name  # a snapshot's folder is called by its commit
-
-
-def checkpoint_facts(checkpoint: str, dtype: str = "auto", trust_remote_code: bool = False) -> dict[str, Any]:
-    """
-    What tells a checkpoint apart: its commit on the Hub, or a fingerprint of its files; loads its config alone.
-
-    Raises:
-        ValueError: where there is no such checkpoint.
-    """
-    from transformers import AutoConfig
-
     folder = Path(checkpoint)
     local = folder.is_dir()
     if not local and (folder.is_absolute() or checkpoint.startswith(".")):
@@ -206,11 +171,12 @@ def checkpoint_facts(checkpoint: str, dtype: str = "auto", trust_remote_code: bo
     try:
         config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
-        reason = str(error).strip().partition("\n")[0].rstrip(".")
-        raise ValueError(f"cannot read the config of {checkpoint!r}: {reason}; give a folder or Hub id") from error
+        raise ValueError(
+            f"cannot read the config of {checkpoint!r}: {first_line(error)}; give a folder or Hub id"
+        ) from error
     commit = None if local else getattr(config, "_commit_hash", None)
     return {
-        # The rest of a path tells of somebody's computer, and this file may be published.
+        # The rest of a path is private, and this file may be published.
         "id": folder.resolve().name if local else checkpoint,
         "revision": commit,
         "fingerprint": checkpoint_fingerprint(folder) if local else f"{checkpoint}@{commit}",
@@ -222,89 +188,72 @@ def checkpoint_facts(checkpoint: str, dtype: str = "auto", trust_remote_code: bo
 class _LazyModel:
     """Loads model and processor when the first question is asked: a run that only scores again needs neither."""
 
-    def __init__(self, checkpoint: str, dtype: str, device: str | None, trust_remote_code: bool):
+    def __init__(self, checkpoint: str, dtype: str, device: str | None, trust_remote_code: bool) -> None:
         self.arguments = (checkpoint, dtype, device, trust_remote_code)
-        self._loaded: tuple[Any, Any] | None = None
+        self._loaded: tuple[GenerativeModel, ProcessorMixin] | None = None
 
-    def __call__(self) -> tuple[Any, Any]:
+    def __call__(self) -> tuple[GenerativeModel, ProcessorMixin]:
         if self._loaded is None:
             model, processor = load_model_and_processor(*self.arguments)
-            # AutoProcessor hands out a bare tokenizer or image processor where a folder holds nothing else.
+            # AutoProcessor returns a bare tokenizer or image processor if a folder holds nothing else.
             if getattr(processor, "tokenizer", None) is None or getattr(processor, "image_processor", None) is None:
                 raise ValueError(
                     f"{self.arguments[0]!r} has no processor (found only {type(processor).__name__}); save the "
-                    "model's processor beside it with processor.save_pretrained"
+                    "model's processor in its folder with processor.save_pretrained"
                 )
             self._loaded = model, processor
         return self._loaded
 
     @property
     def placement(self) -> dict[str, str | None]:
-        """Device and dtype of the model; without values where a run needed none, since all answers were kept."""
+        """Device and dtype of the model; without values if the run did not load it, since all answers were saved."""
         if self._loaded is None:
             return {"device": None, "dtype": None}
         return {"device": str(self._loaded[0].device), "dtype": str(self._loaded[0].dtype)}
 
 
-def _generation(task: Task) -> dict[str, Any]:
-    return {**GREEDY, **task.generation}
-
-
-def _keys(task: Task, questions: Sequence[Question], facts: Mapping[str, Any]) -> dict[str, str]:
+def _keys(task: Task, questions: Sequence[Question], facts: CheckpointFacts) -> dict[str, str]:
     model = f"{facts['fingerprint']} {facts['dtype']}"
     return {question.id: question_key(question, _generation(task), model) for question in questions}
 
 
-def _ask(
-    task: Task,
-    questions: Sequence[Question],
-    store: AnswerStore,
-    model: _LazyModel,
-    facts: Mapping[str, Any],
-    batch_size: int,
-    state: Any,
-) -> None:
-    """Answer this process's share of what is not answered yet."""
-    from tqdm.auto import tqdm
+def _generation(task: Task) -> dict[str, object]:
+    return {**GREEDY, **task.generation}
 
-    keys = _keys(task, questions, facts)
-    with store.writing():
-        answered = {key for key, line in store.read().items() if "answer" in line}
+
+def _ask(job: _Job, model: _LazyModel, batch_size: int, state: PartialState) -> None:
+    """Answer this process's share of the questions without an answer."""
+    with job.store.writing():
+        answered = {key for key, line in job.store.read().items() if "answer" in line}
         # No process may add to its part before every other one has read all parts: all must split the same list.
         state.wait_for_everyone()
-        # Of questions that are the same but for their id (POPE's three sets share theirs), one is asked.
-        asked = {keys[q.id]: q for q in questions if keys[q.id] not in answered}
-        batches = make_batches(asked.values(), batch_size)
-        mine = batches[state.process_index :: state.num_processes]
+        # Of questions that differ only in their id (POPE's three sets share theirs), one is asked.
+        asked = {job.keys[q.id]: q for q in job.questions if job.keys[q.id] not in answered}
+        mine = make_batches(asked.values(), batch_size)[state.process_index :: state.num_processes]
         if not mine:
             return
         loaded = model()
         total = sum(map(len, mine))
         # disable=None: no bar where stderr is a file.
         hidden = None if state.is_main_process else True
-        with tqdm(total=total, unit="question", desc=task.name, file=sys.stderr, disable=hidden) as bar:
-            for records in answer_batches(mine, *loaded, _generation(task)):
-                store.append([{**record, "key": keys[record["id"]]} for record in records])
+        with tqdm(total=total, unit="question", desc=job.task.name, file=sys.stderr, disable=hidden) as bar:
+            for records in answer_batches(mine, *loaded, _generation(job.task)):
+                job.store.append([{**record, "key": job.keys[record["id"]]} for record in records])
                 bar.update(len(records))
 
 
-def _score(
-    task: Task,
-    questions: Sequence[Question],
-    store: AnswerStore,
-    facts: Mapping[str, Any],
-    judge: "ChatModel | None",
-    seed: int,
-) -> dict[str, Any]:
-    keys, lines = _keys(task, questions, facts), store.read()
+def _score(job: _Job, judge: ChatModel | None, seed: int) -> TaskResults:
+    """Score the answers of a task, and write them with their records."""
+    task, questions, keys, store = job.task, job.questions, job.keys, job.store
+    lines = store.read()
     lost = [question.id for question in questions if keys[question.id] not in lines]
     if lost:
         raise ValueError(
             f"{len(lost)} questions of {task.name} have no answer in {str(store.folder)!r}, such as {lost[0]!r}; all "
             "processes must write into one shared folder"
         )
-    kept = {question.id: lines[keys[question.id]] for question in questions}
-    answers = {id_: line["answer"] for id_, line in kept.items() if "answer" in line}
+    found = {question.id: lines[keys[question.id]] for question in questions}
+    answers = {id_: line["answer"] for id_, line in found.items() if "answer" in line}
     records = complete_records(task, questions, task.score(questions, answers, judge), answers)
     store.finish(
         {
@@ -313,16 +262,20 @@ def _score(
             "prompt": question.prompt,
             "images": [_kept_image(image, store.folder) for image in question.images],
             "reference": question.reference,
-            **{name: kept[question.id][name] for name in ("answer", "error") if name in kept[question.id]},
+            **{name: found[question.id][name] for name in ("answer", "error") if name in found[question.id]},
             "record": record,
         }
         for question, record in zip(questions, records)
     )
-    return {**summarise(task, questions, records, seed=seed), "answers": f"{ANSWERS}/{store.finished.name}"}
+    entry = describe_task(task, questions, *job.source) | summarise(task, questions, records, seed=seed)
+    entry["answers"] = f"{ANSWERS}/{store.finished.name}"
+    if judge is not None and task.judge_prompts:
+        entry["judge"] = {"model": judge.name, **asdict(judge.usage)}
+    return entry
 
 
-def _kept_image(image: Any, folder: Path) -> str:
-    """Where a picture is found later: its path or URL, or a small copy of one that came as bytes or image."""
+def _kept_image(image: ImageSource, folder: Path) -> str:
+    """Where to find an image later: its path or URL, or a small copy of one that came as bytes or PIL image."""
     if isinstance(image, (str, Path)):
         return os.path.abspath(image) if os.path.exists(image) else str(image)
     name = f"images/{image_digest(image)[:16]}.jpg"
@@ -330,7 +283,7 @@ def _kept_image(image: Any, folder: Path) -> str:
         try:
             copy = load_image(image).copy()
         except ImageLoadError:
-            return f"<{type(image).__name__}>"  # its question has failed for this very reason
+            return f"<{type(image).__name__}>"  # which is why its question has failed
         (folder / "images").mkdir(parents=True, exist_ok=True)
         copy.thumbnail((_COPY, _COPY))
         copy.save(folder / name, quality=85)
@@ -338,11 +291,8 @@ def _kept_image(image: Any, folder: Path) -> str:
 
 
 @contextlib.contextmanager
-def _open_judge(judge: Any, cache: str | Path, tasks: Sequence[Task]) -> Iterator["ChatModel | None"]:
-    """The judge where a task asks one; closed here if it was opened here."""
-    from transformers_minigpt4.llm.opening import open_chat_model
-    from transformers_minigpt4.llm.types import ChatSettings
-
+def _open_judge(judge: ChatSettings | ChatModel | None, cache: str | Path) -> Iterator[ChatModel | None]:
+    """The judge; closed in the end if it was opened here."""
     if not isinstance(judge, ChatSettings):
         yield judge
         return

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO, TypeAlias
 
 from PIL import Image
 from transformers import ProcessorMixin
@@ -18,9 +17,7 @@ from transformers_minigpt4.utils.loading import MAX_THREADS, load_ahead
 
 from .generation import caption_images
 from .loading import GenerativeModel
-
-
-ImageSource: TypeAlias = "str | os.PathLike[str] | bytes | BinaryIO | Image.Image"
+from .sources import ImageSource
 
 
 def describe(

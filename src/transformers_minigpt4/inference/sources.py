@@ -4,9 +4,13 @@ import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TextIO
+from typing import BinaryIO, TextIO, TypeAlias
+
+from PIL import Image
 
 
+# What `processing.image_utils_minigpt4.load_image` takes.
+ImageSource: TypeAlias = "str | os.PathLike[str] | bytes | BinaryIO | Image.Image"
 # What counts as an image inside a folder. HEIC is included although plain PIL cannot read it: such a file is then
 # reported as failed, where leaving it out would silently lose a phone's photos.
 IMAGE_SUFFIXES = frozenset(

@@ -34,14 +34,19 @@ def package_versions(names: Iterable[str] = CORE_PACKAGES) -> dict[str, str]:
     return {"python": platform.python_version(), **{name: package_version(name) for name in names}}
 
 
-def git_revision(folder: Path | None = None) -> str | None:
+def git_revision(folder: Path | None = None, tracked: Path | None = None) -> str | None:
     """
     Commit of a folder, with `+changes` where it has uncommitted ones; `None` outside of git.
 
     Args:
-        folder (`Path`, *optional*): By default the working folder.
+        folder (`Path`, *optional*): By default the folder of `tracked`, else the working folder.
+        tracked (`Path`, *optional*): A file without which the commit says nothing: `None` if git does not track it,
+            as for a package that is installed somewhere inside another repository.
     """
     try:
+        if tracked is not None:
+            folder = folder or tracked.parent
+            _git(folder, "ls-files", "--error-unmatch", str(tracked))
         commit, changes = (_git(folder, *words) for words in (("rev-parse", "HEAD"), ("status", "--porcelain", ".")))
     except (OSError, subprocess.CalledProcessError):
         return None

@@ -6,12 +6,11 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 
-# Sums of a corpus's captions that its BLEU depends on: n-grams guessed and right, lengths.
+# Sums over a corpus's captions that its BLEU depends on: n-grams guessed and right, lengths.
 BLEU_COLUMNS = tuple(f"bleu_{kind}_{n}" for kind in ("guess", "right") for n in range(1, 5)) + (
     "bleu_length",
     "bleu_reference_length",
@@ -33,17 +32,17 @@ _SMALL, _TINY = 1e-9, 1e-15
 
 
 def missing_tools() -> dict[str, str]:
-    """What cannot be computed here, with the reason: `"all"`, or `"spice"`; empty where everything can."""
+    """What cannot be computed here, with the reason: `"all"`, or `"spice"`; empty if everything can."""
     if find_spec("pycocoevalcap") is None:
-        return {"all": 'pycocoevalcap is missing; pip install "transformers_minigpt4[evaluation]" brings it'}
+        return {"all": 'pycocoevalcap is not installed; run pip install "transformers_minigpt4[evaluation]"'}
     if shutil.which("java") is None:
-        return {"all": "there is no java, which runs the tokenizer of all these metrics; install Java 8 or later"}
+        return {"all": "java is not installed, but the tokenizer of all metrics needs it; install Java 8 or later"}
     reason = spice_models_missing()
     return {"spice": reason} if reason else {}
 
 
 def spice_models_missing() -> str:
-    """Why SPICE cannot run, or an empty text. Its parser's models are not in the package."""
+    """Why SPICE cannot run, or an empty string. Its parser's models are not in the package."""
     import pycocoevalcap.spice
 
     folder = Path(next(iter(pycocoevalcap.spice.__path__)), "lib")
@@ -62,23 +61,23 @@ def spice_models_missing() -> str:
 
 def tokenized(texts: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
     """
-    Texts as the official tokenizer (Stanford's, in Java) gives them: lower case, without punctuation.
+    Texts as the official tokenizer (Stanford's, in Java) returns them: lower case, without punctuation.
 
     Raises:
-        OSError: if it gave another number of lines; its reason is on the standard error output.
+        OSError: if it returned another number of lines; the reason is on standard error.
     """
     from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
-    # One line a text: other line breaks than "\n" would split one.
+    # One line per text: line breaks other than "\n" would split one.
     given = {key: [{"caption": " ".join(text.split())} for text in group] for key, group in texts.items()}
     found: dict[str, list[str]] = PTBTokenizer().tokenize(given) if given else {}
     if {key: len(group) for key, group in found.items()} != {key: len(group) for key, group in texts.items()}:
-        raise OSError("the tokenizer of pycocoevalcap (Java) stopped before its end; see what it said above")
+        raise OSError("the tokenizer of pycocoevalcap (Java) stopped early; see its output above")
     return found
 
 
 def bleu_sums(caption: str, references: Sequence[str]) -> dict[str, int]:
-    """The counts of one tokenized caption that BLEU is made of; the length of the closest reference."""
+    """The counts of one tokenized caption that BLEU is computed from; the length is that of the closest reference."""
     from pycocoevalcap.bleu.bleu_scorer import cook_refs, cook_test
 
     counts = cook_test(caption, cook_refs(references), eff="closest")
@@ -86,8 +85,8 @@ def bleu_sums(caption: str, references: Sequence[str]) -> dict[str, int]:
     return dict(zip(BLEU_COLUMNS, values))
 
 
-def bleu(order: int, *sums: Any) -> Any:
-    """BLEU of `order` from the sums of [`BLEU_COLUMNS`] (arrays of one shape), as the official script has it."""
+def bleu(order: int, *sums: np.ndarray) -> np.ndarray:
+    """BLEU of `order` from the sums of [`BLEU_COLUMNS`] (arrays of one shape), as in the official script."""
     guessed, right, (length, reference_length) = sums[:4], sums[4:8], sums[8:]
     product = math.prod((right[n] + _TINY) / (guessed[n] + _SMALL) for n in range(order))
     ratio = (length + _TINY) / (reference_length + _SMALL)
@@ -95,7 +94,7 @@ def bleu(order: int, *sums: Any) -> Any:
 
 
 def cider_scores(captions: Mapping[str, str], references: Mapping[str, Sequence[str]]) -> dict[str, float]:
-    """CIDEr-D of each tokenized caption; how rare words are is counted in the references of all."""
+    """CIDEr-D of each tokenized caption; the rarity of words is counted over all references."""
     from pycocoevalcap.cider.cider import Cider
 
     _, scores = Cider().compute_score(dict(references), {key: [caption] for key, caption in captions.items()})
@@ -104,10 +103,10 @@ def cider_scores(captions: Mapping[str, str], references: Mapping[str, Sequence[
 
 def meteor_sums(captions: Mapping[str, str], references: Mapping[str, Sequence[str]]) -> dict[str, dict[str, float]]:
     """
-    The sums of each tokenized caption that METEOR is made of.
+    The sums of each tokenized caption that METEOR is computed from.
 
     Raises:
-        OSError: if the Java program gave no statistics.
+        OSError: if the Java program returned no statistics.
     """
     from pycocoevalcap.meteor.meteor import Meteor
 
@@ -117,7 +116,7 @@ def meteor_sums(captions: Mapping[str, str], references: Mapping[str, Sequence[s
         line = scorer._stat(caption, list(references[key]))
         values = [float(value) for value in line.split()]
         if len(values) != _METEOR_STATISTICS:
-            raise OSError(f"METEOR's program (Java) gave {line!r} for {caption!r}; is there memory for it (2 GB)?")
+            raise OSError(f"METEOR's program (Java) returned {line!r} for {caption!r}; has it enough memory (2 GB)?")
         found[key] = _meteor_columns(np.array(values))
     return found
 
@@ -133,32 +132,32 @@ def _meteor_columns(values: np.ndarray) -> dict[str, float]:
 
 
 def meteor(
-    matches: Any,
-    reference_matches: Any,
-    length: Any,
-    reference_length: Any,
-    matched: Any,
-    reference_matched: Any,
-    words: Any,
-    reference_words: Any,
-    chunks: Any,
-) -> Any:
+    matches: np.ndarray,
+    reference_matches: np.ndarray,
+    length: np.ndarray,
+    reference_length: np.ndarray,
+    matched: np.ndarray,
+    reference_matched: np.ndarray,
+    words: np.ndarray,
+    reference_words: np.ndarray,
+    chunks: np.ndarray,
+) -> np.ndarray:
     """METEOR 1.5 from the sums of [`METEOR_COLUMNS`] (arrays of one shape)."""
     precision, recall = matches / length, reference_matches / reference_length
     mean = 1 / (_ALPHA / recall + (1 - _ALPHA) / precision)
-    # One chunk that is all of both texts has no break to pay for.
-    whole = (matched == words) & (reference_matched == reference_words) & (chunks == 1)
-    breaks = np.where(whole, 0.0, chunks / ((matched + reference_matched) / 2))
+    # One chunk that covers both texts has no break to be penalised.
+    complete = (matched == words) & (reference_matched == reference_words) & (chunks == 1)
+    breaks = np.where(complete, 0.0, chunks / ((matched + reference_matched) / 2))
     score = mean * (1 - _GAMMA * breaks**_BETA)
     return np.where(np.asarray(matched) + np.asarray(reference_matched) == 0, 0.0, score)
 
 
 def spice_scores(captions: Mapping[str, str], references: Mapping[str, Sequence[str]]) -> dict[str, float]:
     """
-    SPICE of each tokenized caption; NaN becomes 0, as for a caption in which nothing can be found.
+    SPICE of each tokenized caption; NaN, for a caption in which nothing is found, becomes 0.
 
     Raises:
-        OSError: if its Java program fails, as it may on a Java newer than 8, for which it was written.
+        OSError: if its Java program fails, as it may on Java versions after 8, for which it was written.
     """
     from pycocoevalcap.spice.spice import Spice
 
@@ -166,7 +165,7 @@ def spice_scores(captions: Mapping[str, str], references: Mapping[str, Sequence[
         _, scores = Spice().compute_score(dict(references), {key: [caption] for key, caption in captions.items()})
     except subprocess.CalledProcessError as error:
         raise OSError(
-            f"SPICE is not scored: its Java program ended with {error.returncode}; see what it said above"
+            f"SPICE is not scored: its Java program exited with {error.returncode}; see its output above"
         ) from error
-    # It answers in the order of the sorted keys.
+    # It returns scores in the order of the sorted keys.
     return {key: float(np.nan_to_num(score["All"]["f"])) for key, score in zip(sorted(captions), scores)}

@@ -3,16 +3,17 @@
 import hashlib
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+
+from transformers_minigpt4.utils.files import JsonObject
 
 from .singular import singular
 
 
-# Pairs of words that name one thing, and what they count as. The official list, with its later additions: a young or
-# grown animal is no person, a passenger train neither, a toilet seat no chair, and "glass" loses its last letter when
-# it is made singular.
+# Pairs of words that name one object, and what they count as. The official list, with its later additions: a baby or
+# adult animal is not a person, nor is a passenger train, a toilet seat is not a chair, and "glass" loses its last
+# letter in the singular.
 _PAIRS = """
     motor bike,motor cycle,air plane,traffic light,street light,traffic signal,stop light,fire hydrant,stop sign,
     parking meter,suit case,sports ball,baseball bat,baseball glove,tennis racket,wine glass,hot dog,cell phone,
@@ -29,7 +30,7 @@ _COUNTS_AS: dict[tuple[str, str], str] = {
 }
 _FIRST_WORDS = frozenset(first for first, _ in _COUNTS_AS)
 
-# The tokens that matter are words; all others only keep words apart, so that one of them stands for all: a comma.
+# Only words matter as tokens; all other tokens merely separate words, so a comma replaces each of them.
 # A full stop ends a sentence before white space, closing marks in between or not, and before most other marks.
 _FULL_STOP = re.compile(r"(?<=[^.])\.(?=[])}>\"'»”’]*(?:\s|$)|[;*:@({\[!?])")
 _COMMA = re.compile(r"[,:](\D|$)")
@@ -39,10 +40,10 @@ _SUFFIX = re.compile(r"(?<=[^' ])(?:'(?:s|m|d|ll|re|ve)?|n't)(?= )")
 
 def split_words(text: str) -> list[str]:
     """
-    The words of a caption, in lower case, as NLTK's `word_tokenize` splits them; punctuation and `'s` come as `","`.
+    The words of a caption, in lower case, as NLTK's `word_tokenize` splits them; punctuation and `'s` become `","`.
 
     As there, words joined by `-` or `/`, or by a full stop without space, stay one. NLTK keeps the full stop of its
-    156 abbreviations ("dr."), none of which names an object; here it goes.
+    156 abbreviations ("dr."), none of which names an object; here it is removed.
     """
     text = _FULL_STOP.sub(" , ", text.lower())
     text = _COMMA.sub(r" , \1", text)
@@ -53,7 +54,7 @@ def split_words(text: str) -> list[str]:
 
 
 class _Singulars(dict[str, str]):
-    """Singular forms by word, each worked out once."""
+    """Singular forms by word, each computed once."""
 
     def __missing__(self, word: str) -> str:
         self[word] = form = singular(word)
@@ -73,22 +74,22 @@ class ObjectWords:
     Finds the objects that captions name.
 
     Args:
-        synonyms: Text of the official `synonyms.txt`: a line for each COCO category, words apart by comma and space,
-            the category first. It is split as the official script does: a word after two spaces keeps one, and so is
+        synonyms: Text of the official `synonyms.txt`: one line per COCO category, words separated by comma and space,
+            the category first. It is split as in the official script: a word after two spaces keeps one, and so is
             never found.
 
     Raises:
-        ValueError: if the text is not of this form.
+        ValueError: if the text has another format.
     """
 
-    def __init__(self, synonyms: str):
+    def __init__(self, synonyms: str) -> None:
         self.category: dict[str, str] = {}
         for line in synonyms.strip().splitlines():
             words = line.strip().split(", ")
             if not words[0]:
                 raise ValueError(
                     "the list of synonyms has an empty line or one without category; each line is a COCO category and "
-                    "its synonyms, with ', ' between them"
+                    "its synonyms, separated by ', '"
                 )
             self.category.update(dict.fromkeys(words, words[0]))
         if not self.category:
@@ -111,21 +112,21 @@ class ObjectWords:
                         word, taken = pair, place + 1
                 if word in self.category:
                     found.append(word)
-        # "The seat of the toilet" is no chair either.
+        # "The seat of the toilet" is not a chair either.
         if "toilet" in found and "seat" in found:
             found = [word for word in found if word != "seat"]
         return [Mention(word, self.category[word]) for word in found]
 
-    def categories_of(self, instances: Mapping[str, Any], captions: Mapping[str, Any]) -> dict[int, frozenset[str]]:
+    def categories_of(self, instances: JsonObject, captions: JsonObject) -> dict[int, frozenset[str]]:
         """
-        The objects that are there, by picture: the categories of its instances and those that its captions name.
+        The objects that are there, by image: the categories of its instances and those that its captions name.
 
         Args:
             instances: COCO's `instances_*.json`.
             captions: COCO's `captions_*.json`.
 
         Raises:
-            ValueError: if a category is missing in the list of synonyms.
+            ValueError: if the list of synonyms lacks a category.
         """
         names = {row["id"]: row["name"] for row in instances["categories"]}
         unknown = sorted(set(names.values()) - self.category.keys())
@@ -144,6 +145,6 @@ class ObjectWords:
 
 
 def hallucinations(mentions: Iterable[Mention], there: Iterable[str]) -> list[Mention]:
-    """Those of the objects that are not there."""
+    """The mentioned objects that are not there."""
     present = frozenset(there)
     return [mention for mention in mentions if mention.category not in present]

@@ -8,16 +8,16 @@ from .vqa_text import normalise_answer
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
-# "Answer:", "The correct answer is", "Option", "My choice is:" and their like in front of what counts.
+# "Answer:", "The correct answer is", "Option", "My choice is:" and the like before what counts.
 _LEAD = re.compile(
     r"(?:(?:the|my|so,? the|therefore,? the)\s+)?(?:(?:correct|right|best|final)\s+)?(?:answer|option|choice)\b"
     r"(?:\s+(?:is|would be))?\s*:?\s*",
     re.IGNORECASE,
 )
-# A letter counts when it is all there is, or when a mark follows it: "B", "(B)", "B.", "B) a cab", "(b): a cab". The
+# A letter counts if it stands alone, or if a mark follows it: "B", "(B)", "B.", "B) a cab", "(b): a cab". The
 # bare word in "A dog" or "I think" does not.
 _LETTER = re.compile(r"\(([A-Za-z])\)|([A-Za-z])(?=[.):](?:\s|$)|$)")
-# The form that ScienceQA's and LLaVA's scripts look for anywhere, if it stands there once.
+# The phrase that ScienceQA's and LLaVA's scripts look for anywhere, if it occurs once.
 _THE_ANSWER_IS = re.compile(r"The answer is \(?([A-Z])(?![A-Za-z])")
 _OFFICIAL = re.compile(r"The answer is ([A-Z]).")
 
@@ -27,16 +27,16 @@ def parse_choice(answer: str, options: Sequence[str]) -> int | None:
     The option that an answer names.
 
     An answer counts if, after an optional "The answer is" or the like, it (1) begins with an option's letter that
-    stands alone or is followed by `.`, `)` or `:`; or (2) says "The answer is X" with one and the same letter
-    wherever it does; or (3) is the text of exactly one option, compared as VQA answers are. Everything else names
+    stands alone or is followed by `.`, `)` or `:`; or (2) says "The answer is X" always with the same
+    letter; or (3) is the text of exactly one option, compared as VQA answers are. Everything else names
     none, and counts as wrong.
 
     Args:
-        answer: As the model gave it.
+        answer: The model's answer.
         options: At most 26, named A, B, C and so on in this order.
 
     Returns:
-        The number of the option, from 0; `None` where the answer names none.
+        The number of the option, from 0; `None` if the answer names none.
     """
     text = answer.strip()
     said = set(_THE_ANSWER_IS.findall(text))
@@ -62,8 +62,8 @@ def parse_choice_as_llava(answer: str, options: Sequence[str]) -> int | None:
     """
     The option that LLaVA's ScienceQA script reads from an answer, for a figure that compares with published ones.
 
-    It takes the letter alone, `"B. "` in front, or exactly one `"The answer is B."` anywhere (any character after the
-    letter), in capitals and with nothing before or after but what is said here; options A to E.
+    It takes the letter alone, `"B. "` at the beginning, or exactly one `"The answer is B."` anywhere (with any
+    character after the letter), only in capitals and exactly as written here; options A to E.
     """
     if answer in tuple("ABCDE"):
         letter = answer

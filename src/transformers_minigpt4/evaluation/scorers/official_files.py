@@ -1,18 +1,19 @@
-"""Checks shared by the tasks that read official files: ids once, fields all there, pictures of the same split."""
+"""Checks shared by the tasks that read official files: unique ids, required fields, images of the same split."""
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+
+from transformers_minigpt4.utils.files import JsonObject
 
 
-def read_object(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> JsonObject:
     """
     A JSON file that is one object of records by id, as GQA's and ScienceQA's are.
 
     Raises:
-        ValueError: where there is no such file, it is something else, or a key stands twice, which a plain JSON reader
-            would pass over in silence.
+        ValueError: if the file does not exist or is something else, or a key is repeated, which a plain JSON reader
+            would silently accept.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_object)
@@ -30,10 +31,10 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 class _TwiceError(Exception):
-    """A key that stands twice; not a `ValueError`, which would read as damaged JSON."""
+    """A repeated key; not a `ValueError`, which would be reported as damaged JSON."""
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
     content = dict(pairs)
     if len(content) < len(pairs):
         keys = [key for key, _ in pairs]
@@ -41,16 +42,16 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return content
 
 
-def by_id(path: Path, rows: Any, key: str) -> dict[str, dict[str, Any]]:
+def by_id(path: Path, rows: object, key: str) -> dict[str, JsonObject]:
     """
     The records of a list by one of their fields, as text, in order.
 
     Raises:
-        ValueError: if `rows` is no list of objects, one lacks the field, or an id stands twice.
+        ValueError: if `rows` is not a list of objects, one lacks the field, or an id is repeated.
     """
     if not isinstance(rows, list):
         raise ValueError(f"{str(path)!r} holds a {type(rows).__name__}, not a list of records; give the official file")
-    found: dict[str, dict[str, Any]] = {}
+    found: dict[str, JsonObject] = {}
     for number, row in enumerate(rows, start=1):
         if not isinstance(row, dict) or key not in row:
             raise ValueError(f"record {number} of {str(path)!r} has no field {key!r}; give the official file")
@@ -61,12 +62,12 @@ def by_id(path: Path, rows: Any, key: str) -> dict[str, dict[str, Any]]:
     return found
 
 
-def need_fields(path: Path, name: str, row: Any, fields: Mapping[str, type | tuple[type, ...]]) -> None:
+def need_fields(path: Path, name: str, row: object, fields: Mapping[str, type | tuple[type, ...]]) -> None:
     """
     Check that a record has fields of their types.
 
     Raises:
-        ValueError: that names the record and the field.
+        ValueError: with the record and the field.
     """
     for field, kind in fields.items():
         if not isinstance(row, dict) or field not in row:
@@ -80,12 +81,12 @@ def need_fields(path: Path, name: str, row: Any, fields: Mapping[str, type | tup
             )
 
 
-def check_choices(path: Path, name: str, choices: Sequence[Any], answer: int) -> None:
+def check_choices(path: Path, name: str, choices: Sequence[object], answer: int) -> None:
     """
     Check the options of a question and the number of the right one.
 
     Raises:
-        ValueError: if an option is no text, or the number is none of theirs.
+        ValueError: if an option is not a string, or the number does not belong to an option.
     """
     if not all(isinstance(choice, str) for choice in choices) or not 0 <= answer < len(choices) <= 26:
         raise ValueError(
@@ -96,19 +97,19 @@ def check_choices(path: Path, name: str, choices: Sequence[Any], answer: int) ->
 
 def find_images(root: Path, folders: Iterable[str], names: Iterable[str], source: Path) -> dict[str, str]:
     """
-    Where pictures are.
+    Finds images by name.
 
     Args:
         root: Folder of the data.
-        folders: Folders inside it, in the order in which they are looked through; `"."` is `root` itself.
+        folders: Folders inside it, in the order in which they are searched; `"."` is `root` itself.
         names: File names, as the annotations give them.
         source: The annotations, for the error.
 
     Returns:
-        Path by name. One that is nowhere has a path where there is nothing, so that its questions fail one by one.
+        Path by name. A missing image gets the path where it should be, so that its questions fail one by one.
 
     Raises:
-        ValueError: if there are names and not one of the pictures is there.
+        ValueError: if there are names, but none of the images is there.
     """
     folders = list(folders)
     found: dict[str, str] = {}
@@ -120,8 +121,8 @@ def find_images(root: Path, folders: Iterable[str], names: Iterable[str], source
         found[name] = str(there or candidates[0])
     if found and missing == len(found):
         raise ValueError(
-            f"none of the {len(found)} pictures that {str(source)!r} names is in {str(root)!r} or its folders "
+            f"none of the {len(found)} images that {str(source)!r} names is in {str(root)!r} or its folders "
             f"{', '.join(folder for folder in folders if folder != '.')}, such as {next(iter(found))!r}; put them "
-            "there, and check that annotations and pictures are of the same split"
+            "there, and check that annotations and images are of the same split"
         )
     return found

@@ -18,5 +18,5 @@ def says_yes(answer: str) -> bool:
 
 
 def is_clear(answer: str) -> bool:
-    """Whether an answer holds yes, no or not at all; the official rule takes one that does not for a yes."""
+    """Whether an answer contains yes, no or not; the official rule takes one that does not for a yes."""
     return _YES_OR_NO.search(answer) is not None

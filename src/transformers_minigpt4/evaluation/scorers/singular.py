@@ -3,10 +3,10 @@
 import re
 
 
-# These rules decide which words CHAIR counts, so they are kept as they are, oddities included: "bus" gives "bu" (but
-# "buses" gives "bus"), "ties" gives "ty", "doggies" stays. Tests compare with forms that the library itself gave.
+# These rules decide which words CHAIR counts, so they are kept unchanged, oddities included: "bus" gives "bu" (but
+# "buses" gives "bus"), "ties" gives "ty", "doggies" stays. Tests compare with the library's own output.
 
-# Words that stay as they are. So does every ending of one: the library tests the list against the word from the wrong
+# Words that do not change. Neither does any ending of one: the library tests the list against the word from the wrong
 # side, by which "ears" ("shears") stays too.
 _UNCHANGED = """
     bison bream breeches britches carp chassis christmas clippers cod contretemps corps debris diabetes djinn eland elk
@@ -17,14 +17,14 @@ _UNCHANGED = """
     knowledge love luggage mathematics mayonnaise meat mustard progress research rice sand software understanding water
 """
 _STAYS = frozenset(word[start:] for word in _UNCHANGED.split() for start in range(len(word)))
-# Words whose plural in -ies stays as it is, whatever stands before them.
+# Words whose plural in -ies does not change, whatever precedes them.
 _IN_IE = """
     alergie auntie beanie birdie bogie bombie collie cookie cutie doggie eyrie freebie goonie groupie hankie hippie
     hoagie hottie indie junkie laddie laramie lingerie meanie newbie nightie oldie pixie quickie reverie rookie softie
     sortie stoolie sweetie techie toughie valkyrie veggie weenie yuppie zombie
 """
 _IES_STAYS = tuple(word + "s" for word in _IN_IE.split())
-# Endings that change as a whole, in words of any beginning ("firemen").
+# Endings that are replaced, in words of any beginning ("firemen").
 _PAIRS = """
     atlantes>atlas atlases>atlas axes>axe beeves>beef brethren>brother children>child corpora>corpus corpuses>corpus
     ephemerides>ephemeris feet>foot ganglia>ganglion geese>goose genera>genus genii>genie graffiti>graffito
@@ -35,8 +35,8 @@ _PAIRS = """
 _IRREGULAR = dict(pair.split(">") for pair in _PAIRS.split())
 _IRREGULAR_END = re.compile(f"(?:{'|'.join(_IRREGULAR)})$")
 
-# The rules in the library's order, of which the first that fits is used: what must stand before the ending, the
-# ending, and what takes its place.
+# The rules in the library's order, of which the first that fits is used: what must precede the ending, the ending, and
+# its replacement.
 _RULES = (
     *((".", "ae", "a"), (".", "itis", "itis"), (".", "eaux", "eau"), ("quiz", "zes", ""), ("matr", "ices", "ix")),
     *(
@@ -58,7 +58,7 @@ _PATTERNS = tuple((re.compile(f"((?:{before})){ending}$"), rf"\g<1>{new}") for b
 
 def singular(word: str) -> str:
     """
-    The singular of a lower-case word, or what the official script takes for it.
+    The singular of a lower-case word, according to the official script.
 
     Compounds with a preposition ("mothers-in-law") are left alone: they name nothing in the list of objects.
     """

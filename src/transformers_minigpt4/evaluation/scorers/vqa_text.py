@@ -17,7 +17,7 @@ _NUMBERS = {
     for number, word in enumerate(("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"))
 } | {"none": "0", "ten": "10"}
 # The contractions whose apostrophe the script puts back. Its table holds each form with exactly one apostrophe left
-# out ("dont", "couldnt've", "couldn'tve"), so the full forms say everything.
+# out ("dont", "couldnt've", "couldn'tve"), so the full forms are enough.
 _CONTRACTIONS = """
     ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd he'd've
     he's how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't must've needn't not've
@@ -40,11 +40,11 @@ _RESTORED["somebody'd"] = "somebodyd"
 @lru_cache(maxsize=200_000)
 def normalise_answer(text: str) -> str:
     """
-    An answer in the form in which the official VQA evaluation compares answers.
+    An answer as the official VQA evaluation normalises it for comparison.
 
-    In this order: line breaks and tabs become spaces; punctuation is dropped where it stands beside a space, or
-    anywhere if the answer holds a comma between digits, and becomes a space otherwise; full stops go unless a digit
-    follows; then lower case, words of numbers up to ten become digits, articles go, apostrophes come back.
+    In this order: line breaks and tabs become spaces; punctuation is dropped next to a space, or anywhere if the
+    answer contains a comma between digits, and becomes a space otherwise; full stops are dropped unless a digit
+    follows; then lower case, number words up to ten become digits, articles are dropped, apostrophes are restored.
 
     Example:
 

@@ -25,10 +25,10 @@ TASKS: dict[str, tuple[str, str]] = {
 
 def load_task(name: str) -> "Task":
     """
-    Make a task.
+    Create a task.
 
     Raises:
-        ValueError: where there is none of this name, with the names that there are.
+        ValueError: for an unknown name, with the known ones.
     """
     if name not in TASKS:
         raise ValueError(f"there is no task {name!r}; the tasks are {', '.join(TASKS)}")

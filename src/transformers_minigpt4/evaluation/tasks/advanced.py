@@ -3,7 +3,6 @@
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -39,18 +38,18 @@ CRITERIA = {
 }
 
 
-def _count(counted: Any, images: Any, asked: Any) -> Any:
+def _count(counted: np.ndarray, images: np.ndarray, asked: np.ndarray) -> np.ndarray:
     """
-    How many of a request's pictures; each question says how many there are, so `pictures / asked` is that number.
+    A count over a request's images; each question records their number, so `images / asked` is that number.
 
-    A bootstrap sample holds more or fewer questions of a request than there are. Scaled to their real number, an
-    interval of the count of 25 pictures does not reach beyond 25.
+    A bootstrap sample holds more or fewer questions of a request than there are. Scaled to their real number, the
+    interval of a count over 25 images does not exceed 25.
     """
     return counted * (images / asked) / asked
 
 
-def _successes(succeeded: Any, judged: Any, images: Any, asked: Any) -> Any:
-    """The same, without value where nothing was judged, for 0 successes would be a verdict."""
+def _successes(succeeded: np.ndarray, judged: np.ndarray, images: np.ndarray, asked: np.ndarray) -> np.ndarray:
+    """The same, without a value where nothing was judged, because 0 successes would be a verdict."""
     return np.where(judged == 0, np.nan, _count(succeeded, images, asked))
 
 
@@ -62,7 +61,7 @@ def _metrics(task: str) -> Iterator[Metric]:
 
 
 def verdict_columns(success: bool | None) -> Record:
-    """What a verdict puts into a record; `None` where there is none."""
+    """The columns of a verdict in a record; `None` if there is no verdict."""
     return {
         "success": None if success is None else int(success),
         "succeeded": int(success is True),
@@ -72,19 +71,18 @@ def verdict_columns(success: bool | None) -> Record:
 
 class Advanced(Task):
     """
-    4 tasks × 25 pictures; success is whether an answer satisfies the request.
+    4 tasks × 25 images; an answer is a success if it satisfies the request.
 
-    The authors' pictures were never published, so the folder is yours: `meme/`, `recipe/`, `advertisement/` and
-    `poem/` with pictures. For a language model as judge, each also holds `descriptions.jsonl` with lines
-    `{"image": "01.jpg", "description": "what a person sees there, and for a meme what the joke is"}`; it sees these
-    words in place of the picture. Without a judge the answers stay unjudged, for people to judge
-    (`evaluation/human_page.py`).
+    The authors' images were never published, so you provide the folders `meme/`, `recipe/`, `advertisement/` and
+    `poem/` with images. For a language model as judge, each also holds `descriptions.jsonl` with lines
+    `{"image": "01.jpg", "description": "what a person sees there, and for a meme what the joke is"}`, which the judge
+    sees instead of the image. Without a judge the answers are left for people to judge (`evaluation/human_page.py`).
     """
 
     name = "advanced"
     paper = "MiniGPT-4, Table 1"
     description = "requests for meme explanations, recipes, advertisements and poems that are satisfied"
-    data = "meme/, recipe/, advertisement/, poem/: pictures, and descriptions.jsonl for a language model as judge"
+    data = "meme/, recipe/, advertisement/, poem/: images, and descriptions.jsonl for a language model as judge"
     dataset = "advanced abilities"
     prompts = PROMPTS
     judge_prompts = {task: _JUDGE.replace("{criterion}", criterion) for task, criterion in CRITERIA.items()}
@@ -98,10 +96,10 @@ class Advanced(Task):
 
     def questions(self, data: Path, limit: int | None = None) -> list[Question]:
         """
-        The pictures of the four folders, task by task.
+        The images of the four folders, task by task.
 
         Raises:
-            ValueError: if a folder is missing or empty, or a description lacks its picture or the other way round.
+            ValueError: if a folder is missing or empty, or a description has no image.
         """
         questions = [
             Question(f"{task}/{image.name}", prompt, (str(image),), {"description": description}, {"task": task})
@@ -114,10 +112,10 @@ class Advanced(Task):
         self, questions: Sequence[Question], answers: Mapping[str, str], judge: ChatModel | None = None
     ) -> list[Record]:
         """
-        `success` as 0 or 1, or `None` where nobody judged or the judge could not be read.
+        `success` as 0 or 1, or `None` if nobody judged or the judge was unreadable.
 
         Raises:
-            ValueError: if there is a judge and a picture without description.
+            ValueError: if there is a judge and an image without description.
             JudgeStopped: as [`judging.judge_all`].
         """
         verdicts = judge_all(judge, self._judge_questions(questions, answers), YES_NO) if judge else {}
@@ -142,8 +140,8 @@ class Advanced(Task):
                 description = question.reference["description"]
                 if not description:
                     raise ValueError(
-                        f"the picture {question.id!r} has no description for the judge, who cannot see it; write one "
-                        f"in {DESCRIPTIONS} beside it, or leave the judge out and let people judge"
+                        f"the image {question.id!r} has no description for the judge, who cannot see it; add one to "
+                        f"{DESCRIPTIONS} in its folder, or leave the judge out and let people judge"
                     )
                 yield (
                     question.id,
@@ -154,14 +152,14 @@ class Advanced(Task):
 
 
 def _images(folder: Path) -> list[tuple[Path, str | None]]:
-    """The pictures of one task with their descriptions, sorted by name."""
+    """The images of one task with their descriptions, sorted by name."""
     if not folder.is_dir():
         raise ValueError(
-            f"there is no folder {str(folder)!r}; this task needs {', '.join(PROMPTS)}, each with its pictures"
+            f"there is no folder {str(folder)!r}; this task needs {', '.join(PROMPTS)}, each with its images"
         )
     images = sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
     if not images:
-        raise ValueError(f"{str(folder)!r} holds no picture; put the pictures of this task there")
+        raise ValueError(f"{str(folder)!r} holds no image; put the images of this task there")
     if not (folder / DESCRIPTIONS).exists():
         return [(image, None) for image in images]
     descriptions: dict[str, str] = {}
@@ -173,6 +171,6 @@ def _images(folder: Path) -> list[tuple[Path, str | None]]:
         if row["image"] not in names:
             raise ValueError(f"{where} is about {row['image']!r}, which is not in the folder; correct one of the two")
         if row["image"] in descriptions:
-            raise ValueError(f"{where} describes {row['image']!r} a second time; keep one")
+            raise ValueError(f"{where} repeats {row['image']!r}; keep one")
         descriptions[row["image"]] = row["description"]
     return [(image, descriptions.get(image.name)) for image in images]

@@ -2,9 +2,9 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from transformers_minigpt4.llm.client import ChatModel
+from transformers_minigpt4.utils.files import JsonObject
 
 from ..evaluator import Metric, Question, Record, Task, find_file, mean, read_json
 from ..scorers.choices import LETTERS, parse_choice
@@ -29,22 +29,22 @@ _FIELDS: dict[str, type | tuple[type, ...]] = {
 
 
 def options_text(choices: Sequence[str]) -> str:
-    """Options in a line, as ScienceQA's authors write them: `(A) red (B) green`."""
+    """Options in one line, as ScienceQA's authors write them: `(A) red (B) green`."""
     return " ".join(f"({letter}) {choice}" for letter, choice in zip(LETTERS, choices))
 
 
 class AOKVQA(Task):
     """
-    Each question is asked twice: with its four options, and freely (but for those marked as too hard for that).
+    Each question is asked twice: with its four options, and freely (except those marked as too hard for that).
 
     A direct answer scores a third for each of the ten references that it equals, at most 1, as in the official
     script. `direct_answer` compares after VQA's normalisation of both sides, `direct_answer/as_given` letter by
-    letter, which is what that script does.
+    letter, as that script does.
     """
 
     name = "aokvqa"
     paper = "MiniGPT-4, Table 4"
-    description = "questions about pictures that need knowledge, by multiple choice and as direct answers"
+    description = "questions about images that need knowledge, by multiple choice and as direct answers"
     data = "aokvqa_v1p0_val.json, and COCO's val2017/ (or images/)"
     dataset = "a-okvqa"
     split = "validation"
@@ -63,8 +63,8 @@ class AOKVQA(Task):
         Read `aokvqa_v1p0_*.json` of a split with answers.
 
         Raises:
-            ValueError: if the file is missing or of another form, an id stands twice, the split has no answers, or
-                none of its pictures is there.
+            ValueError: if the file is missing or has another format, an id is repeated, the split has no answers, or
+                none of its images is there.
         """
         path = find_file(data, "aokvqa_v1p0_val.json", "aokvqa_v1p0_*.json")
         rows = by_id(path, read_json(path), "question_id")
@@ -80,7 +80,7 @@ class AOKVQA(Task):
     def score(
         self, questions: Sequence[Question], answers: Mapping[str, str], judge: ChatModel | None = None
     ) -> list[Record]:
-        """`choice_correct` and `unparsed` of multiple choice, `direct_score` of direct answers; 0 without answer."""
+        """`choice_correct` and `unparsed` of multiple choice, `direct_score` of direct answers; 0 if there is none."""
         return [
             (_score_choice if question.groups["setting"] == "multiple_choice" else _score_direct)(
                 question.reference, answers.get(question.id)
@@ -89,10 +89,10 @@ class AOKVQA(Task):
         ]
 
 
-def _ask(key: str, row: dict[str, Any], image: str) -> Iterator[Question]:
+def _ask(key: str, row: JsonObject, image: str) -> Iterator[Question]:
     choices = row["choices"]
     prompt = MULTIPLE_CHOICE.format(question=row["question"], options=options_text(choices))
-    reference: dict[str, Any] = {"choices": choices, "correct": row["correct_choice_idx"]}
+    reference: JsonObject = {"choices": choices, "correct": row["correct_choice_idx"]}
     yield Question(f"{key}/multiple_choice", prompt, (image,), reference, {"setting": "multiple_choice"})
     if not row["difficult_direct_answer"]:
         prompt = DIRECT_ANSWER.format(question=row["question"])
@@ -100,14 +100,14 @@ def _ask(key: str, row: dict[str, Any], image: str) -> Iterator[Question]:
         yield Question(f"{key}/direct_answer", prompt, (image,), reference, {"setting": "direct_answer"})
 
 
-def _score_choice(reference: dict[str, Any], answer: str | None) -> Record:
+def _score_choice(reference: JsonObject, answer: str | None) -> Record:
     if answer is None:
         return {"choice_correct": 0, "unparsed": None}
     chosen = parse_choice(answer, reference["choices"])
     return {"choice_correct": int(chosen == reference["correct"]), "unparsed": int(chosen is None), "chosen": chosen}
 
 
-def _score_direct(reference: dict[str, Any], answer: str | None) -> Record:
+def _score_direct(reference: JsonObject, answer: str | None) -> Record:
     if answer is None:
         return {"direct_score": 0, "direct_score_as_given": 0}
     normalised = [normalise_answer(text) for text in reference["answers"]]

@@ -23,15 +23,15 @@ class Captions(Task):
     """
     The standard metrics, by pycocoevalcap.
 
-    Nothing can be scored without Java and that package, which is said before a model is asked. SPICE needs models
-    that the package does not bring; without them it has no value, and a warning says why. A caption that failed earns
-    nothing, with the length 0.
+    Nothing can be scored without Java and that package, which is checked before a model is asked. SPICE needs models
+    that the package does not contain; without them it has no value, and a warning says why. A caption that failed
+    scores nothing, with the length 0.
     """
 
     name = "captions"
     paper = "COCO captions"
     description = "CIDEr, BLEU, METEOR and SPICE of short captions"
-    data = "captions_val2014.json or captions_val2017.json (also in annotations/), and the pictures"
+    data = "captions_val2014.json or captions_val2017.json (also in annotations/), and the images"
     dataset = "coco captions"
     split = "validation"
     prompts = {"caption": PROMPT}
@@ -50,10 +50,10 @@ class Captions(Task):
 
     def questions(self, data: Path, limit: int | None = None) -> list[Question]:
         """
-        One question a picture of a COCO captions file, by id.
+        One question per image of a COCO captions file, by id.
 
         Raises:
-            ValueError: if the tools are missing, or as [`coco_coverage.captioned_pictures`].
+            ValueError: if the tools are missing, or as [`coco_coverage.captioned_images`].
         """
         _need_tools()
         return [
@@ -65,7 +65,7 @@ class Captions(Task):
         self, questions: Sequence[Question], answers: Mapping[str, str], judge: ChatModel | None = None
     ) -> list[Record]:
         """
-        `cider`, `spice` (where it can run), and the sums that BLEU and METEOR are made of.
+        `cider`, `spice` (if it can run), and the sums that BLEU and METEOR are made of.
 
         Raises:
             ValueError: if the tools are missing.
@@ -95,7 +95,7 @@ class Captions(Task):
 def _spice(
     captions: Mapping[str, str], references: Mapping[str, Sequence[str]], missing: Mapping[str, str]
 ) -> Mapping[str, float | None]:
-    """SPICE where it can run; elsewhere no values, and a warning. The other metrics stand without it."""
+    """SPICE if it can run; else no values, and a warning. The other metrics do not need it."""
     reason = missing.get("spice")
     if reason is None:
         try:

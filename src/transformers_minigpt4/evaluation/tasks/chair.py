@@ -1,10 +1,10 @@
-"""CHAIR (Table 5 of the MiniGPT-4 paper): objects in descriptions that are not in the picture, and their length."""
+"""CHAIR (Table 5 of the MiniGPT-4 paper): objects in descriptions that are not in the image, and their length."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from transformers_minigpt4.llm.client import ChatModel
+from transformers_minigpt4.utils.files import JsonObject
 
 from ..evaluator import Metric, Question, Record, Task, find_file, mean, ratio, read_json
 from ..scorers.chair import ObjectWords, hallucinations
@@ -17,8 +17,8 @@ PROMPTS = {
     "short": "Please describe the image shortly and precisely, in less than 20 words.",
 }
 
-# Lists of synonyms by the hash of their text. A list is part of every question's reference, and 4 KB each would be
-# most of the answers file.
+# Lists of synonyms by the hash of their text. Every question refers to one, and 4 KB each would be most of the answers
+# file.
 _LISTS: dict[str, ObjectWords] = {}
 
 
@@ -36,14 +36,14 @@ class CHAIR(Task):
     """
     CHAIR_i (share of the objects named that are not there), CHAIR_s (share of descriptions with such an object).
 
-    What is there: the categories of the picture's instances, and what its five captions name. A description that
-    failed counts in neither; how many did is among the results. Words are what white space separates.
+    What is there: the categories of the image's instances, and what its five captions name. A description that failed
+    counts in neither; the results say how many did. Words are what white space separates.
     """
 
     name = "chair"
     paper = "MiniGPT-4, Table 5"
     description = "hallucinated objects and number of words of long and short descriptions"
-    data = "synonyms.txt, captions_val2014.json and instances_val2014.json (also in annotations/), and the pictures"
+    data = "synonyms.txt, captions_val2014.json and instances_val2014.json (also in annotations/), and the images"
     dataset = "coco"
     split = "validation"
     prompts = PROMPTS
@@ -53,11 +53,11 @@ class CHAIR(Task):
 
     def questions(self, data: Path, limit: int | None = None) -> list[Question]:
         """
-        Two questions a picture, in the order of the ids; val2017 and train2014 work as val2014 does.
+        Two questions per image, in the order of the ids; val2017 and train2014 work like val2014.
 
         Raises:
-            ValueError: if a file is missing or of another form, captions and instances are of different splits, or as
-                [`coco_coverage.captioned_pictures`].
+            ValueError: if a file is missing or has another format, captions and instances are from different splits,
+                or as [`coco_coverage.captioned_images`].
         """
         images = captioned_images(data, count=10**9)[: None if limit is None else -(-limit // 2)]
         words, there = _ground_truth(data, {key for key, _, _ in images})
@@ -77,7 +77,7 @@ class CHAIR(Task):
         self, questions: Sequence[Question], answers: Mapping[str, str], judge: ChatModel | None = None
     ) -> list[Record]:
         """
-        `mentioned`, `hallucinated`, `has_hallucination` and `words`, with the words themselves; none without answer.
+        `mentioned`, `hallucinated`, `has_hallucination` and `words`, with the words themselves; `None` for no answer.
 
         Raises:
             ValueError: if the questions' list of synonyms has not been read in this process.
@@ -90,7 +90,7 @@ def _ground_truth(data: Path, images: set[int]) -> tuple[ObjectWords, Mapping[in
     instances = captions.with_name(captions.name.replace("captions", "instances", 1))
     if not instances.is_file():
         raise ValueError(
-            f"beside {str(captions)!r} there is no {instances.name!r}; CHAIR needs the instances of the same split, "
+            f"there is no {instances.name!r} next to {str(captions)!r}; CHAIR needs the instances of the same split, "
             "from the same archive"
         )
     folder = captions.parent if captions.parent.name != "annotations" else captions.parent.parent
@@ -101,19 +101,19 @@ def _ground_truth(data: Path, images: set[int]) -> tuple[ObjectWords, Mapping[in
         lost = images - {row["id"] for row in boxes["images"]}
         if lost:
             raise ValueError(
-                f"{len(lost)} of the {len(images)} pictures of {captions.name!r} are not in {str(instances)!r}, "
+                f"{len(lost)} of the {len(images)} images of {captions.name!r} are not in {str(instances)!r}, "
                 f"such as {min(lost)}; take captions and instances of the same split"
             )
         boxes["annotations"] = [row for row in boxes["annotations"] if row["image_id"] in images]
         texts["annotations"] = [row for row in texts["annotations"] if row["image_id"] in images]
         there = words.categories_of(boxes, texts)
     except (KeyError, TypeError) as error:
-        raise ValueError(f"{str(instances)!r} is no COCO instances file ({error!r}); fetch it again") from error
+        raise ValueError(f"{str(instances)!r} is not a COCO instances file ({error!r}); fetch it again") from error
     _LISTS[words.digest] = words
     return words, there
 
 
-def _content(path: Path, *fields: str) -> dict[str, Any]:
+def _content(path: Path, *fields: str) -> JsonObject:
     content = read_json(path)
     missing = [field for field in fields if not isinstance(content, dict) or field not in content]
     if missing:
@@ -121,7 +121,7 @@ def _content(path: Path, *fields: str) -> dict[str, Any]:
     return dict(content)
 
 
-def _score(reference: dict[str, Any], answer: str | None) -> Record:
+def _score(reference: JsonObject, answer: str | None) -> Record:
     words = _LISTS.get(reference["synonyms"])
     if words is None:
         raise ValueError(

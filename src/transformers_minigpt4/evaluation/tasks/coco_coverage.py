@@ -20,19 +20,19 @@ JUDGE_PROMPT = (
 )
 IMAGES = 5000  # of Table 2
 IMAGE_FOLDERS = ("images", "val2014", "val2017", "train2014", "train2017", ".")
-# COCO's own archive holds train and val side by side; the papers' tables are on val.
+# COCO's own archive holds both train and val; the papers' tables are on val.
 CAPTION_FILES = (
     *("captions_val*.json", "annotations/captions_val*.json"),
     *("captions_*.json", "annotations/captions_*.json", "captions.json"),
 )
-SEED = 0  # draws the pictures and, for each, the one caption of the yes/no figure
+SEED = 0  # draws the images and, for each, the one caption of the yes/no figure
 
 
 class CocoCoverage(Task):
     """
-    The share of pictures whose text covers a ground-truth caption, and how many of its captions it covers.
+    The share of images whose text covers a ground-truth caption, and how many of its captions it covers.
 
-    The judge is asked the authors' question about every caption of a picture. `covered` is the answer for one caption
+    The judge is asked the authors' question about every caption of an image. `covered` is the answer for one caption
     drawn at random, as in the paper's first version (66.2 %); `captions_covered` counts all of them, as in its later
     one (2.22 of 5).
     """
@@ -40,7 +40,7 @@ class CocoCoverage(Task):
     name = "coco_coverage"
     paper = "MiniGPT-4, Table 2"
     description = "ground-truth captions whose objects and relations the text covers, by a judge"
-    data = "captions_val2014.json or captions_val2017.json (also in annotations/), and the pictures"
+    data = "captions_val2014.json or captions_val2017.json (also in annotations/), and the images"
     dataset = "coco captions"
     split = "validation"
     prompts = {"describe": PROMPT}
@@ -58,24 +58,24 @@ class CocoCoverage(Task):
 
     def questions(self, data: Path, limit: int | None = None) -> list[Question]:
         """
-        One question a picture; of more than 5,000 pictures, 5,000 are drawn at random with seed 0.
+        One question per image; of more than 5,000 images, 5,000 are drawn at random with seed 0.
 
         Raises:
-            ValueError: as [`captioned_pictures`].
+            ValueError: as [`captioned_images`].
         """
         return [
-            Question(str(key), PROMPT, (str(picture),), {"captions": captions, "drawn": _draw(key, len(captions))})
-            for key, picture, captions in captioned_images(data, IMAGES)[:limit]
+            Question(str(key), PROMPT, (str(image),), {"captions": captions, "drawn": _draw(key, len(captions))})
+            for key, image, captions in captioned_images(data, IMAGES)[:limit]
         ]
 
     def score(
         self, questions: Sequence[Question], answers: Mapping[str, str], judge: ChatModel | None = None
     ) -> list[Record]:
         """
-        `covered` and `captions_covered`; a question without answer covers nothing.
+        `covered` and `captions_covered`; a question without an answer covers nothing.
 
-        Where the judge could not be read about a caption, the picture has no `captions_covered`; where that is the
-        drawn one, no `covered`.
+        If the judge was unreadable about a caption, the image has no `captions_covered`; if that is the drawn one, no
+        `covered`.
 
         Raises:
             ValueError: without a judge.
@@ -113,18 +113,18 @@ def _draw(key: int, captions: int) -> int:
 
 def captioned_images(data: Path, count: int) -> list[tuple[int, Path, list[str]]]:
     """
-    Pictures of a COCO captions file with their captions, by id, at most `count`, drawn at random with seed 0.
+    Images of a COCO captions file with their captions, by id, at most `count`, drawn at random with seed 0.
 
     Args:
-        data: The captions file, or a folder that holds it, itself or in `annotations/` (the one of val where there are
-            several). Pictures are looked for in its [`PICTURE_FOLDERS`].
+        data: The captions file, or a folder that holds it, itself or in `annotations/` (that of val if there are
+            several). Images are looked for in its [`IMAGE_FOLDERS`].
         count: How many.
 
     Returns:
         Image id, path and captions, in the order of the ids.
 
     Raises:
-        ValueError: if the file is missing or of another form, an id occurs twice, or none of the pictures is there.
+        ValueError: if the file is missing or has another format, an id is repeated, or none of the images is there.
     """
     path = find_file(data, *CAPTION_FILES)
     files, captions = _read(path)
@@ -149,10 +149,10 @@ def _read(path: Path) -> tuple[dict[int, str], dict[int, list[str]]]:
         for annotation in content["annotations"]:
             if "caption" not in annotation or annotation["image_id"] not in files:
                 raise ValueError(
-                    f"{str(path)!r} has the annotation {str(annotation)[:80]}, which is no caption of one of its "
+                    f"{str(path)!r} has the annotation {str(annotation)[:80]}, which is not a caption of one of its "
                     "images; give the captions file, not the instances"
                 )
             captions.setdefault(annotation["image_id"], []).append(annotation["caption"].strip())
     except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{str(path)!r} is no COCO captions file ({error!r}); fetch it again") from error
+        raise ValueError(f"{str(path)!r} is not a COCO captions file ({error!r}); fetch it again") from error
     return files, captions

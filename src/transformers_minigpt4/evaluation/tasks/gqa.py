@@ -2,9 +2,9 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from transformers_minigpt4.llm.client import ChatModel
+from transformers_minigpt4.utils.files import JsonObject
 
 from ..evaluator import Metric, Question, Record, Task, find_file, mean
 from ..scorers.official_files import find_images, need_fields, read_object
@@ -23,15 +23,15 @@ class GQA(Task):
     """
     Accuracy over the balanced questions.
 
-    The official script asks for the very answer. `accuracy` compares after VQA's normalisation of both sides;
-    `accuracy/as_given` is the official script on what LLaVA's evaluation hands it: lower case, no full stop at the
-    end.
+    The official script requires the exact answer. `accuracy` compares after VQA's normalisation of both sides;
+    `accuracy/as_given` is the official script on the text that LLaVA's evaluation passes to it: lower case, no full
+    stop at the end.
     """
 
     name = "gqa"
     paper = "MiniGPT-4, Table 4"
     description = "questions about scenes, exact match"
-    data = "testdev_balanced_questions.json, and images/ with GQA's pictures"
+    data = "testdev_balanced_questions.json, and images/ with GQA's images"
     dataset = "gqa"
     split = "testdev"
     prompts = {"question": PROMPT}
@@ -51,10 +51,10 @@ class GQA(Task):
 
     def questions(self, data: Path, limit: int | None = None) -> list[Question]:
         """
-        Read `testdev_balanced_questions.json`, or another file of this form; of unbalanced ones the balanced part.
+        Read `testdev_balanced_questions.json`, or another file in this format; only balanced questions.
 
         Raises:
-            ValueError: if the file is missing or of another form, an id stands twice, or none of its pictures is
+            ValueError: if the file is missing or has another format, an id is repeated, or none of its images is
                 there.
         """
         path = find_file(data, "testdev_balanced_questions.json", "*_balanced_questions.json", "*_questions.json")
@@ -70,7 +70,7 @@ class GQA(Task):
     def score(
         self, questions: Sequence[Question], answers: Mapping[str, str], judge: ChatModel | None = None
     ) -> list[Record]:
-        """`correct` and `correct_as_given` as 0 or 1; 0 without answer."""
+        """`correct` and `correct_as_given` as 0 or 1; 0 without an answer."""
         records: list[Record] = []
         for question in questions:
             answer = answers.get(question.id)
@@ -89,11 +89,11 @@ class GQA(Task):
 
 
 def as_given(answer: str) -> str:
-    """An answer as LLaVA's evaluation hands it to the official script."""
+    """An answer as LLaVA's evaluation passes it to the official script."""
     return answer.rstrip(".").lower()
 
 
-def _question(key: str, row: dict[str, Any], image: str) -> Question:
+def _question(key: str, row: JsonObject, image: str) -> Question:
     kinds = row["types"]
     groups = {
         "structural": kinds["structural"],

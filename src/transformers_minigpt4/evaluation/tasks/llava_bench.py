@@ -3,9 +3,9 @@
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from transformers_minigpt4.llm.client import ChatModel
+from transformers_minigpt4.utils.files import JsonObject
 
 from ..evaluator import Metric, Question, Record, Task, find_file, mean, ratio, read_json_lines
 from ..judging import judge_in_both_orders, need_judge
@@ -25,11 +25,11 @@ _JUDGE = (
 
 class LLaVABench(Task):
     """
-    The score of LLaVA-Bench (COCO: 30 pictures × 3 questions; in the wild: 24 pictures, 60 questions).
+    The score of LLaVA-Bench (COCO: 30 images × 3 questions; in the wild: 24 images, 60 questions).
 
-    The judge sees captions and, for COCO, boxes in place of the picture, the question, and the two answers: the
-    model's and the reference, by GPT-4 in the official files. It scores each from 1 to 10. The figure is the mean of
-    the model's scores as percentage of the mean of the reference's. Unlike LLaVA's script, which always puts the
+    The judge sees captions and, for COCO, boxes instead of the image, the question, and the two answers: the model's
+    and the reference, by GPT-4 in the official files. It scores each from 1 to 10. The result is the mean of the
+    model's scores as a percentage of the mean of the reference's. Unlike LLaVA's script, which always puts the
     reference first, each pair is judged in both orders and averaged.
     """
 
@@ -61,7 +61,7 @@ class LLaVABench(Task):
 
     def questions(self, data: Path, limit: int | None = None) -> list[Question]:
         """
-        Read questions, reference answers and contexts in the forms of LLaVA's repository and of its in-the-wild set.
+        Read questions, reference answers and contexts in the formats of LLaVA's repository and of its in-the-wild set.
 
         Raises:
             ValueError: if a file is missing or a question has no reference answer, no context or an unknown kind.
@@ -90,9 +90,9 @@ class LLaVABench(Task):
         self, questions: Sequence[Question], answers: Mapping[str, str], judge: ChatModel | None = None
     ) -> list[Record]:
         """
-        `score` and `reference_score` from 1 to 10, without value where the judge could not be read.
+        `score` and `reference_score` from 1 to 10, without a value if the judge was unreadable.
 
-        A question without answer gets the ends of the scale, 1 against 10.
+        A question without an answer gets the ends of the scale, 1 against 10.
 
         Raises:
             ValueError: without a judge.
@@ -131,30 +131,30 @@ def _write(context: str, question: str, first: str, second: str) -> str:
     return _JUDGE.format(context=context, question=question, first=first, second=second)
 
 
-def _by(path: Path, key: str, *fields: str) -> dict[str, dict[str, Any]]:
+def _by(path: Path, key: str, *fields: str) -> dict[str, JsonObject]:
     """Rows of a JSON Lines file by one of their fields, as text, in the file's order."""
-    rows: dict[str, dict[str, Any]] = {}
+    rows: dict[str, JsonObject] = {}
     for number, row in enumerate(read_json_lines(path), start=1):
         missing = [name for name in (key, *fields) if not isinstance(row, dict) or name not in row]
         if missing:
             raise ValueError(
-                f"line {number} of {str(path)!r} has no {', '.join(map(repr, missing))}; is it another file?"
+                f"line {number} of {str(path)!r} has no {', '.join(map(repr, missing))}; is it the right file?"
             )
         if str(row[key]) in rows:
-            raise ValueError(f"line {number} of {str(path)!r} has the {key} {row[key]!r} a second time; keep one")
+            raise ValueError(f"line {number} of {str(path)!r} repeats the {key} {row[key]!r}; keep one")
         rows[str(row[key])] = row
     return rows
 
 
-def _context(row: Mapping[str, Any]) -> str:
-    """The lines that stand for the picture: captions, then `category: [x, y, x, y]` in shares of width and height."""
-    captions = row.get("captions", row.get("caption", []))
-    lines = [captions] if isinstance(captions, str) else list(captions)
+def _context(row: JsonObject) -> str:
+    """The lines that describe the image: captions, then `category: [x, y, x, y]` in shares of width and height."""
+    captions = row.get("captions") or row.get("caption") or []
+    lines: list[str] = [captions] if isinstance(captions, str) else list(captions)
     boxes = [f"{instance['category']}: {instance['bbox']}" for instance in row.get("instances", [])]
     return "\n".join([*lines, "", *boxes] if boxes else lines)
 
 
 def _image(folder: Path, name: str) -> Path:
-    """The file of a picture, which COCO's own archives name with a prefix."""
+    """The file of an image, which COCO's own archives name with a prefix."""
     prefixed = folder / f"COCO_val2014_{name}"
     return prefixed if prefixed.exists() else folder / name

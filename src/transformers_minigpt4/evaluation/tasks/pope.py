@@ -1,8 +1,9 @@
-"""POPE: whether a model says that objects are in a picture that are not, asked by yes-or-no questions."""
+"""POPE: whether a model claims that absent objects are in an image, asked by yes-or-no questions."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+
+import numpy as np
 
 from transformers_minigpt4.llm.client import ChatModel
 
@@ -15,17 +16,17 @@ from ..scorers.pope import is_clear, says_yes
 SAMPLINGS = ("random", "popular", "adversarial")
 
 
-def precision(hits: Any, false_alarms: Any) -> Any:
-    """Share of the yeses that are right."""
+def precision(hits: np.ndarray, false_alarms: np.ndarray) -> np.ndarray:
+    """Share of the yes answers that are right."""
     return hits / (hits + false_alarms)
 
 
-def recall(hits: Any, misses: Any) -> Any:
+def recall(hits: np.ndarray, misses: np.ndarray) -> np.ndarray:
     """Share of the objects that are found."""
     return hits / (hits + misses)
 
 
-def f1(hits: Any, false_alarms: Any, misses: Any) -> Any:
+def f1(hits: np.ndarray, false_alarms: np.ndarray, misses: np.ndarray) -> np.ndarray:
     """Harmonic mean of precision and recall."""
     return 2 * hits / (2 * hits + false_alarms + misses)
 
@@ -45,8 +46,8 @@ class POPE(Task):
     """
     Accuracy, precision, recall, F1 and share of yes, overall and by the way in which absent objects were drawn.
 
-    Answers are read as in the official script, which takes for a yes what holds no "no" or "not"; `unclear` is the
-    share of answers that hold neither, so that a model that talks past the question is seen.
+    Answers are read as in the official script, which takes every answer without "no" or "not" for a yes; `unclear` is
+    the share of answers that contain neither, which reveals a model that talks past the question.
     """
 
     name = "pope"
@@ -64,10 +65,10 @@ class POPE(Task):
 
     def questions(self, data: Path, limit: int | None = None) -> list[Question]:
         """
-        Read the three files, or one of them where `data` is a file. `limit` takes equally many of each.
+        Read the three files, or one of them if `data` is a file. `limit` takes the same number from each.
 
         Raises:
-            ValueError: if a file is missing or of another form, an id stands twice in one, or none of its pictures is
+            ValueError: if a file is missing or has another format, an id is repeated in one, or none of its images is
                 there.
         """
         files = _files(data)
@@ -77,7 +78,7 @@ class POPE(Task):
     def score(
         self, questions: Sequence[Question], answers: Mapping[str, str], judge: ChatModel | None = None
     ) -> list[Record]:
-        """`hit`, `false_alarm`, `miss`, `correct` and `yes` as 0 or 1; without answer wrong, and a miss for a yes."""
+        """`hit`, `false_alarm`, `miss`, `correct` and `yes` as 0 or 1; no answer is wrong, and a miss for a yes."""
         return [_score(question.reference["label"] == "yes", answers.get(question.id)) for question in questions]
 
 
@@ -94,7 +95,7 @@ def _files(data: Path) -> dict[str, Path]:
     for sampling, paths in found.items():
         if len(paths) != 1:
             raise ValueError(
-                f"{str(data)!r} holds {len(paths)} files *pope*_{sampling}.json, where one is needed; give the "
+                f"{str(data)!r} holds {len(paths)} files *pope*_{sampling}.json, but one is needed; give the "
                 "official three files of one set, or one file"
             )
     return {sampling: paths[0] for sampling, paths in found.items()}

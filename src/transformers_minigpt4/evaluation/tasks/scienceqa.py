@@ -1,22 +1,22 @@
-"""ScienceQA: school questions with text or picture as context, alone and together with a text-only language model."""
+"""ScienceQA: school questions with text or image as context, alone and together with a text-only language model."""
 
 import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from transformers_minigpt4.llm.client import ChatModel
+from transformers_minigpt4.utils.files import JsonObject
 
 from ..evaluator import Metric, Question, Record, Task, find_file, mean
-from ..judging import Form, Verdict, judge_all
+from ..judging import ResponseFormat, Verdict, judge_all
 from ..scorers.choices import LETTERS, parse_choice, parse_choice_as_llava
 from ..scorers.official_files import check_choices, find_images, need_fields, read_object
 from .aokvqa import options_text
 
 
-# The form CQM-A of ScienceQA's and LLaVA's authors: context, question, multiple options; an answer. The last line is
-# LLaVA's, for models that were not trained on this form.
+# The format CQM-A of ScienceQA's and LLaVA's authors: context, question, multiple options; an answer. The last line is
+# LLaVA's, for models that were not trained on this format.
 PROMPT = (
     "Context: {context}\nQuestion: {question}\nOptions: {options}\n"
     "Answer with the option's letter from the given choices directly."
@@ -63,12 +63,12 @@ def _letter_or_none(text: str) -> str | None:
     return _final_letter(text) or (NO_ANSWER if _DECLINED.search(text.strip()) else None)
 
 
-_TEXT_FORM: Form[str] = Form(
+_TEXT_FORMAT: ResponseFormat[str] = ResponseFormat(
     _letter_or_none,
     'That answer cannot be used. End with the sentence "The answer is X.", where X is the letter of one option, or '
     'with "No answer."',
 )
-_JUDGE_FORM: Form[str] = Form(
+_JUDGE_FORMAT: ResponseFormat[str] = ResponseFormat(
     _final_letter,
     'That answer cannot be used. Write the sentence "The answer is X.", where X is the letter of one option, and '
     "nothing else.",
@@ -100,9 +100,9 @@ class ScienceQA(Task):
     """
     Accuracy overall, by subject, context and grade; with a judge also the two ensembles of the LLaVA paper.
 
-    The judge is a text-only language model, which answers every question by itself first. `ensemble/complement` takes
-    its answer, and the model's where it gives none. `ensemble/judge` asks it again where the two differ, showing both
-    answers (which of them first is drawn by the question's id), for one final answer.
+    The judge is a text-only language model, which first answers every question alone. `ensemble/complement` takes its
+    answer, or the model's if it gives none. `ensemble/judge` asks it again where the two differ, showing both answers
+    (in an order drawn from the question's id), for one final answer.
     """
 
     name = "scienceqa"
@@ -122,8 +122,8 @@ class ScienceQA(Task):
         Read the test split in the order of `pid_splits.json`.
 
         Raises:
-            ValueError: if a file is missing or of another form, an id stands twice or is not among the problems, or
-                none of the pictures is there.
+            ValueError: if a file is missing or has another format, an id is repeated or is not among the problems, or
+                none of the images is there.
         """
         path = find_file(data, "problems.json", "data/scienceqa/problems.json")
         problems, splits = read_object(path), read_object(path.parent / "pid_splits.json")
@@ -148,7 +148,7 @@ class ScienceQA(Task):
         self, questions: Sequence[Question], answers: Mapping[str, str], judge: ChatModel | None = None
     ) -> list[Record]:
         """
-        `correct`, `correct_as_llava` and `unparsed`; with a judge also what the ensembles say. All 0 without answer.
+        `correct`, `correct_as_llava` and `unparsed`; with a judge also the ensembles' columns. All 0 for no answer.
 
         Raises:
             JudgeStopped: as [`judging.judge_all`].
@@ -159,9 +159,9 @@ class ScienceQA(Task):
         return records
 
 
-def _question(pid: str, problem: dict[str, Any], image: str | None) -> Question:
+def _question(pid: str, problem: JsonObject, image: str | None) -> Question:
     fields = {
-        # Double spaces as the authors' script leaves none.
+        # The authors' script removes double spaces.
         "context": problem["hint"].strip().replace("  ", " ") or "N/A",
         "question": problem["question"].strip().replace("  ", " "),
         "options": options_text(problem["choices"]).replace("  ", " "),
@@ -178,7 +178,7 @@ def _question(pid: str, problem: dict[str, Any], image: str | None) -> Question:
     return Question(pid, PROMPT.format(**fields), (image,) if image else (), reference, groups)
 
 
-def _score(reference: dict[str, Any], answer: str | None) -> Record:
+def _score(reference: JsonObject, answer: str | None) -> Record:
     if answer is None:
         return {"correct": 0, "correct_as_llava": 0, "unparsed": None, "chosen": None}
     chosen = parse_choice(answer, reference["choices"])
@@ -195,14 +195,14 @@ def _add_ensembles(
 ) -> None:
     rows = [(q, answers[q.id], record) for q, record in zip(questions, records) if q.id in answers]
     prompts = [(question.id, TEXT_PROMPT.format(**question.reference["fields"])) for question, _, _ in rows]
-    texts = judge_all(judge, prompts, _TEXT_FORM, "text model")
+    texts = judge_all(judge, prompts, _TEXT_FORMAT, "text model")
     alone = {question.id: _number(texts[question.id], question.reference) for question, _, _ in rows}
     differ = [
         (question.id, _judge_prompt(question, answer, texts[question.id].text))
         for question, answer, record in rows
         if None not in (record["chosen"], alone[question.id]) and record["chosen"] != alone[question.id]
     ]
-    verdicts = judge_all(judge, differ, _JUDGE_FORM, "judge")
+    verdicts = judge_all(judge, differ, _JUDGE_FORMAT, "judge")
     for record in records:
         record |= {"text_correct": 0, "complement_correct": 0, "judge_correct": 0, "judge_asked": 0}
     for question, _, record in rows:
@@ -210,7 +210,7 @@ def _add_ensembles(
         complement = own if text is None else text
         final, verdict = complement, verdicts.get(question.id)
         if verdict is not None:
-            # Where the judge cannot be read, the model that saw the picture is right, as in LLaVA's script.
+            # If the judge is unreadable, the answer of the model that saw the image counts, as in LLaVA's script.
             final = _number(verdict, question.reference)
             record |= {"judge_asked": 1, "judge_unreadable": int(final is None), "judge": verdict.text}
             final = own if final is None else final
@@ -224,8 +224,8 @@ def _add_ensembles(
         }
 
 
-def _number(verdict: Verdict[str], reference: Mapping[str, Any]) -> int | None:
-    """The number of the option that a judge named; `None` where it named none of them."""
+def _number(verdict: Verdict[str], reference: JsonObject) -> int | None:
+    """The number of the option that a judge named; `None` if it named none of them."""
     if not verdict.value:
         return None
     number = LETTERS.index(verdict.value)
@@ -234,7 +234,7 @@ def _number(verdict: Verdict[str], reference: Mapping[str, Any]) -> int | None:
 
 def _judge_prompt(question: Question, own: str, text: str) -> str:
     first, second = own, text
-    # Half of the questions in each order, so that a judge that favours a place favours neither.
+    # Half of the questions in each order, so that a judge biased towards a position favours neither.
     if hashlib.sha256(question.id.encode()).digest()[0] % 2:
         first, second = second, first
     return JUDGE_PROMPT.format(**question.reference["fields"], first=first, second=second)

@@ -34,17 +34,17 @@ JUDGE_PROMPT = (
 
 class Stage2Failures(Task):
     """
-    The share of failed outputs, per prompt, on 100 pictures of COCO.
+    The share of failed outputs, per prompt, on 100 images of COCO.
 
-    The paper counted by hand. Here repetition and fragments are found by the rules of curation
-    (`curation/rules.py`), with which this task shares its measures, and a judge says of the other texts whether
-    they speak about the picture that the ground-truth captions describe. Without a judge, off-topic texts go unseen.
+    The paper counted by hand. Here repetition and fragments are found by the rules of curation (`curation/rules.py`),
+    and a judge decides whether the other texts are about the image that the ground-truth captions describe. Without a
+    judge, off-topic texts go unnoticed.
     """
 
     name = "stage2_failures"
     paper = "MiniGPT-4, Table 3"
     description = "outputs that repeat themselves, are fragments or off-topic; evaluate before and after stage 2"
-    data = "captions_val2014.json or captions_val2017.json (also in annotations/), and the pictures"
+    data = "captions_val2014.json or captions_val2017.json (also in annotations/), and the images"
     dataset = "coco captions"
     split = "validation"
     prompts = PROMPTS
@@ -68,10 +68,10 @@ class Stage2Failures(Task):
 
     def questions(self, data: Path, limit: int | None = None) -> list[Question]:
         """
-        Both prompts about each of 100 pictures, drawn at random with seed 0 where there are more.
+        Both prompts about each of 100 images, drawn at random with seed 0 if there are more.
 
         Raises:
-            ValueError: as [`coco_coverage.captioned_pictures`].
+            ValueError: as [`coco_coverage.captioned_images`].
         """
         return [
             Question(f"{key}/{name}", prompt, (str(image),), {"captions": captions}, {"prompt": name})
@@ -85,8 +85,8 @@ class Stage2Failures(Task):
         """
         `failure`, the columns of its kinds, and `kind` and `why` in words.
 
-        A question without answer is a failure of the kind `no answer`. Where the judge could not be read, `failure`
-        has no value.
+        A question without an answer is a failure of the kind `no answer`. If the judge was unreadable, `failure` has
+        no value.
 
         Raises:
             JudgeStopped: as [`judging.judge_all`].
