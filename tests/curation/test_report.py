@@ -233,12 +233,12 @@ def test_the_template_is_shipped():
     assert any(template in package.glob(pattern) for pattern in shipped), "add it to package-data in pyproject.toml"
 
 
-def test_a_broken_picture_is_told(tmp_path):
+def test_a_broken_image_is_reported(tmp_path):
     with make_project(tmp_path / "broken", ["Too short."], [jpeg(photograph(0))]) as broken:
         (broken.folder / "images" / "00000.jpg").write_bytes(b"no picture")
         run_filter(broken, broken.config, progress=False)
         text = run_report(broken, broken.config).read_text(encoding="utf-8")
-    assert "no picture: " in text and "data:image" not in text
+    assert "no image: " in text and "data:image" not in text
 
 
 def test_what_further_rules_found(tmp_path):

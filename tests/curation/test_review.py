@@ -9,15 +9,10 @@ import pytest
 from histories import history
 from review_projects import drop, make_project, set_texts
 
+from transformers_minigpt4.curation.agreement import Agreement, measure_agreement
 from transformers_minigpt4.curation.config import CurationError
-from transformers_minigpt4.curation.review import (
-    DISAGREED,
-    Agreement,
-    ReviewQueue,
-    measure_agreement,
-    settle,
-    wants_two,
-)
+from transformers_minigpt4.curation.decisions import DISAGREED, settle
+from transformers_minigpt4.curation.review import ReviewQueue, wants_two
 from transformers_minigpt4.curation.review_diff import mark_differences
 from transformers_minigpt4.curation.review_files import FIELDS, export_pairs, import_decisions
 from transformers_minigpt4.curation.store import Project
@@ -95,7 +90,8 @@ def test_a_decision_is_on_the_disk_for_other_processes_at_once(queue, project):
 
 
 @pytest.mark.parametrize(
-    "action,text,told", [("loved", None, "no action"), ("edited", None, "needs its text"), ("edited", " \n", "text")]
+    "action,text,told",
+    [("loved", None, "not an action"), ("edited", None, "needs its text"), ("edited", " \n", "text")],
 )
 def test_what_is_no_decision_is_refused(queue, action, text, told):
     pair = queue.next("anna")
@@ -288,7 +284,7 @@ def test_a_pair_without_its_picture_is_passed_over_and_counted(queue, project):
         (project.folder / "images" / f"{key}.png").unlink()
     assert queue.next("anna").key == "00002"
     assert queue.progress("anna").missing == 1  # the other one is decided
-    assert queue.undo("anna") == (None, f"Undone. The picture of {pair.key} is gone, so it cannot be shown.")
+    assert queue.undo("anna") == (None, f"Undone. The image of {pair.key} is missing, so the pair cannot be shown.")
 
 
 def test_why_the_repair_wants_a_close_look_is_told(queue, project):
@@ -357,7 +353,7 @@ def test_a_file_goes_out_and_comes_back_with_decisions(project, tmp_path, suffix
     "change,told",
     [
         ({"pair": "99999"}, "no pair '99999'"),
-        ({"action": "love"}, "'love' is no action"),
+        ({"action": "love"}, "'love' is not an action"),
         ({"action": "edit", "text": " "}, "needs its text"),
         ({"action": "accept", "text": "Something else."}, "write edit"),
         ({"text_id": "text-0123456789abcdef"}, "has changed since the export"),
@@ -393,10 +389,10 @@ def test_the_line_is_right_behind_texts_of_several_lines(project, tmp_path):
         ("a.csv", b"pair,action\n1,accept\n", "line 1 .* has no text_id"),
         ("a.csv", b"", "line 1 .* has no pair"),
         ("a.csv", b"pair,text_id,action\n1,x\n", "line 2 .* 2 cells under 3 names"),
-        ("a.csv", b'pair,text_id,action\n"1,x,accept\n', "is no CSV"),
+        ("a.csv", b'pair,text_id,action\n"1,x,accept\n', "is not CSV"),
         ("a.csv", "pair,text_id,action\nä,x,accept\n".encode("latin-1"), "not UTF-8"),
-        ("a.jsonl", b'{"pair": "1"\n', "line 1 .* is no JSON"),
-        ("a.jsonl", b"[]\n", "line 1 .* no object of texts"),
+        ("a.jsonl", b'{"pair": "1"\n', "line 1 .* is not JSON"),
+        ("a.jsonl", b"[]\n", "line 1 .* not an object of texts"),
         ("a.jsonl", b'{"pair": "1", "action": "accept"}\n', "line 1 .* has no text_id"),
         ("a.txt", b"", r"neither \.csv nor \.jsonl"),
     ],

@@ -261,7 +261,7 @@ def test_a_picture_deleted_meanwhile_is_passed_over_and_told(open_window, projec
     picture.unlink()
     try:
         assert window.press("a") == 2
-        assert "1 left out, because their picture is gone" in window.page.inner_text("#progress")
+        assert "1 left out, because their image is missing" in window.page.inner_text("#progress")
     finally:
         picture.hardlink_to(picture.with_name("first.png"))
 

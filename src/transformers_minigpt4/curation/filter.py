@@ -8,10 +8,10 @@ from typing import Any
 from transformers_minigpt4.processing.image_utils_minigpt4 import ImageLoadError
 
 from .config import CurationConfig
+from .decisions import settle
 from .duplicates import HASH_BYTES, near_duplicate_hash, similar_images, similar_texts
 from .progress import bar
 from .records import Pair, Result, text_hash
-from .review import settle
 from .rules import RuleSet
 from .store import Project
 

@@ -7,10 +7,10 @@ import random
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from transformers_minigpt4.processing.image_utils_minigpt4 import ImageLoadError, load_image
-from transformers_minigpt4.utils.files import write_atomically
+from transformers_minigpt4.utils.files import JsonObject, write_atomically
 from transformers_minigpt4.web.html import is_hidden
 
 from .config import CurationConfig
@@ -38,17 +38,17 @@ class Sample(NamedTuple):
     why: str
 
 
-def run_report(project: Project, config: CurationConfig, path: str | os.PathLike | None = None) -> Path:
+def run_report(project: Project, config: CurationConfig, path: str | os.PathLike[str] | None = None) -> Path:
     """
-    Writes the report of a project as it stands.
+    Writes the report of a project in its current state.
 
-    Texts are escaped, and control characters shown by their numbers, so that nothing that a model wrote acts in the
-    reader's browser. Pictures are there as small copies; where one is gone the page says so.
+    Texts are escaped, and control characters shown by their code points, so that nothing that a model wrote acts in
+    the reader's browser. Images are embedded as small copies; if one is missing the page says so.
 
     Args:
         project: Open.
         config: Its settings.
-        path: By default `report.html` in the project's folder. Replaced where it exists, in one step.
+        path: By default `report.html` in the project's folder. Replaced atomically if it exists.
 
     Returns:
         `Path`: of the report.
@@ -65,18 +65,18 @@ def run_report(project: Project, config: CurationConfig, path: str | os.PathLike
 
 
 def visible(text: str) -> str:
-    """A text with control, direction and other invisible characters as `⟨U+202E⟩`; line breaks and tabs stay."""
+    """A text with control, direction and other invisible characters as `⟨U+202E⟩`; line breaks and tabs are kept."""
     if text.isprintable():
         return text
     return "".join(f"⟨U+{ord(character):04X}⟩" if is_hidden(character) else character for character in text)
 
 
-def _shown(value: Any) -> Any:
+def _shown(value: object) -> object:
     return visible(value) if type(value) is str else value
 
 
-def _facts(project: Project, config: CurationConfig) -> dict[str, Any]:
-    """All that the template shows."""
+def _facts(project: Project, config: CurationConfig) -> JsonObject:
+    """Everything that the template shows."""
     funnel = project.funnel()
     rows = [
         {
@@ -113,11 +113,11 @@ def _facts(project: Project, config: CurationConfig) -> dict[str, Any]:
 
 
 def word_count(text: str) -> int:
-    """Words as white space divides them."""
+    """Words separated by white space."""
     return len(text.split())
 
 
-def _charts(project: Project) -> Iterator[dict[str, Any]]:
+def _charts(project: Project) -> Iterator[JsonObject]:
     if "repair" in project.steps:
         after = {pair.id: result.text for pair, result in project.current("repair") if result.outcome != "failed"}
         texts = {pair.id: text for pair, text in project.texts("repair") if pair.id in after}
@@ -132,9 +132,9 @@ def _charts(project: Project) -> Iterator[dict[str, Any]]:
         yield histogram("Filter", [("before", "before", list(lengths.values())), ("after", "kept", left)])
 
 
-def histogram(title: str, series: Sequence[tuple[str, str, Sequence[int]]]) -> dict[str, Any]:
+def histogram(title: str, series: Sequence[tuple[str, str, Sequence[int]]]) -> JsonObject:
     """
-    What the template draws of several series of whole numbers over one scale.
+    What the template draws of several series of integers on one scale.
 
     Args:
         title: Of the chart.
@@ -178,7 +178,7 @@ def _summary(values: Sequence[int]) -> str:
 # Samples
 
 
-def _groups(project: Project) -> Iterator[dict[str, Any]]:
+def _groups(project: Project) -> Iterator[JsonObject]:
     """Samples of every reason for which a step failed, dropped, rejected or flagged pairs."""
     for step in project.steps:
         texts = {pair.id: text for pair, text in project.texts(step)}
@@ -212,17 +212,17 @@ def _shortened(texts: Iterable[tuple[str, str]]) -> Iterator[tuple[str, str]]:
         yield label, text if rest <= 0 else f"{text[:_LONGEST_TEXT]} … ({rest} further characters)"
 
 
-def _with_images(project: Project, samples: Iterable[Sample]) -> Iterator[dict[str, Any]]:
+def _with_images(project: Project, samples: Iterable[Sample]) -> Iterator[JsonObject]:
     for sample in samples:
-        facts: dict[str, Any] = {"key": sample.pair.key, "texts": sample.texts, "why": sample.why}
+        facts: JsonObject = {"key": sample.pair.key, "texts": sample.texts, "why": sample.why}
         try:
             yield {**facts, "image": _thumbnail(project.image_path(sample.pair)), "no_image": ""}
         except ImageLoadError as error:
-            yield {**facts, "image": None, "no_image": f"no picture: {error.reason}"}
+            yield {**facts, "image": None, "no_image": f"no image: {error.reason}"}
 
 
 def _thumbnail(path: Path) -> str:
-    """A small JPEG of a picture as a `data:` URL."""
+    """A small JPEG of an image as a `data:` URL."""
     image = load_image(path)
     image.thumbnail((_THUMBNAIL, _THUMBNAIL))
     buffer = io.BytesIO()

@@ -13,10 +13,10 @@ _PIECES = re.compile(r"(\w+|[^\w\s])(\s*)")
 
 def mark_differences(before: str, after: str, escape: Callable[[str], str]) -> tuple[str, str]:
     """
-    HTML of two texts: words that only the first has stand in `<del>`, those that only the second has in `<ins>`.
+    HTML of two texts: words that only the first has are in `<del>`, those that only the second has in `<ins>`.
 
-    The words that stay are a longest common subsequence. Where that would take too long (some 390 words against 390
-    others), all between the common beginning and the common end counts as changed.
+    Unchanged words are a longest common subsequence. If that would take too long (about 390 words against 390 others),
+    everything between the common beginning and the common end counts as changed.
 
     Args:
         before: The older text.
@@ -29,7 +29,7 @@ def mark_differences(before: str, after: str, escape: Callable[[str], str]) -> t
 
 
 def _split(text: str) -> list[tuple[str, str]]:
-    """Words and punctuation, each with the white space behind it; white space in front is a piece without a word."""
+    """Words and punctuation, each with the white space after it; leading white space is a piece without a word."""
     pieces = _PIECES.findall(text)
     start = text[: len(text) - len(text.lstrip())]
     return [("", start), *pieces] if start else pieces

@@ -4,31 +4,33 @@ import csv
 import json
 import os
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
-from transformers_minigpt4.utils.files import atomic_file, to_json
+from transformers_minigpt4.utils.files import PathLike, atomic_file, to_json
 from transformers_minigpt4.web.html import person_name
 
 from .config import CurationError
-from .review import ReviewQueue, add_decision, check_action, live_decision, same_text, take_back
+from .decisions import add_decision, check_action, live_decision, same_text, take_back
+from .review import ReviewQueue
 from .store import Project
 
 
-# What is exported; whoever decides fills in the last three. An import needs `pair`, `text_id` and `action`.
+# What is exported; reviewers fill in the last three. An import needs `pair`, `text_id` and `action`.
 FIELDS = ("pair", "image", "text_before", "text_after", "flag", "text_id", "action", "text", "reviewer")
 _NEEDED = ("pair", "text_id", "action")
 _ACTIONS = {"accept": "accepted", "edit": "edited", "reject": "rejected"}
-# Spreadsheets take a cell that begins so for a formula. With an apostrophe in front they show it as text.
+# Spreadsheets take a cell that begins like this for a formula. With a leading apostrophe they show it as text.
 _FORMULA = ("=", "+", "-", "@", "\t", "\r", "'")
-# A digest of digits alone, or of digits and one e, would become a number in a spreadsheet.
+# A spreadsheet would take a digest of digits only, or of digits and one e, for a number.
 _ID = "text-"
 
 
 @dataclass(frozen=True)
 class Export:
-    """How many pairs a file holds, and the keys of those left out because their picture is gone."""
+    """How many pairs a file holds, and the keys of those left out because their image is missing."""
 
     pairs: int
     missing: list[str]
@@ -36,7 +38,7 @@ class Export:
 
 @dataclass(frozen=True)
 class Import:
-    """Decisions that an import added, by action; those that were there already; and rows without an action."""
+    """Decisions that an import added, by action; those that were known already; and rows without an action."""
 
     accepted: int = 0
     edited: int = 0
@@ -49,14 +51,14 @@ class Import:
         return self.accepted + self.edited + self.rejected
 
 
-def export_pairs(project: Project, path: str | os.PathLike, reviewer: str | None = None) -> Export:
+def export_pairs(project: Project, path: PathLike, reviewer: str | None = None) -> Export:
     """
-    Writes the pairs that want a decision.
+    Writes the pairs that need a decision.
 
     Args:
         project: The project.
-        path: A `.csv` or `.jsonl` file; an older one is replaced. The pictures' paths in it are below the project's
-            folder. `flag` says why the repair wants people to look closely.
+        path: A `.csv` or `.jsonl` file; an older one is replaced. The images' paths in it are relative to the
+            project's folder. `flag` says why the repair asks people to look closely.
         reviewer: Leaves out what this person has decided on.
 
     Raises:
@@ -65,7 +67,7 @@ def export_pairs(project: Project, path: str | os.PathLike, reviewer: str | None
     """
     kind = _kind(path)
     if not Path(path).absolute().parent.is_dir():
-        raise CurationError(f"there is no folder for {os.fspath(path)}; make it, or name another one")
+        raise CurationError(f"there is no folder for {os.fspath(path)}; create it, or choose another one")
     pairs, missing = ReviewQueue(project).due(reviewer)
     name = person_name(reviewer) if reviewer is not None else ""
     rows = [
@@ -87,22 +89,23 @@ def export_pairs(project: Project, path: str | os.PathLike, reviewer: str | None
     return Export(len(rows), missing)
 
 
-def import_decisions(project: Project, path: str | os.PathLike, reviewer: str | None = None) -> Import:
+def import_decisions(project: Project, path: PathLike, reviewer: str | None = None) -> Import:
     """
-    Takes over the decisions of a file: all of them, or none.
+    Imports the decisions of a file: all of them, or none.
 
-    Rows without an action are passed over, so a file may come back half done, and again later. A row that differs from
-    what the same person decided on the same text before takes that decision's place.
+    Rows without an action are skipped, so a file may be imported half done, and again later. A row that differs from
+    what the same person decided on the same text before replaces that decision.
 
     Args:
         project: The project.
         path: A `.csv` or `.jsonl` file with `pair`, `text_id`, `action` (accept, edit or reject), for edits `text`,
-            and `reviewer`; other fields are not read.
+            and `reviewer`; other fields are ignored.
         reviewer: Who decided, for rows that do not say.
 
     Raises:
-        CurationError: if there is no such file; else names the first line that cannot be taken: an unknown pair or
-            action, a pair twice, an edit without text, a text that has changed since the export, nobody who decided.
+        CurationError: if there is no such file; for others, names the first line that cannot be imported: an unknown
+        pair or
+            action, a pair twice, an edit without text, a text that has changed since the export, no reviewer.
         OSError: if the file cannot be read.
     """
     queue = ReviewQueue(project)
@@ -131,11 +134,11 @@ def _import_row(
         return "undecided"
     action = _ACTIONS.get(said, said)
     if action not in _ACTIONS.values():
-        raise ValueError(f"{said!r} is no action; write accept, edit or reject, or leave it empty")
+        raise ValueError(f"{said!r} is not an action; write accept, edit or reject, or leave it empty")
     check_action(action, text)
     name = row.get("reviewer", "").strip() or reviewer
     if name is None:
-        raise ValueError("it does not say who decided; fill in `reviewer`, or name one for the whole file")
+        raise ValueError("it does not say who decided; fill in `reviewer`, or name one for the complete file")
     me = person_name(name)
     if seen.setdefault((me, key), line) != line:
         raise ValueError(f"{me} decides on pair {key!r} here and in line {seen[me, key]}; keep one")
@@ -144,12 +147,14 @@ def _import_row(
         raise ValueError(f"there is no pair {key!r} in this project; was it exported from another one?")
     current = queue.current(connection, found[0])
     if current is None:
-        raise ValueError(f"pair {key!r} is not up for review any more, the filter has dropped it; take the line out")
+        raise ValueError(
+            f"pair {key!r} is not due for review any more, since the filter has dropped it; remove the line"
+        )
     text_id = row["text_id"].strip().removeprefix(_ID)
     if text_id != current["text_id"]:
-        raise ValueError(f"the text of pair {key!r} has changed since the export; export it anew and decide on that")
+        raise ValueError(f"the text of pair {key!r} has changed since the export; export it again and decide on that")
     if action != "edited" and text and not same_text(text, current["after"]):
-        raise ValueError(f"pair {key!r} has action {said} and a text of its own; write edit, or leave the text empty")
+        raise ValueError(f"pair {key!r} has action {said} and a text; write edit, or leave the text empty")
     if action == "edited" and same_text(text, current["after"]):
         action = "accepted"
     earlier = live_decision(connection, current["id"], me, text_id)
@@ -161,8 +166,8 @@ def _import_row(
     return action
 
 
-def _read(path: str | os.PathLike) -> Iterator[tuple[int, dict[str, str]]]:
-    """The rows of a file with the number of the line that each begins in."""
+def _read(path: PathLike) -> Iterator[tuple[int, dict[str, str]]]:
+    """The rows of a file with the number of the line that each begins on."""
     kind = _kind(path)
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
@@ -173,8 +178,8 @@ def _read(path: str | os.PathLike) -> Iterator[tuple[int, dict[str, str]]]:
         raise CurationError(f"{os.fspath(path)} is not UTF-8; save it as `CSV UTF-8`") from error
 
 
-def _read_csv(file, path) -> Iterator[tuple[int, dict[str, str]]]:
-    # Spreadsheets of many countries separate by semicolons.
+def _read_csv(file: TextIO, path: PathLike) -> Iterator[tuple[int, dict[str, str]]]:
+    # Spreadsheets of many locales separate by semicolons.
     header = file.readline()
     file.seek(0)
     reader = csv.reader(file, delimiter=max(",;\t", key=header.count), strict=True)
@@ -192,25 +197,25 @@ def _read_csv(file, path) -> Iterator[tuple[int, dict[str, str]]]:
                 yield line, {name: _unshield(cell) for name, cell in zip(names, cells)}
             line = reader.line_num + 1
     except csv.Error as error:
-        raise CurationError(f"line {reader.line_num} of {os.fspath(path)} is no CSV: {error}") from error
+        raise CurationError(f"line {reader.line_num} of {os.fspath(path)} is not CSV: {error}") from error
 
 
-def _read_jsonl(file, path) -> Iterator[tuple[int, dict[str, str]]]:
+def _read_jsonl(file: TextIO, path: PathLike) -> Iterator[tuple[int, dict[str, str]]]:
     for number, line in enumerate(file, start=1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
         except ValueError as error:
-            raise CurationError(f"line {number} of {os.fspath(path)} is no JSON: {error}") from error
+            raise CurationError(f"line {number} of {os.fspath(path)} is not JSON: {error}") from error
         if not isinstance(row, dict) or not all(isinstance(value, str | None) for value in row.values()):
-            raise CurationError(f"line {number} of {os.fspath(path)} is no object of texts; nothing was imported")
+            raise CurationError(f"line {number} of {os.fspath(path)} is not an object of texts; nothing was imported")
         row = {name: value or "" for name, value in row.items()}
         _need(row, path, number)
         yield number, row
 
 
-def _need(names, path, line: int) -> None:
+def _need(names: Collection[str], path: PathLike, line: int) -> None:
     missing = [name for name in _NEEDED if name not in names]
     if missing:
         raise CurationError(
@@ -218,10 +223,10 @@ def _need(names, path, line: int) -> None:
         )
 
 
-def _kind(path: str | os.PathLike) -> str:
+def _kind(path: PathLike) -> str:
     kind = Path(path).suffix.lower().removeprefix(".")
     if kind not in ("csv", "jsonl"):
-        raise CurationError(f"{os.fspath(path)} is neither .csv nor .jsonl; name the file so")
+        raise CurationError(f"{os.fspath(path)} is neither .csv nor .jsonl; choose one of these")
     return kind
 
 

@@ -1,4 +1,4 @@
-"""The page on which people accept, edit or reject pairs, one at a time, with the keyboard if they like."""
+"""The page on which people accept, edit or reject pairs, one at a time, by mouse or keyboard."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -7,8 +7,9 @@ from transformers_minigpt4.web.html import escape, image_html, person_name
 from transformers_minigpt4.web.server import LOCAL_HOSTS, PageServer, import_gradio, new_page, serve
 
 from .config import CurationError
+from .decisions import same_text
 from .records import IMAGES
-from .review import Progress, ReviewPair, ReviewQueue, same_text
+from .review import Progress, ReviewPair, ReviewQueue
 from .review_diff import mark_differences
 from .store import Project
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 KEYS = {"a": "accept", "r": "reject", "u": "undo"}  # `elem_id`s of the buttons
 _WELCOME = "Give your name and press Start."
-_HELP = "A accepts · E goes into the text, Ctrl-Enter saves it, Esc leaves it · R rejects · U undoes"
+_HELP = "A accepts · E edits the text, Ctrl-Enter saves it, Esc leaves it · R rejects · U undoes"
 _SET_NAME = """(name) => {
   history.replaceState(null, "", "?reviewer=" + encodeURIComponent(name));
   if (document.activeElement) document.activeElement.blur();
@@ -35,7 +36,7 @@ _CSS = """
 
 
 class Screen(NamedTuple):
-    """What the page shows, in the order of its parts: HTML but for the last three, which are text."""
+    """What the page shows, in the order of its elements: HTML, except for the last three, which are text."""
 
     status: Any
     progress: Any
@@ -49,7 +50,7 @@ class Screen(NamedTuple):
 
 class Reviewing:
     """
-    Answers the page's buttons. It keeps nothing but the queue: what is shown travels with each request.
+    Answers the page's buttons. It has no state but the queue: what is shown travels with each request.
 
     Args:
         queue: The queue.
@@ -67,11 +68,11 @@ class Reviewing:
         return self._next(reviewer, "")
 
     def accept(self, reviewer: str, shown: str, text: str) -> Screen:
-        """Accepts the pair, unless the text in the box is no more what is shown."""
+        """Accepts the pair, unless the text in the box has been changed."""
         pair_id, text_id = _parse(shown)
         with_text = self.queue.current(self.queue.project.connection(), pair_id) if pair_id else None
         if with_text is not None and with_text["text_id"] == text_id and not same_text(text, with_text["after"]):
-            return self._stay("You changed the text. Save the edit (Ctrl-Enter), or put the text back to accept it.")
+            return self._stay("You changed the text. Save the edit (Ctrl-Enter), or restore the text to accept it.")
         return self._decide(reviewer, shown, "accepted")
 
     def save(self, reviewer: str, shown: str, text: str) -> Screen:
@@ -112,19 +113,19 @@ class Reviewing:
         if pair is not None:
             return self._show(reviewer, pair, message)
         progress = self.queue.progress(reviewer)
-        end = "You have seen all pairs that are there for you."
+        end = "You have seen all pairs that are due for you."
         if progress.left:
-            end = f"The last pairs ({progress.left}) are with other reviewers; reload later, in case they leave them."
+            end = f"The last pairs ({progress.left}) are with other reviewers; reload later, in case they leave some."
         return self.blank(f"{message} {end}".strip(), reviewer, progress)
 
     def _show(self, reviewer: str, pair: ReviewPair, message: str) -> Screen:
         before, after = mark_differences(pair.before, pair.after, escape)
-        flag = f'<p id="flag"><b>The repair asks to look closely:</b> {escape(pair.flag)}</p>' if pair.flag else ""
+        flag = f'<p id="flag"><b>The repair asks you to look closely:</b> {escape(pair.flag)}</p>' if pair.flag else ""
         changed = "You decided on this pair before; its text has changed since." if pair.again else ""
         return Screen(
             _status(message or changed),
             self._progress(self.queue.progress(reviewer)),
-            image_html(Path(pair.image).name, f"Picture {pair.key}"),
+            image_html(Path(pair.image).name, f"Image {pair.key}"),
             f'<b>As the model wrote it</b><div class="foreign-text">{before}</div>',
             f'<b>To decide on</b>{flag}<div class="foreign-text">{after}</div>',
             pair.after,
@@ -154,7 +155,7 @@ class Reviewing:
             kappa = "undefined" if agreement.kappa is None else f"{agreement.kappa:.2f}"
             parts.append(f"agreement {agreement.raw:.0%} on {agreement.pairs}, kappa {kappa}")
         if progress.missing:
-            parts.append(f"<b>{progress.missing} left out, because their picture is gone</b>")
+            parts.append(f"<b>{progress.missing} left out, because their image is missing</b>")
         done = 100 * progress.decided / max(1, progress.pairs)
         return f'<div class="bar"><div style="width: {done:.2f}%"></div></div><div>{" · ".join(parts)}</div>'
 
@@ -173,11 +174,11 @@ def build_page(queue: ReviewQueue) -> "gr.Blocks":
     """The page; [`serve_review`] serves it."""
     reviewing = Reviewing(queue)
     page = new_page("Review of captions")
-    import gradio as gr  # there, or `new_page` would have said so
+    import gradio as gr  # installed, or `new_page` would have failed
 
     with page:
         with gr.Row(equal_height=True):
-            hint = "Your name, so that one can tell who decided"
+            hint = "Your name, to record who decided"
             name = gr.Textbox(placeholder=hint, elem_id="name", max_lines=1, container=False, scale=4)
             start = gr.Button("Start", elem_id="start", scale=1)
         status = gr.HTML(_status("Loading …"), elem_id="status")
@@ -226,7 +227,7 @@ def serve_review(project: Project, host: str = LOCAL_HOSTS[0], port: int | None 
         port: Port; by default the first free one from 7860 on.
 
     Raises:
-        ValueError: when Gradio is not installed, or the project has no folder of pictures.
+        ValueError: when Gradio is not installed, or the project has no folder of images.
         OSError: when the port is taken.
     """
     page = build_page(ReviewQueue(project))
