@@ -10,11 +10,11 @@ from typer.main import get_command
 
 from transformers_minigpt4.cli import app
 from transformers_minigpt4.training.arguments import StageArguments, StageConfig
+from transformers_minigpt4.training.recipe_keys import ALIASES
 from transformers_minigpt4.utils.command_line import Command, Group
 
 
 KEYS = {field.name for group in (StageArguments, StageConfig, ModelConfig) for field in fields(group)}
-ALIASES = {"model", "output", "batch_size"}
 
 
 def parse(line: str | list[str]) -> dict:
@@ -35,7 +35,7 @@ def parse(line: str | list[str]) -> dict:
         return {}
     for word in context.args:
         key = word.removeprefix("--").partition("=")[0].replace("-", "_")
-        if word.startswith("--") and key not in KEYS | ALIASES:
+        if word.startswith("--") and key not in KEYS | ALIASES.keys():
             raise ValueError(f"{word} is not a key of recipes")
     return context.params
 

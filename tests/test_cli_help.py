@@ -37,6 +37,7 @@ def show(words, command):
 
 shown = []
 show([], get_command(app))
+assert CliRunner().invoke(app, ["train", "--list-recipes"]).exit_code == 0
 json.dump({"shown": shown, "modules": sorted(sys.modules)}, sys.stdout)
 """
 

@@ -15,7 +15,7 @@ from transformers_minigpt4.evaluation import commands as evaluation
 from transformers_minigpt4.evaluation.human_commands import COMMANDS as JUDGING_COMMANDS
 from transformers_minigpt4.hub.commands import push
 from transformers_minigpt4.inference.commands import describe
-from transformers_minigpt4.training.commands import CONTEXT_SETTINGS, features, train
+from transformers_minigpt4.training.commands import RecipeCommand, TrainCommand, features, train
 from transformers_minigpt4.training.data_commands import check
 from transformers_minigpt4.utils.command_line import INTERRUPTED, Command, Group, to_stdout_in_utf8
 
@@ -75,7 +75,7 @@ app = typer.Typer(
     cls=MainGroup,
     help="MiniGPT-4 for Hugging Face transformers.\n\nExamples:\n  minigpt4 demo\n  minigpt4 describe photo.jpg",
     no_args_is_help=True,
-    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    context_settings={"help_option_names": ["--help", "-h"], "max_content_width": 100},
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
@@ -117,8 +117,8 @@ def _add_group(
 
 for command in (demo, describe, convert, verify, env, merge, push):
     app.command(cls=Command)(command)
-for recipe_command in (train, features):
-    app.command(cls=Command, context_settings=CONTEXT_SETTINGS)(recipe_command)
+app.command(cls=TrainCommand)(train)
+app.command(cls=RecipeCommand)(features)
 _add_group(
     "data",
     "Inspect training data.\n\nExamples:\n  minigpt4 data check cc_sbu_align:/data/cc_sbu_align",

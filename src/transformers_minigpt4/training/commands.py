@@ -1,57 +1,163 @@
-"""The `train` and `features` subcommands of `minigpt4`: run a recipe, or encode its pictures, in this process."""
+"""The `train` and `features` subcommands of `minigpt4`: run a recipe, or encode its images."""
 
 import logging
-from typing import Annotated
+from typing import Annotated, Any, TypeAlias
 
 import typer
+
+from transformers_minigpt4.utils.command_line import ClickContext, ClickFormatter, Command, DryRun
+
+from .recipe_files import find_recipe, recipe_names
+from .recipe_keys import KEYS
 
 
 # It warns, whenever it is imported, of a kernel for weights of 4 bits on CPUs.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-# For `app.command(context_settings=…)`: every key of a recipe is an option, so typer leaves them alone.
-CONTEXT_SETTINGS = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+
+class RecipeCommand(Command):
+    """A command of a recipe, of which every key is an option; help lists the usual ones."""
+
+    key_groups: tuple[str, ...] = ("Model and data", "Speed and memory")
+
+    def __init__(self, *args: Any, **keywords: Any) -> None:
+        super().__init__(*args, **keywords)
+        # Typer leaves the keys of recipes to TRL's parser.
+        self.context_settings = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+    def format_options(self, ctx: ClickContext, formatter: ClickFormatter) -> None:
+        """Writes arguments, options, and the keys of recipes with TRL's defaults."""
+        super().format_options(ctx, formatter)
+        for title in self.key_groups:
+            with formatter.section(title):
+                formatter.write_dl(
+                    [
+                        (
+                            f"{key.option} {key.metavar}",
+                            key.help + ("" if key.default in (None, []) else f"  [default: {_shown(key.default)}]"),
+                        )
+                        for key in KEYS[title]
+                    ]
+                )
+
+
+class TrainCommand(RecipeCommand):
+    """`train`, whose help lists the keys of all groups."""
+
+    key_groups = tuple(KEYS)
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, list):
+        return " ".join(map(str, value))
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _list_recipes(wanted: bool) -> None:
+    if not wanted:
+        return
+    for name in recipe_names():
+        with open(find_recipe(name), encoding="utf-8") as file:
+            typer.echo(f"{name}: {file.readline().lstrip('# ').strip()}")
+    raise typer.Exit
+
+
+def _show_all_keys(wanted: bool) -> None:
+    if not wanted:
+        return
+    from .recipe import GROUPS, RecipeParser
+
+    typer.echo(RecipeParser(GROUPS, prog="minigpt4 train RECIPE").format_help())
+    raise typer.Exit
+
+
+Recipe: TypeAlias = Annotated[
+    str,
+    typer.Argument(
+        metavar="RECIPE",
+        help="A YAML file, or the name of a recipe of the package.",
+        autocompletion=lambda incomplete: [name for name in recipe_names() if name.startswith(incomplete)],
+    ),
+]
 
 
 def train(
     context: typer.Context,
-    recipe: Annotated[
-        str, typer.Argument(metavar="RECIPE", help="A YAML file, or the name of a recipe of the package.")
-    ],
+    recipe: Recipe,
+    show: Annotated[
+        bool, typer.Option("--show", help="Print the recipe with the keys of the command line, ready to save.")
+    ] = False,
+    dry_run: DryRun = False,
+    list_recipes: Annotated[
+        bool,
+        typer.Option(
+            "--list-recipes", help="List the recipes of the package, and exit.", callback=_list_recipes, is_eager=True
+        ),
+    ] = False,
+    help_all: Annotated[
+        bool,
+        typer.Option(
+            "--help-all",
+            help="List every key, those of TRL included, and exit.",
+            callback=_show_all_keys,
+            is_eager=True,
+        ),
+    ] = False,
 ) -> None:
     """
     Train one stage from a recipe.
 
-    Every key of the recipe can be set anew: `minigpt4 train minigpt4_stage2 --model_name_or_path out/stage1`. Stopped
-    or broken off, `--resume_from_checkpoint true` goes on where the run was. For several devices:
+    Every key of the recipe can be overridden; options follow the recipe. If interrupted, rerun the command with
+    --resume-from-checkpoint true to resume. A dry run loads rows and model, checks that they fit, and prints the first
+    row as tokens, with the learned ones marked. For several devices:
     `accelerate launch -m transformers_minigpt4.training.sft --config RECIPE`.
 
     Examples:
-        minigpt4 train minigpt4_stage2 --model_name_or_path my-stage1 --sources cc_sbu_align:path/to/cc_sbu_align
+        minigpt4 train minigpt4_stage2 --model my-stage1 --sources cc_sbu_align:path/to/cc_sbu_align
+        minigpt4 train tiny --output my-run --dry-run
     """
+    words = _words(recipe, context.args)
+    if show:
+        from .show import resolved_recipe
+
+        typer.echo(resolved_recipe(words), nl=False)
+        return
     from .recipe import parse_recipe
+
+    arguments = parse_recipe(words)
+    if dry_run:
+        from .dry_run import first_row, print_row
+
+        print_row(first_row(*arguments))
+        return
     from .sft import main
 
-    main(*parse_recipe(["--config", recipe, *context.args]))
+    main(*arguments)
 
 
-def features(
-    context: typer.Context,
-    recipe: Annotated[
-        str, typer.Argument(metavar="RECIPE", help="A YAML file, or the name of a recipe of the package.")
-    ],
-) -> None:
+def features(context: typer.Context, recipe: Recipe) -> None:
     """
-    Encode the pictures of a recipe once, so that it trains without its vision tower.
+    Encode the images of a recipe once, so that it trains without its vision tower.
 
-    Every key of the recipe can be set anew, as with `train`; `--feature_cache FOLDER` says where features go. Stopped
-    or broken off, the same command goes on with what lacks. Then: `minigpt4 train RECIPE --feature_cache FOLDER`.
+    Every key of the recipe can be overridden, as with `train`; --feature-cache names the folder. If interrupted, rerun
+    the same command to resume; with more sources it adds the missing features. Then train with the same
+    --feature-cache.
 
     Examples:
-        minigpt4 features minigpt4_stage2 --model_name_or_path my-stage1 --feature_cache features
+        minigpt4 features minigpt4_stage2 --model my-stage1 --feature-cache features
     """
     from .feature_building import build_features
     from .recipe import parse_recipe
 
-    stage, config, model_args = parse_recipe(["--config", recipe, *context.args])
+    stage, config, model_args = parse_recipe(_words(recipe, context.args))
     counts = build_features(stage, config, model_args)
     typer.echo(", ".join(f"{count} {what}" for what, count in counts.items()) + f" in {stage.feature_cache}", err=True)
+
+
+def _words(recipe: str, options: list[str]) -> list[str]:
+    """The words of a command line as TRL's parser takes them."""
+    if recipe.startswith("-"):
+        raise typer.BadParameter(
+            f"options follow the recipe; give its file or name before {recipe}", param_hint="RECIPE"
+        )
+    return ["--config", recipe, *options]

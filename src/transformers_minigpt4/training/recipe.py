@@ -10,15 +10,10 @@ from trl import ModelConfig, TrlParser
 
 from .arguments import StageArguments, StageConfig, check_arguments
 from .recipe_files import find_recipe
+from .recipe_keys import ALIASES
 
 
 GROUPS: tuple[Any, ...] = (StageArguments, StageConfig, ModelConfig)  # dataclasses
-# Short names of keys, on the command line only.
-ALIASES = {
-    "model": "model_name_or_path",
-    "output": "output_dir",
-    "batch_size": "per_device_train_batch_size",
-}
 # Keys that had another name before 0.1.0.
 RENAMED = {
     "form": "prompt_format",
@@ -60,7 +55,7 @@ def parse_recipe(arguments: list[str] | None = None) -> tuple[StageArguments, St
     except yaml.YAMLError as error:
         raise ValueError(f"The recipe is not valid YAML: {' '.join(str(error).split())}.") from error
     if rest:
-        raise ValueError(_unknown(rest))
+        raise ValueError(unknown_keys(rest))
     stage, config, model_args = parsed
     check_arguments(stage, config, model_args)
     return stage, config, model_args
@@ -94,8 +89,8 @@ def normalize_options(words: list[str]) -> list[str]:
     return found
 
 
-def _unknown(rest: list[str]) -> str:
-    """What to say of keys that no recipe has."""
+def unknown_keys(rest: list[str]) -> str:
+    """What to say about options that are not keys of recipes."""
     unknown = [word.lstrip("-").partition("=")[0] for word in rest if word.startswith("--")]
     for name in unknown:
         if name in RENAMED:
@@ -104,7 +99,7 @@ def _unknown(rest: list[str]) -> str:
             )
         if name in ALIASES:
             return f"{name} is an option of the command line only. In a recipe, write {ALIASES[name]}."
-    keys = {field.name for group in GROUPS for field in fields(group)}
+    keys = {field.name for group in GROUPS for field in fields(group)} | ALIASES.keys()
     near = get_close_matches(unknown[0].replace("-", "_"), keys, 1) if unknown else []
     return (
         f"Unknown in a recipe or on its command line: {' '.join(rest)}. "
