@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers_minigpt4 import demo
 
 
-PART = Path(demo.__file__).parent / "parts" / "language_model"
+PART = Path(demo.__file__).parent / "base" / "language_model"
 TEMPLATE = (
     "<s>{% for message in messages %}###{% if message.role == 'user' %}Human: {% else %}Assistant: {% endif %}"
     "{{ message.content }}{% endfor %}{% if add_generation_prompt %}###Assistant:{% endif %}"

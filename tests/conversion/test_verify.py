@@ -23,7 +23,7 @@ from transformers_minigpt4.demo.texts import detailed_description
 from transformers_minigpt4.demo.world import training_scenes
 
 
-PARTS = Path(__file__).parents[2] / "src" / "transformers_minigpt4" / "demo" / "parts"
+PARTS = Path(__file__).parents[2] / "src" / "transformers_minigpt4" / "demo" / "base"
 CHECKS = [
     *("dtype", "vocabulary", "special tokens", "end of answers"),
     *("finite weights", "language model", "first loss", "image features"),

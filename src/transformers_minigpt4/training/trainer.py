@@ -247,7 +247,7 @@ class StageSFTTrainer(StageTrainerMixin, SFTTrainer):
         """
         TRL's loss, or on a CPU the model's own if logits are at labels only.
 
-        TRL's head computes them twice to save memory, and is slower there (docs/training_speed.md). Its metrics of
+        TRL's head computes them twice to save memory, and is slower there (docs/guides/fast-training.md). Its metrics of
         entropy and accuracy are left out then.
         """
         if POSITIONS not in inputs or self.accelerator.device.type != "cpu" or self.args.loss_type != "nll":
