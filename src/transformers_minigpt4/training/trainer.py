@@ -247,8 +247,8 @@ class StageSFTTrainer(StageTrainerMixin, SFTTrainer):
         """
         TRL's loss, or on a CPU the model's own if logits are at labels only.
 
-        TRL's head computes them twice to save memory, and is slower there (docs/guides/fast-training.md). Its metrics of
-        entropy and accuracy are left out then.
+        TRL's head computes them twice to save memory, and is slower there (docs/guides/fast-training.md). Its metrics
+        of entropy and accuracy are left out then.
         """
         if POSITIONS not in inputs or self.accelerator.device.type != "cpu" or self.args.loss_type != "nll":
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
