@@ -33,12 +33,12 @@ from PIL import Image
 from transformers.utils import logging
 
 from transformers_minigpt4.curation.config import CurationConfig
-from transformers_minigpt4.curation.draw import draw_images
 from transformers_minigpt4.curation.duplicates import HASH_BYTES, near_duplicate_hash
 from transformers_minigpt4.curation.filter import run_filter
 from transformers_minigpt4.curation.generate import continue_answers, continue_inputs, run_generate
 from transformers_minigpt4.curation.records import IMAGES, Result
 from transformers_minigpt4.curation.review_page import serve_review
+from transformers_minigpt4.curation.sampling import sample_images
 from transformers_minigpt4.curation.store import Project
 from transformers_minigpt4.demo.run import build_model as build_demo_model
 from transformers_minigpt4.llm.types import ChatSettings
@@ -83,7 +83,7 @@ def generation(pictures: int, batch: int, repeats: int, scratch: Path) -> dict[i
                 SOURCE, str(scratch / "model"), images=pictures, batch_size=size, max_new_tokens=60, device="cpu"
             )
             with Project.create(scratch / f"{repeat}-{size}", config) as project:
-                draw_images(project, config, progress=False)
+                sample_images(project, config, progress=False)
                 start = time.process_time()
                 run_generate(project, config, progress=False)
                 if repeat >= 0:
@@ -172,9 +172,9 @@ def filtering(pairs: int, scratch: Path) -> dict[str, float]:
         # Prints made at random, as of pictures that have nothing in common.
         prints = np.random.default_rng(0).integers(0, 256, (pairs, HASH_BYTES), dtype=np.uint8)
         with project.transaction() as connection:
-            connection.execute("CREATE TABLE picture_prints (pair_id INTEGER PRIMARY KEY, print BLOB NOT NULL)")
+            connection.execute("CREATE TABLE image_hashes (pair_id INTEGER PRIMARY KEY, hash BLOB NOT NULL)")
             rows = [(pair.id, one.tobytes()) for pair, one in zip(project.pairs(), prints)]
-            connection.executemany("INSERT INTO picture_prints VALUES (?, ?)", rows)
+            connection.executemany("INSERT INTO image_hashes VALUES (?, ?)", rows)
         found = {}
         for name, rules in (("all pairs", {}), ("a changed rule", {"too_short": {"min_words": 12}})):
             config = dataclasses.replace(project.config, rules=rules)

@@ -102,7 +102,7 @@ def test_the_card_tells_all(tmp_path):
         for line in (
             "Source: imagefolder:shots.",
             "People have reviewed every pair.",
-            "| pictures drawn | 6 |",
+            "| images sampled | 6 |",
             "| described | 6 |",
             "| repaired | 5 |",
             "| through the filter | 4 |",
@@ -129,10 +129,10 @@ class TestUnreviewed:
     def test_only_on_demand_and_told(self, project):
         summary = build(project, unreviewed=True)
         assert summary.pairs == 4 and summary.unreviewed == 1
-        assert "1 of them nobody has reviewed" in str(summary)
+        assert "1 of them have not been reviewed" in str(summary)
         dataset = load_from_disk(summary.folder / "dataset")
         assert dataset["image_id"] == ["00000", "00001", "00002", "00004"]  # what was rejected stays out
-        said = "People have reviewed 3 of the 4 pairs; **nobody the other 1**."
+        said = "People have reviewed 3 of the 4 pairs; **nobody has reviewed the other 1**."
         assert said in (summary.folder / "dataset" / "README.md").read_text()
 
     def test_from_the_settings(self, tmp_path):
@@ -161,18 +161,18 @@ class TestPictures:
         summary = build(project)
         assert summary.pairs == 1 and set(summary.skipped) == {"00000", "00001"}
         assert "2 accepted pairs left out" in str(summary)
-        assert "00000: there is no file images/00000.jpg any more" in str(summary)
-        assert "00001: images/00001.jpg is not the picture that was drawn" in str(summary)
+        assert "00000: the file images/00000.jpg does not exist any more" in str(summary)
+        assert "00001: images/00001.jpg is not the image that was sampled" in str(summary)
         assert load_from_disk(summary.folder / "dataset")["image_id"] == ["00002"]
         card = (summary.folder / "dataset" / "README.md").read_text()
-        assert "| build, picture gone or changed | 2 |" in card and "| in this data set | 1 |" in card
+        assert "| build, image missing or changed | 2 |" in card and "| in this data set | 1 |" in card
 
     def test_none_left(self, project):
         build(project)
         before = files(project.folder / "build")
         for path in (project.folder / "images").iterdir():
             path.unlink()
-        with pytest.raises(CurationError, match="of 3 accepted pairs no picture is left"):
+        with pytest.raises(CurationError, match="of 3 accepted pairs none has its sampled image"):
             build(project)
         assert files(project.folder / "build") == before
 

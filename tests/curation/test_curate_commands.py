@@ -77,11 +77,11 @@ def test_init_writes_every_setting_once(tmp_path):
 def test_a_run_without_people(project):
     result = minigpt4("run", project / CONFIG_FILE)
     assert result.exit_code == 0, result.output
-    assert "3 pictures drawn" in result.output and "3 described" in result.output
+    assert "3 images sampled" in result.output and "3 described" in result.output
     assert (project / "report.html").is_file() and not (project / "build").exists()
     png = project / "funnel.png"
     status = minigpt4("status", project, "--output", png)
-    assert "drawn" in status.stdout and png.read_bytes().startswith(b"\x89PNG")
+    assert "sampled" in status.stdout and png.read_bytes().startswith(b"\x89PNG")
     assert minigpt4("report", project, "--output", project / "other.html").stdout.strip().endswith("other.html")
     again = minigpt4("run", project)
     assert "0 described" in again.output and "0 verdicts new or changed" in again.output
@@ -91,10 +91,10 @@ def write_good_texts(project):
     """Descriptions that the filter keeps, in place of a model's; what `generate` would do again is not run."""
     text = "A {} square fills the whole picture. Nothing else is in it, and its colour is even from side to side."
     with Project.create(project) as opened:
-        from transformers_minigpt4.curation.draw import draw_images
         from transformers_minigpt4.curation.records import Result
+        from transformers_minigpt4.curation.sampling import sample_images
 
-        draw_images(opened, opened.config, False)
+        sample_images(opened, opened.config, False)
         works = list(opened.pending("generate", "by hand"))
         names = [work.pair.origin["key"].removesuffix(".png") for work in works]
         opened.record(
@@ -106,7 +106,7 @@ def write_good_texts(project):
 def test_review_by_file_build_and_dry_push(project, tmp_path):
     write_good_texts(project)
     with open(project / CONFIG_FILE, "a") as file:
-        file.write("rules: {duplicate_text: false, duplicate_picture: false}\n")
+        file.write("rules: {duplicate_text: false, duplicate_image: false}\n")
     assert minigpt4("filter", project).exit_code == 0
     waiting = tmp_path / "waiting.jsonl"
     assert "3 pending pairs" in minigpt4("review", project, "--export", waiting).output
@@ -127,7 +127,7 @@ def test_what_goes_wrong_is_one_line(project, tmp_path):
     assert "there is no" in fails("run", tmp_path / "nowhere")
     (tmp_path / "other.yaml").write_text("")
     assert "settings are in a file curation.yaml" in fails("run", tmp_path / "other.yaml")
-    assert "no model repairs: set repair_model" in _after_drawing(project, "repair")
+    assert "no model repairs: set repair_model" in _after_create(project, "repair")
     assert "--export and --import are two steps" in fails("review", project, "--export", "a.csv", "--import", "b.csv")
     assert "has no build yet" in fails("push", project, "me/set")
     settings = (project / CONFIG_FILE).read_text()
@@ -146,7 +146,7 @@ def test_what_goes_wrong_is_one_line(project, tmp_path):
 _SOURCE = ("--source", "wds:x.tar", "--checkpoint", "a/b")
 
 
-def _after_drawing(project, command):
+def _after_create(project, command):
     with Project.create(project):
         pass
     return fails(command, project)

@@ -43,7 +43,7 @@ def test_curation_makes_stage_2_better(demo_run, endpoint, tmp_path):
     with open(project / "curation.yaml", "a", encoding="utf-8") as file:
         file.write("batch_size: 80\nmax_new_tokens: 60\nrules: {duplicate_text: false}\n")
     said = minigpt4("curate", "run", project)
-    assert f"{IMAGES} pictures drawn" in said and "wait for people" in said
+    assert f"{IMAGES} images sampled" in said and "wait for people" in said
     minigpt4("curate", "review", project, "--export", tmp_path / "waiting.csv")
     reviewer.main([str(tmp_path / "waiting.csv"), str(tmp_path / "decisions.csv")])
     minigpt4("curate", "review", project, "--import", tmp_path / "decisions.csv")
@@ -52,7 +52,7 @@ def test_curation_makes_stage_2_better(demo_run, endpoint, tmp_path):
     status = minigpt4("curate", "status", project)
     with Project.open(project) as opened:
         funnel = opened.funnel()
-    assert funnel.drawn == IMAGES and 80 <= funnel.accepted < IMAGES
+    assert funnel.sampled == IMAGES and 80 <= funnel.accepted < IMAGES
     assert str(funnel.accepted) in status and "rejected" in status
     assert len(load_from_disk(project / "build" / "dataset")) == funnel.accepted
 

@@ -50,7 +50,7 @@ def project(tmp_path):
 EXPECTED = {f"{number:05d}": "kept" for number in range(10)} | {
     "00001": "apology",
     "00003": "duplicate_text",
-    "00005": "duplicate_picture",
+    "00005": "duplicate_image",
     "00007": "unfinished",
 }
 
@@ -160,7 +160,7 @@ def test_pictures_that_are_gone_or_broken(project):
     summary = run(project)
     gone = {"00000": "no_image", "00006": "no_image"}
     assert verdicts(project) == EXPECTED | gone
-    assert summary.no_image == ["00000", "00006"] and "no readable picture: 00000, 00006" in str(summary)
+    assert summary.no_image == ["00000", "00006"] and "no readable image: 00000, 00006" in str(summary)
     (project.folder / "images" / "00000.jpg").write_bytes(jpeg(photograph(0)))
     assert run(project).written == 1 and verdicts(project)["00000"] == "kept"
     # A picture that goes later is noticed although what it is compared by is kept.

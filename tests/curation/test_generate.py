@@ -134,7 +134,7 @@ def texts(project):
 
 def test_a_stopped_run_goes_on_with_the_batch_it_was_at(settings, tmp_path, monkeypatch):
     with Project.create(tmp_path / "whole", settings) as project:
-        assert "7 pictures drawn, 7 of them now\n7 described" in str(run_generate(project, settings, False))
+        assert "7 images sampled, 7 of them now\n7 described" in str(run_generate(project, settings, False))
         whole = texts(project)
 
     described = generate.describe_in_turns
@@ -180,14 +180,14 @@ def test_a_checkpoint_trained_anew_in_place_is_another_one(settings, tmp_path):
 
 def test_a_picture_deleted_or_spoilt_between_the_steps(settings, tmp_path):
     with Project.create(tmp_path / "project", settings) as project:
-        generate.draw_images(project, settings, False)
+        generate.sample_images(project, settings, False)
         first, second, *_ = project.pairs()
         project.image_path(first).unlink()
         spoilt = project.image_path(second).read_bytes()
         project.image_path(second).write_bytes(b"no picture")
         done = run_generate(project, settings, False)
         assert (done.described, done.failed) == (5, 2)
-        assert project.funnel().steps[0].reasons == {"failed": {"missing picture": 1, "unreadable picture": 1}}
+        assert project.funnel().steps[0].reasons == {"failed": {"missing image": 1, "unreadable image": 1}}
         project.image_path(second).write_bytes(spoilt)
         again = run_generate(project, settings, False)
         assert (again.described, again.failed) == (1, 1)

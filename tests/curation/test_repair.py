@@ -150,7 +150,7 @@ def test_an_exhausted_budget_stops_and_keeps_what_is_done(tmp_path):
             run_repair(project, config, progress=False)
         done = len(results(project))
         assert done == len(endpoint.requests) > 3 and used_so_far(project).tokens == 420 * done <= 3000
-        assert f"the {done} texts of this run are kept and {20 - done} wait" in str(caught.value)
+        assert f"the {done} texts of this run are kept and {20 - done} are left" in str(caught.value)
         assert "\n" not in str(caught.value)
         # The budget is the project's: running again does not start it anew.
         with pytest.raises(BudgetExhausted):

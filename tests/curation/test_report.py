@@ -94,7 +94,7 @@ class TestStatus:
     def test_text(self, project):
         lines = status_text(project).splitlines()
         found = {line.split("  ")[0] or line.strip(): line.split() for line in lines}
-        assert found["drawn"][1:3] == ["12", "100.0%"]
+        assert found["sampled"][1:3] == ["12", "100.0%"]
         assert found["described"][1:3] == ["12", "100.0%"] and found["repaired"][1:3] == ["11", "91.7%"]
         assert found["through the filter"][3:5] == ["7", "58.3%"]
         assert found["accepted by reviewers"][3:5] == ["5", "41.7%"]
@@ -103,7 +103,7 @@ class TestStatus:
             assert row in plain, row
         for row in ("apology 1 8.3%", "no_image 1 8.3%", "rejected 1 8.3%", "edited 1 8.3%", "waiting 1 8.3%"):
             assert row in plain, row
-        assert plain[-1] == "4988 of the 5000 pictures wanted have not been drawn"
+        assert plain[-1] == "4988 of the 5000 images wanted have not been sampled"
         assert not any(ord(character) < 32 for line in lines for character in line)
 
     def test_counts_add_up(self, project):
@@ -122,7 +122,7 @@ class TestStatus:
 
     def test_without_pictures(self, tmp_path):
         with make_project(tmp_path / "empty", []) as empty:
-            assert "drawn" in status_text(empty) and " 0 " in status_text(empty)
+            assert "sampled" in status_text(empty) and " 0 " in status_text(empty)
             save_status_png(empty, tmp_path / "funnel.png")
             text = run_report(empty, empty.config).read_text(encoding="utf-8")
         assert "There are no texts yet." in text and "Nothing has been dropped" in text
@@ -187,7 +187,7 @@ class TestReport:
     def test_the_funnel_and_the_rules(self, page, project):
         cells = [" ".join(text.split()) for text in page.texts["td"] + page.texts["number"]]
         assert "through the filter" in cells and "91.7%" in cells
-        assert any(cell.startswith("Apologies and mistakes") for cell in cells)
+        assert any(cell.startswith("Apologies and admitted mistakes") for cell in cells)
 
     def test_lengths_before_and_after(self, page):
         captions = [" ".join(text.split()) for text in page.texts["figcaption"]]

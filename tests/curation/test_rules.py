@@ -1,12 +1,15 @@
 """Rules of the filter: what each drops and what it leaves alone, in English and other languages; changes; the docs."""
 
+import textwrap
 from pathlib import Path
 
 import pytest
 
 from transformers_minigpt4.curation.config import PROMPT, REPAIR_PROMPT, CurationError
 from transformers_minigpt4.curation.language import ENGLISH, other_language, other_script
-from transformers_minigpt4.curation.rules import DANGLING, RULES, RuleSet, Text, rules_table
+from transformers_minigpt4.curation.phrases import DANGLING
+from transformers_minigpt4.curation.rules import RULES, RuleSet
+from transformers_minigpt4.curation.text_checks import Text
 from transformers_minigpt4.demo.texts import detailed_description
 from transformers_minigpt4.demo.world import all_scenes
 
@@ -286,6 +289,23 @@ class TestChanges:
     def test_bad_changes(self, changes, message):
         with pytest.raises(CurationError, match=message):
             RuleSet(changes)
+
+
+def rules_table() -> str:
+    """The rules with their defaults as Markdown: one table, and a list of phrases for each rule that goes by one."""
+    lines = ["| rule | drops | parameters |", "| --- | --- | --- |"]
+    for rule in RULES:
+        values = [
+            f"`{name}`" if isinstance(value, tuple) else f"`{name}` {value:g}"
+            for name, value in rule.parameters.items()
+        ]
+        lines.append(f"| `{rule.name}` | {rule.what} | {', '.join(values)} |")
+    for rule in RULES:
+        for name, value in rule.parameters.items():
+            if isinstance(value, tuple) and value:
+                listed = ", ".join(f"`{phrase}`" for phrase in value)
+                lines += ["", *textwrap.wrap(f"`{name}` of `{rule.name}`: {listed}.", 120, break_on_hyphens=False)]
+    return "\n".join(lines) + "\n"
 
 
 def test_the_docs_list_the_rules_as_they_are():

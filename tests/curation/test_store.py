@@ -105,11 +105,11 @@ def test_a_changed_rule_touches_what_it_affects_and_no_more(tmp_path):
 
 def test_what_failed_is_tried_again_and_goes_no_further(tmp_path):
     project = make(tmp_path)
-    run(project, "generate", outcome="failed", reason="missing picture")
+    run(project, "generate", outcome="failed", reason="missing image")
     assert not list(project.pending("repair", "s"))
     assert len(list(project.pending("generate", "s"))) == 3
     (generate, *_) = project.funnel().steps
-    assert (generate.outcomes, generate.reasons) == ({"failed": 3}, {"failed": {"missing picture": 3}})
+    assert (generate.outcomes, generate.reasons) == ({"failed": 3}, {"failed": {"missing image": 3}})
 
 
 def test_without_repair_the_filter_reads_the_description(tmp_path):
@@ -130,7 +130,7 @@ def test_the_funnel(tmp_path):
     outcomes = [("kept", ""), ("kept", ""), ("dropped", "apology"), ("dropped", "too_short")]
     project.record("filter", [Result(w.pair.id, "s", w.input, o, r) for w, (o, r) in zip(works, outcomes)])
     funnel = project.funnel()
-    assert (funnel.wanted, funnel.drawn, funnel.skipped, funnel.accepted) == (5000, 5, {"image": 1}, 0)
+    assert (funnel.wanted, funnel.sampled, funnel.skipped, funnel.accepted) == (5000, 5, {"image": 1}, 0)
     generate, repair, filtered, review = funnel.steps
     assert (generate.reached, generate.outcomes, generate.waiting) == (5, {"ok": 5}, 0)
     assert (repair.reached, repair.outcomes, repair.waiting) == (5, {"ok": 3, "flagged": 1}, 1)

@@ -1,7 +1,7 @@
 """A chat model loaded with transformers: batches, token counts, the budget, and folders without a usable model."""
 
 import pytest
-from tiny_chat_model import PART, save_chat_model
+from tiny_chat_model import LANGUAGE_MODEL, save_chat_model
 
 from transformers_minigpt4.llm.opening import open_chat_model
 from transformers_minigpt4.llm.types import BudgetExhausted, ChatError, ChatSettings
@@ -86,6 +86,6 @@ def test_folders_without_a_chat_model(tmp_path, tiny_checkpoint):
     with pytest.raises(ValueError, match="as chat model"):
         open_chat_model(ChatSettings(str(tmp_path)))
     with pytest.raises(ValueError, match="has no chat template"):
-        open_chat_model(ChatSettings(str(PART)))
+        open_chat_model(ChatSettings(str(LANGUAGE_MODEL)))
     with pytest.raises(ValueError, match="as chat model"):
         open_chat_model(ChatSettings(tiny_checkpoint))

@@ -1,4 +1,4 @@
-"""The build step: the accepted pairs as a data set on disk and as the authors' folder, with a card."""
+"""The build step: writes the accepted pairs as a data set and as the authors' folder, with a card."""
 
 import hashlib
 import json
@@ -35,13 +35,13 @@ _PACKAGES = ("transformers_minigpt4", "transformers", "torch", "datasets")
 @dataclass(frozen=True)
 class BuildSummary:
     """
-    What a build made.
+    The result of a build.
 
     Args:
         folder: Of the build.
         pairs: Rows of the data set.
-        unreviewed: Those that nobody has reviewed.
-        skipped: Reason by key, of accepted pairs whose picture is gone or not what was drawn.
+        unreviewed: How many of them nobody has reviewed.
+        skipped: Reasons by key, of accepted pairs whose image is missing or not the one that was sampled.
     """
 
     folder: Path
@@ -52,7 +52,7 @@ class BuildSummary:
     def __str__(self) -> str:
         lines = [f"build: {self.pairs} pairs in {self.folder / DATASET} and {self.folder / ALIGN}"]
         if self.unreviewed:
-            lines.append(f"  {self.unreviewed} of them nobody has reviewed")
+            lines.append(f"  {self.unreviewed} of them have not been reviewed")
         if self.skipped:
             lines.append(f"  {len(self.skipped)} accepted pairs left out:")
             lines += [f"    {key}: {reason}" for key, reason in list(self.skipped.items())[:10]]
@@ -65,22 +65,23 @@ def run_build(
     project: Project, config: CurationConfig, progress: bool = True, unreviewed: bool | None = None
 ) -> BuildSummary:
     """
-    Makes `build/` in the project's folder: `dataset/` for `load_from_disk`, and `cc_sbu_align/`, the authors' form.
+    Creates `build/` in the project's folder: `dataset/` for `load_from_disk`, and `cc_sbu_align/`, the authors'
+    format.
 
-    Both hold the same rows, pictures byte for byte, with a card and a record (`run.json`). The folder appears when it
-    is complete; an earlier build is replaced. A picture that is gone, or is not the one that was drawn, is left out,
-    and the summary and the card say so.
+    Both contain the same rows, images byte for byte, with a card and `run.json`. The folder appears when it is
+    complete; an earlier build is replaced. An image that is missing, or not the one that was sampled, is left out, and
+    the summary and the card say so.
 
     Args:
         project: Open.
         config: Its settings.
         progress: Whether to show a bar on a terminal.
-        unreviewed: Whether to take also what the filter kept and nobody has decided on; by default the
+        unreviewed: Whether to include what the filter kept and nobody has decided on; by default the
             configuration's `build_unreviewed`.
 
     Raises:
         CurationError: when there is nothing to build from.
-        OSError: when the disk is full. The earlier build stays.
+        OSError: when the disk is full. The earlier build is kept.
     """
     if unreviewed is None:
         unreviewed = config.build_unreviewed
@@ -97,10 +98,10 @@ def run_build(
 
 def built_dataset(project: Project) -> Path:
     """
-    The folder of the data set that `build` made, for `hub.publish.push_to_hub`.
+    The folder of the data set that `build` has written, for `hub.publish.push_to_hub`.
 
     Raises:
-        CurationError: where nothing has been built.
+        CurationError: if nothing has been built.
     """
     folder = project.folder / BUILD / DATASET
     if not folder.is_dir():
@@ -111,10 +112,10 @@ def built_dataset(project: Project) -> Path:
 def _nothing(project: Project, unreviewed: bool) -> str:
     kept = sum(step.outcomes.get("kept", 0) for step in project.funnel().steps if step.step == "filter")
     if unreviewed or not kept:
-        return f"nothing to build from: the filter has kept {kept} pairs; `minigpt4 curate status` tells why"
+        return f"nothing to build from: the filter has kept {kept} pairs; `minigpt4 curate status` shows why"
     return (
         f"nothing to build from: of the {kept} pairs that the filter kept, reviewers have accepted none; review them, "
-        "or add --unreviewed to take what the filter kept as it is"
+        "or add --unreviewed to include what the filter kept"
     )
 
 
@@ -126,7 +127,7 @@ def _make(
     reviewed: set[int],
     progress: bool,
 ) -> tuple[int, int, dict[str, str]]:
-    """Everything in `folder`; gives the number of rows, of those unreviewed, and the pairs left out."""
+    """Writes everything to `folder`; returns the number of rows, of unreviewed ones, and the pairs left out."""
     from transformers_minigpt4.hub.cc_sbu_align import write_cc_sbu_align
 
     images = folder / "images"
@@ -141,7 +142,7 @@ def _make(
             advance(1)
     if not rows:
         raise CurationError(
-            f"nothing to build from: of {len(pairs)} accepted pairs no picture is left as it was drawn; the first, "
+            f"nothing to build from: of {len(pairs)} accepted pairs none has its sampled image any more; the first, "
             f"{pairs[0][0].key}: {skipped[pairs[0][0].key]}"
         )
     plain = sum(pair.id not in reviewed for pair, _, _ in rows)
@@ -157,20 +158,20 @@ def _make(
 
 
 class _ImageError(Exception):
-    """A picture that cannot go into the data set, and why."""
+    """Why an image cannot be part of the data set."""
 
 
 def _copied(project: Project, pair: Pair, folder: Path) -> Path:
-    """A copy of a pair's picture: whatever happens to the original from here on does not matter."""
+    """A copy of a pair's image, so that later changes of the original do not matter."""
     path = project.image_path(pair)
     try:
         content = path.read_bytes()
     except FileNotFoundError:
-        raise _ImageError(f"there is no file {pair.image} any more") from None
+        raise _ImageError(f"the file {pair.image} does not exist any more") from None
     except OSError as error:
         raise _ImageError(f"{pair.image} cannot be read ({error.strerror})") from error
     if hashlib.sha256(content).hexdigest() != pair.sha256:
-        raise _ImageError(f"{pair.image} is not the picture that was drawn")
+        raise _ImageError(f"{pair.image} is not the image that was sampled")
     copy = folder / path.name
     copy.write_bytes(content)
     return copy
@@ -204,17 +205,17 @@ def run_info(project: Project, config: CurationConfig, pairs: int, unreviewed: i
     """
     What `hub.cards` shows of a curation: source, counts at every step, reasons, models, prompts, rules.
 
-    Folders of this computer are named by their last part alone.
+    Folders of this computer are named by their last part only.
 
     Args:
         project: Open.
         config: Its settings.
         pairs: Rows of the data set.
-        unreviewed: Those that nobody has reviewed.
-        without_picture: Accepted pairs that were left out.
+        unreviewed: How many of them nobody has reviewed.
+        without_image: How many accepted pairs were left out.
     """
     funnel = project.funnel()
-    counts = {"pictures drawn": funnel.drawn, **{STEP_WORDS[step.step]: passed_on(step) for step in funnel.steps}}
+    counts = {"images sampled": funnel.sampled, **{STEP_WORDS[step.step]: passed_on(step) for step in funnel.steps}}
     counts["in this data set"] = pairs
     lost = {
         f"{step.step}, {outcome}{', ' if reason else ''}{reason}": count
@@ -224,7 +225,7 @@ def run_info(project: Project, config: CurationConfig, pairs: int, unreviewed: i
         for reason, count in (step.reasons.get(outcome) or {"": total}).items()
     }
     if without_image:
-        lost["build, picture gone or changed"] = without_image
+        lost["build, image missing or changed"] = without_image
     models = {"description": _public_name(config.checkpoint)}
     prompts = {"description": config.prompt}
     if config.continue_below:
@@ -247,13 +248,16 @@ def run_info(project: Project, config: CurationConfig, pairs: int, unreviewed: i
 
 
 def _review(project: Project, pairs: int, unreviewed: int) -> str:
-    """Who looked at the texts, in one or two sentences."""
+    """Who reviewed the texts, in one or two sentences."""
     if unreviewed == pairs:
         return "**No person has reviewed these pairs**; they are what the filter kept."
     agreement = ReviewQueue(project).agreement()
     said = "People have reviewed every pair."
     if unreviewed:
-        said = f"People have reviewed {pairs - unreviewed} of the {pairs} pairs; **nobody the other {unreviewed}**."
+        said = (
+            f"People have reviewed {pairs - unreviewed} of the {pairs} pairs; "
+            f"**nobody has reviewed the other {unreviewed}**."
+        )
     if agreement.pairs:
         kappa = f", Cohen's kappa {agreement.kappa:.2f}" if agreement.kappa is not None else ""
         said += f" On {agreement.pairs} texts that two people saw, {agreement.agreed} decisions agree{kappa}."
@@ -270,6 +274,6 @@ def _public_source(source: str) -> str:
 
 
 def _public_name(name: str) -> str:
-    """The last part of a folder's name, since the rest tells of somebody's computer; a Hub id or URL as it is."""
+    """The last part of a folder's name, since the rest is private; a Hub id or URL as it is."""
     local = os.path.isabs(name) or name.startswith((".", "~")) or name.count("/") > 1 or os.path.exists(name)
     return Path(name).name if local and "://" not in name else name

@@ -18,10 +18,10 @@ SCHEMA = """
 -- `origin` is JSON: the row's key in the source and the texts that came with it.
 CREATE TABLE pairs (
     id INTEGER PRIMARY KEY, key TEXT NOT NULL UNIQUE, image TEXT NOT NULL, sha256 TEXT NOT NULL UNIQUE,
-    source TEXT NOT NULL, source_key TEXT NOT NULL, origin TEXT NOT NULL, drawn_at TEXT NOT NULL,
+    source TEXT NOT NULL, source_key TEXT NOT NULL, origin TEXT NOT NULL, sampled_at TEXT NOT NULL,
     UNIQUE (source, source_key)
 );
--- Rows of the source that were drawn and cannot be used.
+-- Rows of the source that were sampled and cannot be used.
 CREATE TABLE skipped (
     source TEXT NOT NULL, source_key TEXT NOT NULL, kind TEXT NOT NULL, reason TEXT NOT NULL, at TEXT NOT NULL,
     PRIMARY KEY (source, source_key)
@@ -131,7 +131,7 @@ def pair_of(row: sqlite3.Row) -> Pair:
         row["sha256"],
         row["source"],
         json.loads(row["origin"]),
-        row["drawn_at"],
+        row["sampled_at"],
     )
 
 

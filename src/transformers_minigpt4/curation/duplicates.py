@@ -1,4 +1,4 @@
-"""Finds near-duplicate texts (MinHash over word shingles) and near-duplicate pictures (difference hash, colours)."""
+"""Finds near-duplicate texts (MinHash over word shingles) and near-duplicate images (difference hash, colors)."""
 
 import hashlib
 import math
@@ -17,19 +17,19 @@ from transformers_minigpt4.processing.image_utils_minigpt4 import load_image, to
 
 _SHINGLE = 3  # words
 _HASHES = 100  # of a MinHash signature; divisible by many numbers of rows
-_RECALL = 0.999  # of pairs that are exactly as similar as asked
-_CHUNK = 2_000  # texts whose shingles are hashed at a time, so few that they stay in the processor's cache
-_COLUMNS, _ROWS = 9, 8  # fields of a picture's print
+_RECALL = 0.999  # of pairs whose similarity is exactly the threshold
+_CHUNK = 2_000  # texts whose shingles are hashed at a time, few enough for the processor's cache
+_COLUMNS, _ROWS = 9, 8  # fields of an image's near-duplicate hash
 HASH_BYTES = 8 + 3 * _COLUMNS * _ROWS
-_DRAFT = 32  # JPEG files are decoded at the least size that has so many pixels a side
+_DRAFT = 32  # JPEG files are decoded at the smallest size with so many pixels a side
 _HASH_BITS = 64
 _MIXERS = np.array([0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9], dtype=np.uint64)
-_NO_MARKS = dict.fromkeys(map(ord, string.punctuation + "‘’“”„«»–—…·•"), " ")
+_NO_PUNCTUATION = dict.fromkeys(map(ord, string.punctuation + "‘’“”„«»–—…·•"), " ")
 
 
 @dataclass(frozen=True)
 class Duplicate:
-    """The earlier text or picture that one is like, by its place, and how like it is in words."""
+    """The earlier text or image that one is similar to, by its place, and how similar it is, in words."""
 
     of: int
     why: str
@@ -40,22 +40,23 @@ class Duplicate:
 
 def similar_texts(texts: Sequence[str], similarity: float) -> dict[int, Duplicate]:
     """
-    Texts that are like an earlier one; the first of several alike is none.
+    Texts that are similar to an earlier one; the first of several similar texts is not a duplicate.
 
-    Two texts are alike where their sets of 3-word shingles have a Jaccard index of `similarity` or more. MinHash with
-    banding (Broder 1997) proposes pairs, of which 99.9 % at the very threshold are found; each is then counted out.
+    Two texts are similar if their sets of 3-word shingles have a Jaccard index of `similarity` or more. MinHash with
+    banding (Broder 1997) proposes pairs, and finds 99.9 % of those at the threshold; each is then confirmed with the
+    exact Jaccard index.
 
     Args:
-        texts: In the order in which they came.
-        similarity: From 0 (exclusive) to 1, where only texts of the same words are alike.
+        texts: In the order of the pairs.
+        similarity: From 0 (exclusive) to 1, for which only texts of the same words are duplicates.
 
     Returns:
-        `dict`: by the place of each duplicate.
+        `dict`: by the duplicate's place.
     """
     found: dict[int, Duplicate] = {}
     first: dict[str, int] = {}
     for place, text in enumerate(texts):
-        words = " ".join(text.lower().translate(_NO_MARKS).split())
+        words = " ".join(text.lower().translate(_NO_PUNCTUATION).split())
         if (same := first.setdefault(words, place)) != place:
             found[place] = Duplicate(same, "the same words")
     if similarity >= 1 or not first:
@@ -63,17 +64,17 @@ def similar_texts(texts: Sequence[str], similarity: float) -> dict[int, Duplicat
     places = list(first.values())
     for number, other, jaccard in _similar(list(first), similarity):
         found[places[number]] = Duplicate(places[other], f"{jaccard:.0%} of the shingles are the same")
-    # What has the words of a duplicate is one of the text that this is a duplicate of.
+    # A text with the words of a duplicate is a duplicate of what that one is a duplicate of.
     return {place: found.get(duplicate.of, duplicate) for place, duplicate in found.items()}
 
 
 def _similar(texts: Sequence[str], similarity: float) -> Iterator[tuple[int, int, float]]:
-    """As [`similar_texts`], of texts without marks of which no two are the same: place, earlier place, index."""
+    """As [`similar_texts`], for different texts without punctuation: place, earlier place, Jaccard index."""
     shingles, ends = _shingles(texts)
     signatures = _signatures(shingles, ends)
     bands = _bands(signatures, _band_rows(similarity))
     buckets: list[dict[int, list[int]]] = [{} for _ in range(bands.shape[1])]
-    # An estimate below this is more than four standard deviations off for a pair that is alike.
+    # For a similar pair, an estimate below this is more than four standard deviations off.
     least = similarity - 4 * math.sqrt(similarity * (1 - similarity) / _HASHES)
     starts = [0, *ends.tolist()]
     sets = lru_cache(maxsize=10_000)(lambda number: np.unique(shingles[starts[number] : starts[number + 1]]))
@@ -95,9 +96,9 @@ def _similar(texts: Sequence[str], similarity: float) -> Iterator[tuple[int, int
 
 def _shingles(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     """
-    Hashes of all texts' shingles one behind the other, uint64, and where each text's end.
+    Hashes of all texts' shingles, concatenated, uint64, and where those of each text end.
 
-    A text of fewer words than a shingle has one shingle of them all.
+    A text with fewer words than a shingle has one shingle of all its words.
     """
     known: dict[str, int] = {}
     hashes: list[int] = []
@@ -118,7 +119,7 @@ def _shingles(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         if number % _CHUNK == 0 or number == len(texts):
             row = np.array(hashes, dtype=np.uint64)
             mixed = row[:-2] * _MIXERS[0] ^ row[1:-1] * _MIXERS[1] ^ row[2:] * _MIXERS[2]
-            # Those that begin with a text's last two words reach into the next text.
+            # Shingles that begin with a text's last two words reach into the next text.
             inside = np.ones(len(row), dtype=bool)
             last = np.cumsum(lengths[len(lengths) - (number - 1) % _CHUNK - 1 :])
             inside[last - 1] = inside[last - 2] = False
@@ -133,7 +134,7 @@ def _jaccard(one: np.ndarray, other: np.ndarray) -> float:
 
 
 def _band_rows(similarity: float) -> int:
-    """The most rows a band, so the fewest pairs to look at, with which the recall holds at the threshold."""
+    """The most rows a band, hence the fewest candidates, with which the recall is reached at the threshold."""
     return max(
         (
             rows
@@ -173,70 +174,72 @@ def _bands(signatures: np.ndarray, rows: int) -> np.ndarray:
     return key
 
 
-# Pictures
+# Images
 
 
-def near_duplicate_hash(picture: Path) -> bytes:
+def near_duplicate_hash(path: Path) -> bytes:
     """
-    What two pictures are compared by: 8 bytes of difference hash, then the colours of 9 x 8 fields, 216 bytes.
+    By what two images are compared: 8 bytes of difference hash, then the colors of 9 x 8 fields, 216 bytes.
 
-    The hash (dHash) has a bit for each two fields side by side: whether the left one is brighter. Scaling and
-    recompressing change few bits. Plain pictures differ in few bits too, which is why the colours stand beside it.
+    The difference hash (dHash) has a bit for each two neighboring fields: whether the left one is brighter. Scaling
+    and recompressing change few bits. Plain images differ in few bits too, which is why the colors are compared as
+    well.
 
     Raises:
-        ImageLoadError: for a file that is missing or cannot be read as a picture.
+        ImageLoadError: for a file that is missing or cannot be read as an image.
     """
     try:
-        with Image.open(picture) as image:
-            # The file's own reduction by 2, 4 or 8 saves most of the decoding; it needs no more than these fields.
+        with Image.open(path) as image:
+            # A JPEG reduced by 2, 4 or 8 while decoding saves most of the time; the fields need no more pixels.
             image.draft("RGB", (_DRAFT, _DRAFT))
             rgb = to_rgb(image)
             rgb.load()
-    except Exception:  # PIL's readers raise whatever comes to them; this one says in one line what is wrong
-        rgb = load_image(picture)
+    except Exception:  # PIL's readers raise all kinds of errors; `load_image` says in one line what is wrong
+        rgb = load_image(path)
     fields = rgb.resize((_COLUMNS, _ROWS), Image.Resampling.BOX)
     gray = np.frombuffer(fields.convert("L").tobytes(), dtype=np.uint8).reshape(_ROWS, _COLUMNS)
     return np.packbits(gray[:, :-1] > gray[:, 1:]).tobytes() + fields.tobytes()
 
 
-def similar_images(prints: Sequence[bytes], max_bits: int, max_difference: int) -> dict[int, Duplicate]:
+def similar_images(hashes: Sequence[bytes], max_bits: int, max_difference: int) -> dict[int, Duplicate]:
     """
-    Pictures that are like an earlier one; the first of several alike is none.
+    Images that are similar to an earlier one; the first of several similar images is not a duplicate.
 
     Args:
-        prints: From [`near_duplicate_hash`], in the order in which the pictures came.
+        hashes: From [`near_duplicate_hash`], in the order of the pairs.
         max_bits: Bits of 64 in which the difference hashes may differ.
-        max_difference: Levels of 255 by which any colour of any field may differ.
+        max_difference: Levels of 255 by which any color of any field may differ.
 
     Returns:
-        `dict`: by the place of each duplicate.
+        `dict`: by the duplicate's place.
     """
-    if not prints:
+    if not hashes:
         return {}
-    table = np.frombuffer(b"".join(prints), dtype=np.uint8).reshape(len(prints), -1)
-    hashes = np.ascontiguousarray(table[:, :8]).view(np.uint64)[:, 0]
-    colours = table[:, 8:].astype(np.int16)
-    means = colours.reshape(len(colours), -1, 3).mean(axis=1).astype(np.float32)
+    table = np.frombuffer(b"".join(hashes), dtype=np.uint8).reshape(len(hashes), -1)
+    bits = np.ascontiguousarray(table[:, :8]).view(np.uint64)[:, 0]
+    colors = table[:, 8:].astype(np.int16)
+    means = colors.reshape(len(colors), -1, 3).mean(axis=1).astype(np.float32)
     found: dict[int, Duplicate] = {}
-    first = np.ones(len(prints), dtype=bool)
-    for place, others in _near_hashes(hashes, max_bits):
+    first = np.ones(len(hashes), dtype=bool)
+    for place, others in _near_hashes(bits, max_bits):
         others = others[first[others]]
-        # Mean colours first: there may be thousands of plain pictures with one hash.
+        # Mean colors first: there may be thousands of plain images with the same hash.
         others = others[(np.abs(means[others] - means[place]) <= max_difference).all(axis=1)]
-        alike = others[np.abs(colours[others] - colours[place]).max(axis=1, initial=0) <= max_difference]
-        if len(alike):
-            other = int(alike.min())
-            bits = int(np.bitwise_count(hashes[other] ^ hashes[place]))
+        similar = others[np.abs(colors[others] - colors[place]).max(axis=1, initial=0) <= max_difference]
+        if len(similar):
+            other = int(similar.min())
+            differing = int(np.bitwise_count(bits[other] ^ bits[place]))
             first[place] = False
-            found[place] = Duplicate(other, f"{bits} bits of the hash differ")
+            found[place] = Duplicate(other, f"{differing} bits of the hash differ")
     return found
 
 
 def _near_hashes(hashes: np.ndarray, max_bits: int) -> Iterator[tuple[int, np.ndarray]]:
     """
-    Each place whose hash is within `max_bits` of earlier ones, with these.
+    Each place whose hash is within `max_bits` of earlier ones, with their places.
 
-    Of `max_bits` + 1 parts of two such hashes one at least is the same (multi-index hashing, Norouzi et al. 2012).
+    If two hashes are that close, at least one of `max_bits` + 1 parts of them is the same (multi-index hashing,
+    Norouzi et al. 2012).
     """
     different, inverse = np.unique(hashes, return_inverse=True)
     # The places of each different hash, in their order.

@@ -1,11 +1,11 @@
-"""The filter step: applies the rules to every text, finds duplicates, and records what changed, with its reason."""
+"""The filter step: applies the rules to every text, finds duplicates, and records new verdicts with their reasons."""
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 from transformers_minigpt4.processing.image_utils_minigpt4 import ImageLoadError
+from transformers_minigpt4.utils.files import JsonObject
 
 from .config import CurationConfig
 from .decisions import settle
@@ -18,21 +18,21 @@ from .store import Project
 
 STEP = "filter"
 KEPT, DROPPED = "kept", "dropped"
-NO_IMAGE = "no_image"  # the reason where the picture's file is gone or cannot be read; no rule can be asked then
-_TEXT_RULE, _IMAGE_RULE = "duplicate_text", "duplicate_picture"
-_BATCH = 5_000  # results written at a time: a run that is killed keeps these
+NO_IMAGE = "no_image"  # the reason if the image's file is missing or unreadable, whatever the rules
+_TEXT_RULE, _IMAGE_RULE = "duplicate_text", "duplicate_image"
+_BATCH = 5_000  # results written at a time; a run that is killed keeps them
 
 
 @dataclass(frozen=True)
 class FilterSummary:
     """
-    What a run of the filter did.
+    The result of a run of the filter.
 
     Args:
         pairs: How many reach the filter.
-        reasons: How many pairs each reason drops, the commonest first; a pair counts for its first reason.
-        written: Verdicts that are new or have changed; all others stand in the project as they were.
-        no_picture: Keys of pairs whose picture is gone or cannot be read.
+        reasons: How many pairs each reason drops, the most common first; a pair counts for its first reason.
+        written: How many verdicts are new or have changed; all others are kept as they were.
+        no_image: Keys of pairs whose image is missing or unreadable.
     """
 
     pairs: int
@@ -49,12 +49,12 @@ class FilterSummary:
         lines = [f"filter: {self.kept} of {self.pairs} pairs kept{share}, {self.written} verdicts new or changed"]
         lines += [f"  {count:>7}  {reason}" for reason, count in self.reasons.items()]
         if self.no_image:
-            lines.append(f"no readable picture: {', '.join(self.no_image[:5])}{' …' * (len(self.no_image) > 5)}")
+            lines.append(f"no readable image: {', '.join(self.no_image[:5])}{' …' * (len(self.no_image) > 5)}")
         return "\n".join(lines)
 
 
 def project_rules(config: CurationConfig) -> RuleSet:
-    """The rules of a project: its changes to the defaults, and its prompts as what must not be left in an answer."""
+    """The rules of a project: its changes to the defaults, and its prompts, which answers must not repeat."""
     return RuleSet(config.rules, (config.prompt, config.continue_prompt, config.repair_prompt))
 
 
@@ -62,10 +62,10 @@ def run_filter(project: Project, config: CurationConfig, progress: bool = True) 
     """
     Judges every pair that reaches the filter.
 
-    Texts are judged one by one, where settings or text have changed since the last run. Duplicates are a matter of all
-    pairs and are looked for at each run; of several alike the first drawn is kept. Only new and changed verdicts are
-    written, so that a changed rule touches what it affects and no more: a pair that people have reviewed stays
-    reviewed unless its verdict turns. Where a text is what people decided on before, their decisions count again.
+    Texts are judged one by one, if settings or text have changed since the last run. Duplicates depend on all pairs
+    and are searched for in each run; of several similar pairs, the first is kept. Only new and changed verdicts are
+    written, so that a changed rule affects nothing else: a pair that people have reviewed stays reviewed unless its
+    verdict changes. If a text is again one that people have decided on, their decisions count again.
 
     Args:
         project: Open.
@@ -94,8 +94,8 @@ def run_filter(project: Project, config: CurationConfig, progress: bool = True) 
 
 def _judge_texts(
     project: Project, rules: RuleSet, before: Mapping[int, Result], settings: str, progress: bool
-) -> tuple[list[Pair], list[str], dict[int, dict[str, Any]]]:
-    """All pairs with their texts, and by place the details of those that a rule on single texts drops."""
+) -> tuple[list[Pair], list[str], dict[int, JsonObject]]:
+    """All pairs with their texts, and by place the details of those that a rule for single texts drops."""
     pairs, texts, verdicts = [], [], {}
     together = {_TEXT_RULE, _IMAGE_RULE, NO_IMAGE}
     with bar(STEP, None, shown=progress) as advance:
@@ -120,13 +120,13 @@ def _judge_together(
     rules: RuleSet,
     pairs: list[Pair],
     texts: list[str],
-    verdicts: dict[int, dict[str, Any]],
+    verdicts: dict[int, JsonObject],
     progress: bool,
 ) -> None:
-    """Adds what needs the other pairs or the pictures, each among those that are still kept."""
+    """Adds the verdicts that need the other pairs or the images, each among the pairs that are still kept."""
     for place, pair in enumerate(pairs):
         if place not in verdicts and not project.image_path(pair).is_file():
-            verdicts[place] = {"reason": NO_IMAGE, "why": f"there is no file {pair.image} any more"}
+            verdicts[place] = {"reason": NO_IMAGE, "why": f"the file {pair.image} does not exist any more"}
     if (parameters := rules.parameters.get(_TEXT_RULE)) is not None:
         left = [place for place in range(len(pairs)) if place not in verdicts]
         found = similar_texts([texts[place] for place in left], **parameters)
@@ -134,46 +134,47 @@ def _judge_together(
             verdicts[left[number]] = {"reason": _TEXT_RULE, "why": duplicate.why, "of": pairs[left[duplicate.of]].key}
     if (parameters := rules.parameters.get(_IMAGE_RULE)) is not None:
         left = [place for place in range(len(pairs)) if place not in verdicts]
-        prints = dict(_prints(project, [pairs[place] for place in left], progress))
+        hashes, errors = _image_hashes(project, [pairs[place] for place in left], progress)
         for place in left:
-            if isinstance(error := prints[pairs[place].id], ImageLoadError):
+            if (error := errors.get(pairs[place].id)) is not None:
                 verdicts[place] = {"reason": NO_IMAGE, "why": str(error)}
         left = [place for place in left if place not in verdicts]
-        found = similar_images([prints[pairs[place].id] for place in left], **parameters)  # type: ignore[misc]
+        found = similar_images([hashes[pairs[place].id] for place in left], **parameters)
         for number, duplicate in found.items():
             of = pairs[left[duplicate.of]].key
             verdicts[left[number]] = {"reason": _IMAGE_RULE, "why": duplicate.why, "of": of}
 
 
-def _prints(project: Project, pairs: list[Pair], progress: bool) -> Iterator[tuple[int, bytes | ImageLoadError]]:
-    """Each pair's id with its picture's print, or with what is wrong with the picture. A print is made once."""
+def _image_hashes(
+    project: Project, pairs: list[Pair], progress: bool
+) -> tuple[dict[int, bytes], dict[int, ImageLoadError]]:
+    """Near-duplicate hashes by pair id, each computed only once; and the errors of images that have none."""
     with project.transaction() as connection:
-        # A cache beside the tables of the schema: what it holds can be made again from the pictures.
+        # A cache beside the tables of the schema: its content can be computed again from the images.
         connection.execute(
-            "CREATE TABLE IF NOT EXISTS picture_prints "
-            "(pair_id INTEGER PRIMARY KEY REFERENCES pairs (id), print BLOB NOT NULL)"
+            "CREATE TABLE IF NOT EXISTS image_hashes "
+            "(pair_id INTEGER PRIMARY KEY REFERENCES pairs (id), hash BLOB NOT NULL)"
         )
-    rows = project.connection().execute(
-        "SELECT pair_id, print FROM picture_prints WHERE length(print) = ?", (HASH_BYTES,)
-    )
-    known = dict(rows.fetchall())
-    new = [pair for pair in pairs if pair.id not in known]
+    rows = project.connection().execute("SELECT pair_id, hash FROM image_hashes WHERE length(hash) = ?", (HASH_BYTES,))
+    hashes: dict[int, bytes] = dict(rows.fetchall())
+    errors: dict[int, ImageLoadError] = {}
+    new = [pair for pair in pairs if pair.id not in hashes]
     with bar("images", len(new), shown=progress and bool(new)) as advance:
         for start in range(0, len(new), _BATCH):
-            made: dict[int, bytes] = {}
+            computed: dict[int, bytes] = {}
             for pair in new[start : start + _BATCH]:
                 try:
-                    made[pair.id] = near_duplicate_hash(project.image_path(pair))
+                    computed[pair.id] = near_duplicate_hash(project.image_path(pair))
                 except ImageLoadError as error:
-                    yield pair.id, error
+                    errors[pair.id] = error
                 advance(1)
             with project.transaction() as connection:
-                connection.executemany("INSERT OR REPLACE INTO picture_prints VALUES (?, ?)", made.items())
-            known.update(made)
-    yield from ((pair.id, known[pair.id]) for pair in pairs if pair.id in known)
+                connection.executemany("INSERT OR REPLACE INTO image_hashes VALUES (?, ?)", computed.items())
+            hashes.update(computed)
+    return hashes, errors
 
 
-def _result(pair: Pair, settings: str, digest: str, verdict: dict[str, Any] | None) -> Result:
+def _result(pair: Pair, settings: str, digest: str, verdict: JsonObject | None) -> Result:
     if verdict is None:
         return Result(pair.id, settings, digest, KEPT)
     details = {name: value for name, value in verdict.items() if name != "reason"}
@@ -181,7 +182,7 @@ def _result(pair: Pair, settings: str, digest: str, verdict: dict[str, Any] | No
 
 
 def _write(project: Project, results: list[Result], before: Mapping[int, Result]) -> int:
-    """Records new and changed verdicts; of the others notes that they hold under the settings of now."""
+    """Records new and changed verdicts; marks the others as valid for the current settings."""
     changed, same = [], []
     for result in results:
         known = before.get(result.pair_id)

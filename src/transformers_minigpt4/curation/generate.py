@@ -1,4 +1,4 @@
-"""Describes drawn pictures with a checkpoint: batches, and a second turn that goes on from the first one's cache."""
+"""Describes sampled images with a checkpoint: in batches, with a second turn that reuses the first one's cache."""
 
 import hashlib
 from collections.abc import Iterator
@@ -15,9 +15,9 @@ from transformers_minigpt4.inference.loading import load_model_and_processor
 from transformers_minigpt4.processing.image_utils_minigpt4 import ImageLoadError, load_image
 
 from .config import CurationConfig, CurationError, settings_hash
-from .draw import Drawn, draw_images
 from .progress import bar
 from .records import FAILED, Result, Work
+from .sampling import Sampled, sample_images
 from .store import Project
 
 
@@ -26,7 +26,7 @@ PLACEHOLDER = "<ImageHere>"
 
 @dataclass(frozen=True)
 class Description:
-    """What the model wrote about one picture: the answers of its one or two turns, and their lengths in tokens."""
+    """What the model wrote about one image: the answers of its one or two turns, and their lengths in tokens."""
 
     turns: tuple[str, ...]
     tokens: tuple[int, ...]
@@ -41,34 +41,34 @@ class Description:
 class Generated:
     """What `run_generate` did."""
 
-    drawn: Drawn
+    sampled: Sampled
     described: int
     continued: int
     failed: int
 
     def __str__(self) -> str:
-        text = f"{self.drawn}\n{self.described:,} described, {self.continued:,} of them in two turns"
+        text = f"{self.sampled}\n{self.described:,} described, {self.continued:,} of them in two turns"
         return text + (f"; {self.failed:,} failed, see `minigpt4 curate status`" if self.failed else "")
 
 
 def run_generate(project: Project, config: CurationConfig, progress: bool = True) -> Generated:
     """
-    Draws pictures and describes those that have no description yet, or one by other settings.
+    Samples images and describes those that have no description yet, or one by other settings.
 
-    Each batch is recorded when it is done; a run that is stopped goes on with the batch that it was at. A picture
-    whose file is gone or cannot be read any more is recorded as failed, and tried again by the next run.
+    Each batch is recorded when it is done; an interrupted run resumes with the batch that it was working on. An image
+    whose file is missing or unreadable is recorded as failed, and tried again by the next run.
 
     Raises:
-        CurationError: for a project that another process works on, a source or checkpoint that does not fit.
+        CurationError: for a project that another process works on, or an unsuitable source or checkpoint.
         DataError: for a source that cannot be opened.
         ValueError: for a checkpoint that cannot be loaded.
     """
     with project.writer("generate"):
-        drawn = draw_images(project, config, progress)
+        sampled = sample_images(project, config, progress)
         settings = generate_settings(config)
         waiting = sum(1 for _ in project.pending("generate", settings))
         if not waiting:
-            return Generated(drawn, 0, 0, 0)
+            return Generated(sampled, 0, 0, 0)
         model, processor = load_model_and_processor(
             config.checkpoint, config.dtype, config.device, config.trust_remote_code
         )
@@ -81,7 +81,7 @@ def run_generate(project: Project, config: CurationConfig, progress: bool = True
                 continued += sum(len(result.details.get("turns", ())) > 1 for result in results)
                 failed += sum(result.outcome == FAILED for result in results)
                 count(len(results))
-        return Generated(drawn, described, continued, failed)
+        return Generated(sampled, described, continued, failed)
 
 
 def generate_settings(config: CurationConfig) -> str:
@@ -99,7 +99,7 @@ def generate_settings(config: CurationConfig) -> str:
 
 
 def _weights_digest(folder: Path) -> list[str]:
-    """Of a folder: a checkpoint trained anew in the same place is another one. Reading it takes less than loading."""
+    """Of a folder, since a retrained checkpoint in the same place is another one. It takes less time than loading."""
     digests = []
     for path in sorted(folder.glob("*.safetensors")) if folder.is_dir() else ():
         with open(path, "rb") as file:
@@ -122,12 +122,12 @@ def _describe_works(
             images.append(load_image(path))
             readable.append(work)
         except ImageLoadError as error:
-            reason = "unreadable picture" if path.exists() else "missing picture"
+            reason = "unreadable image" if path.exists() else "missing image"
             results.append(Result(work.pair.id, settings, work.input, FAILED, reason, details={"error": str(error)}))
     if not images:
         return results
     if config.do_sample:
-        # Drawn answers depend on the seed and the batch alone, not on how often the run was stopped.
+        # Sampled answers depend on the seed and the batch alone, not on how often the run was stopped.
         torch.manual_seed(config.seed * 1_000_003 + readable[0].pair.id)
     for work, found in zip(readable, describe_in_turns(images, model, processor, config)):
         details = {"turns": list(found.turns), "tokens": list(found.tokens)}
@@ -140,25 +140,25 @@ def describe_in_turns(
     images: list[Image.Image], model: Any, processor: Any, config: CurationConfig
 ) -> list[Description]:
     """
-    Describes pictures in one batch, with a second turn for the answers of at most `config.continue_below` tokens.
+    Describes images in one batch, with a second turn for the answers of at most `config.continue_below` tokens.
 
     Args:
-        images: RGB pictures.
+        images: RGB images.
         model: An image-text-to-text model.
         processor: Its processor.
         config: Prompts and limits. With `<ImageHere>` in the prompt the second turn reuses keys and values of the
-            first, image and answer included; without, the processor's chat template puts the turns together, and the
-            second turn is computed from the start.
+            first, image and answer included; otherwise the processor's chat template joins the turns, and the second
+            turn is computed from the start.
 
     Raises:
-        CurationError: for a prompt that does not fit the processor.
+        CurationError: for a prompt that is unsuitable for the processor.
     """
     if PLACEHOLDER not in config.prompt:
         return _chat_turns(images, model, processor, config)
     if getattr(processor, "image_token", None) != PLACEHOLDER:
         raise CurationError(
-            f"{config.checkpoint} does not know {PLACEHOLDER}, which stands in the prompt; write `prompt` and "
-            "`continue_prompt` as plain questions, and its own chat template is used"
+            f"{config.checkpoint} does not know {PLACEHOLDER}, which the prompt contains; write `prompt` and "
+            "`continue_prompt` as plain questions, to use its own chat template"
         )
     inputs = processor(images=[[image] for image in images], text=[config.prompt] * len(images), return_tensors="pt")
     inputs = inputs.to(model.device, dtype=model.dtype)
@@ -190,11 +190,11 @@ def continue_answers(
     **settings: Any,
 ) -> torch.Tensor:
     """
-    The second turn of some rows of a batch, going on from the keys and values that the first turn left.
+    The second turn of some rows of a batch, computed from the keys and values of the first turn.
 
     Args:
-        model: What gave the first turn.
-        output: Of `generate` with `return_dict_in_generate`; its cache is used up.
+        model: The model that gave the first turn.
+        output: Of `generate` with `return_dict_in_generate`; its cache is changed.
         width, lengths, rows, turn: As for [`continue_inputs`].
         settings: For `generate`.
 
@@ -203,7 +203,7 @@ def continue_answers(
     """
     ids, mask = continue_inputs(output.sequences, width, lengths, rows, turn)
     cache = output.past_key_values
-    # Behind the longest of the answers that go on, there is nothing to keep.
+    # After the longest of the answers that continue, there is nothing to keep.
     cache.crop(min(0, ids.shape[1] - turn.shape[1] - cache.get_seq_length()))
     cache.batch_select_indices(rows)
     sequences = model.generate(input_ids=ids, attention_mask=mask, past_key_values=cache, **settings)
@@ -214,16 +214,16 @@ def continue_inputs(
     sequences: torch.Tensor, width: int, lengths: torch.Tensor, rows: torch.Tensor, turn: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    The second turn's ids and attention mask: prompt and answer as they stand in the cache, then the new turn.
+    The second turn's ids and attention mask: prompt and answer as in the cache, then the new turn.
 
-    An answer that ended early has its end mark and pads behind it; the mask hides them, so that positions go on right
-    behind its last word.
+    An answer that ended early is followed by its end token and padding; the mask hides them, so that the positions of
+    the new turn follow its last token.
 
     Args:
-        sequences: `(B, width + new tokens)`, what the first turn gave.
+        sequences: `(B, width + new tokens)`, from the first turn.
         width: Positions of the prompt, the same for all.
-        lengths: `(B,)`, tokens of each answer without its end mark.
-        rows: `(R,)`, the rows that go on.
+        lengths: `(B,)`, tokens of each answer without its end token.
+        rows: `(R,)`, the rows that continue.
         turn: `(1, N)`, ids of the second prompt.
 
     Returns:
@@ -233,7 +233,7 @@ def continue_inputs(
     context = sequences[rows, : width + int(lengths.max())]
     places = torch.arange(context.shape[1], device=context.device)
     mask = (places[None] < width + lengths[:, None]).long()
-    # The repetition penalty looks at ids, masked or not; hidden ones repeat one that counts anyway.
+    # The repetition penalty sees all ids, masked or not; hidden ones repeat one that counts anyway.
     context = torch.where(mask.bool(), context, turn[0, 0])
     turns = turn.expand(len(rows), -1)
     return torch.cat([context, turns], dim=1), torch.cat([mask, torch.ones_like(turns)], dim=1)
@@ -241,14 +241,14 @@ def continue_inputs(
 
 def answer_lengths(answers: torch.Tensor, generation_config: Any) -> torch.Tensor:
     """
-    Tokens of each answer in front of its end mark.
+    Tokens of each answer before its end token or stop string.
 
     Args:
-        answers: `(B, new tokens)`, the new ids alone, padded behind the end mark.
-        generation_config: Names the end marks, `eos_token_id` and `stop_sequences`.
+        answers: `(B, new tokens)`, the new ids only, padded after their end.
+        generation_config: Names the end tokens, `eos_token_id`, and `stop_sequences`.
 
     Returns:
-        `(B,)`; all new tokens where no end mark came.
+        `(B,)`; all new tokens where there is no end.
     """
     count, length = answers.shape
     eos = generation_config.eos_token_id
@@ -265,7 +265,7 @@ def answer_lengths(answers: torch.Tensor, generation_config: Any) -> torch.Tenso
 
 
 def _settings(config: CurationConfig) -> dict[str, Any]:
-    """For `generate`; with beams, the cache would hold several rows for each picture."""
+    """For `generate`; with beams, the cache would hold several rows for each image."""
     return {
         "max_new_tokens": config.max_new_tokens,
         "do_sample": config.do_sample,

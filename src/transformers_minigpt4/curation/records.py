@@ -34,7 +34,7 @@ class Pair:
     sha256: str
     source: str
     origin: JsonObject
-    drawn_at: str
+    sampled_at: str
 
 
 @dataclass(frozen=True)
@@ -91,10 +91,10 @@ class StepCount:
 
 @dataclass(frozen=True)
 class Funnel:
-    """The counts of a project: images wanted, drawn and skipped (by kind), then each step, then accepted pairs."""
+    """The counts of a project: images wanted, sampled and skipped (by kind), then each step, then accepted pairs."""
 
     wanted: int
-    drawn: int
+    sampled: int
     skipped: dict[str, int]
     steps: list[StepCount]
     accepted: int

@@ -1,4 +1,4 @@
-"""The repair step: a language model fixes each text, and what it should not have done is flagged for review."""
+"""The repair step: a language model fixes each text, and suspicious changes are flagged for review."""
 
 import json
 import re
@@ -6,11 +6,11 @@ import sqlite3
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from transformers_minigpt4.llm.client import ChatModel
 from transformers_minigpt4.llm.opening import open_chat_model
 from transformers_minigpt4.llm.types import BudgetExhausted, ChatAnswer, ChatError, Usage, prefixed
+from transformers_minigpt4.utils.files import JsonObject
 
 from .config import CONFIG_FILE, REPAIR, CurationConfig, settings_hash
 from .database import write_results
@@ -21,10 +21,10 @@ from .store import Project
 
 
 STEP = "repair"
-ANSWERS = "answers.sqlite"  # in the project's folder: a prompt or check changed back costs nothing
+ANSWERS = "answers.sqlite"  # in the project's folder, so that changing a prompt back costs nothing
 OK, FLAGGED, FAILED = "ok", "flagged", "failed"
 _CUT_OFF = "cut off"
-_IN_FLIGHT = "repair in flight"  # in the project's `meta` while a run is on
+_IN_FLIGHT = "repair in flight"  # key in the project's `meta` during a run
 _TEMPLATE_TOKENS = 100  # of a chat template around a request, generously
 _QUOTED = re.compile(r'^(["“])(.*)(["”])$', re.DOTALL)
 
@@ -32,14 +32,14 @@ _QUOTED = re.compile(r'^(["“])(.*)(["”])$', re.DOTALL)
 @dataclass(frozen=True)
 class RepairSummary:
     """
-    What a run of the repair did.
+    The result of a run of the repair.
 
     Args:
-        outcomes: How many texts came out `ok`, `flagged` or `failed`.
-        reasons: How many were flagged or failed for each reason, the commonest first.
-        errors: For each reason of a failure, what was said of the first text.
-        changed: How many texts differ from what they were.
-        usage: What this run used; `total` with the runs before.
+        outcomes: How many texts are `ok`, `flagged` or `failed`.
+        reasons: How many were flagged or failed for each reason, the most common first.
+        errors: For each reason of a failure, the message for the first text.
+        changed: How many texts were changed.
+        usage: What this run used; `total` includes earlier runs.
     """
 
     outcomes: dict[str, int]
@@ -51,7 +51,7 @@ class RepairSummary:
 
     def __str__(self) -> str:
         if not self.outcomes:
-            return "repair: nothing to do, all texts are repaired with these settings"
+            return "repair: nothing to do, all texts have been repaired with these settings"
         counts = ", ".join(f"{count} {outcome}" for outcome, count in self.outcomes.items())
         lines = [
             f"repair: {sum(self.outcomes.values())} texts: {counts}; {self.changed} changed",
@@ -69,10 +69,10 @@ class RepairSummary:
 
 def run_repair(project: Project, config: CurationConfig, progress: bool = True) -> RepairSummary:
     """
-    Has the project's language model repair every text that has no repair by these settings yet.
+    Has the project's language model repair every text that has not been repaired with these settings yet.
 
-    Each result is on the disk before the next one is waited for, along with what was used so far. After a kill, an
-    answer that was in the cache already is not paid for again; the next run counts as many requests as were allowed in
+    Each result is on the disk before the next one is waited for, along with the usage so far. After a kill, an answer
+    that was in the cache already is not paid for again; the next run counts as many requests as were allowed in
     flight, with the most that each can have used. The budget is the project's: earlier runs count.
 
     Args:
@@ -82,8 +82,8 @@ def run_repair(project: Project, config: CurationConfig, progress: bool = True) 
 
     Raises:
         CurationError: if no model is named, or while another process runs a step.
-        ChatError: for what concerns every text: a refused key, nothing at the address, an exhausted budget. What was
-            finished is kept.
+        ChatError: for what affects every text: a refused key, nothing at the address, an exhausted budget. Finished
+            work is kept.
         ValueError: for settings that cannot work, or a local model that cannot be loaded.
     """
     settings = config.chat_settings()
@@ -109,8 +109,8 @@ def repair_digest(config: CurationConfig) -> str:
     """
     Changes with what decides a repair: model, prompt, temperature, checks.
 
-    Not with the address of the endpoint, which may move, nor with the longest answer, which matters only for those
-    that it cut off.
+    It does not change with the endpoint's address, which may move, nor with the longest answer, which matters only
+    for answers that were cut off.
     """
     settings = config.chat_settings()
     return settings_hash(STEP, VERSION, settings.model, config.repair_prompt, settings.temperature)
@@ -125,7 +125,7 @@ def used_so_far(project: Project) -> Usage:
 
 
 def _count_lost(project: Project) -> None:
-    """Counts what was in flight when the last run was killed or broken off: its answers may be billed."""
+    """Counts what was in flight when the last run was killed: its answers may be billed."""
     left = project.meta(_IN_FLIGHT)
     if not left:
         return
@@ -140,7 +140,7 @@ def _count_lost(project: Project) -> None:
 
 
 def _works(project: Project, config: CurationConfig, digest: str) -> Iterator[Work]:
-    """What is pending, and what was cut off where longer answers are allowed now."""
+    """What is pending, and what was cut off if longer answers are allowed now."""
     yield from project.pending(STEP, digest)
     short = {
         pair.id: result
@@ -154,7 +154,7 @@ def _works(project: Project, config: CurationConfig, digest: str) -> Iterator[Wo
 
 
 class _Run:
-    """One run of the step, which counts as it goes."""
+    """One run of the step, with its counts."""
 
     def __init__(
         self, project: Project, config: CurationConfig, digest: str, works: dict[int, Work], model: ChatModel
@@ -176,8 +176,8 @@ class _Run:
                 "INSERT OR REPLACE INTO meta VALUES (?, ?)", (_IN_FLIGHT, json.dumps(self._most_in_flight()))
             )
 
-    def _most_in_flight(self) -> dict[str, Any]:
-        """The most that can be in flight at once; of a text's bytes, none makes more than one token."""
+    def _most_in_flight(self) -> JsonObject:
+        """The most that can be in flight at once; a byte of text is at most one token."""
         settings = self.model.settings
         requests = min(settings.concurrency, len(self.works))
         longest = max(len(work.text.encode(errors="replace")) for work in self.works.values())
@@ -240,7 +240,7 @@ class _Run:
         done(1)
 
     def close(self) -> None:
-        """Writes what was used since the last result, requests that failed too; nothing is in flight any more."""
+        """Writes what was used since the last result, also by failed requests; nothing is in flight any more."""
         with self.project.transaction() as connection:
             self._write_usage(connection)
             connection.execute("DELETE FROM meta WHERE key = ?", (_IN_FLIGHT,))
@@ -262,7 +262,7 @@ class _Run:
 
 
 def _unquoted(text: str, source: str) -> str:
-    """Without the quotes that some models put around the whole answer."""
+    """Without the quotes that some models put around the complete answer."""
     found = _QUOTED.match(text)
     if found and not _QUOTED.match(source.strip()) and not set(found[2]) & {found[1], found[3]}:
         return found[2].strip()
@@ -270,7 +270,7 @@ def _unquoted(text: str, source: str) -> str:
 
 
 def _explained(error: ChatError, done: int, left: int) -> ChatError:
-    kept = f"the {done} texts of this run are kept and {left} wait" if done else f"{left} texts wait"
+    kept = f"the {done} texts of this run are kept and {left} are left" if done else f"{left} texts are left"
     message = f"{prefixed(str(error), REPAIR)} (settings in {CONFIG_FILE}; {kept}: run the same command again)"
     if error.kind == "budget":
         return BudgetExhausted(message)

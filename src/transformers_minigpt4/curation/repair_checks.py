@@ -1,11 +1,12 @@
-"""Compares a repaired text with its source by plain rules, and names what a person should look at."""
+"""Compares a repaired text with its source by simple rules, and flags what a person should look at."""
 
 import re
 from collections.abc import Iterable
 from difflib import SequenceMatcher
 
 from .language import other_language, other_script
-from .rules import APOLOGIES, LEFTOVERS, SELF_REFERENCE, Text, says
+from .phrases import APOLOGIES, LEFTOVERS, SELF_REFERENCE
+from .text_checks import Text, says
 
 
 VERSION = 1  # goes up when the checks change what they flag
@@ -17,16 +18,16 @@ FLAGS = {
     "collapsed": "much shorter than what the source says once",
     "markup": "HTML, Markdown or code fences",
     "leftovers": "pieces of the prompt, or a preface such as `Here is the corrected paragraph`",
-    "refusal": "apologises, declines, or speaks of itself, where the source does not",
+    "refusal": "apologizes, declines or refers to itself, although the source does not",
     "cut off": "ended by the limit of tokens",
 }
 
-# Longer than so many times the source, and so many words more for a sentence to be completed.
+# Longer than so many times the source, plus so many words to complete a sentence.
 _LONGEST, _MORE_WORDS = 1.25, 10
-# Shorter than this share of what the source says once.
+# Shorter than this share of the source without repetitions.
 _SHORTEST = 0.5
-_MAX_OTHER_LETTERS, _MIN_ENGLISH = 0.1, 0.2  # the filter's own
-# A spelling corrected (`buildng`) is no new word; in a word of fewer letters one letter may make another word (`bed`).
+_MAX_OTHER_LETTERS, _MIN_ENGLISH = 0.1, 0.2  # as in the filter
+# A corrected spelling (`buildng`) is not a new word; in a shorter word, one letter may make another word (`bed`).
 _SAME_WORD, _MIN_LETTERS = 0.85, 6
 _PREFACE = re.compile(
     r"^\W*(sure|certainly|of course|okay|here is|here's|here are)\b[^.!?\n]{0,80}[:!]", re.IGNORECASE
@@ -35,7 +36,7 @@ _MARKUP = re.compile(
     r"</?[a-z][^<>]{0,200}>|&(?:[a-z]{2,8}|#\d{1,6});|```|\*\*|__|^\s*(?:#{1,6}|[*\-•])\s", re.I | re.M
 )
 _WORD = re.compile(r"[^\W_]+(?:'[^\W_]+)*")
-# Endings, with how many letters must be left: `forest` is no `for`, `early` no `ear`.
+# Endings, with how many letters must be left: `forest` is not a form of `for`, nor `early` of `ear`.
 _ENDINGS = {
     **dict.fromkeys(("ingly", "edly", "ings", "ing", "ies", "ied", "ed", "es"), 3),
     **dict.fromkeys(("iest", "ier", "est", "ers", "er", "ly"), 4),
@@ -46,7 +47,7 @@ _NUMBER_WORDS = (
 )
 _NUMBERS = {word: str(number) for number, word in enumerate(_NUMBER_WORDS)}
 _NUMBERS |= {"thirty": "30", "forty": "40", "fifty": "50", "hundred": "100", "thousand": "1000", "pair": "2"}
-# Words that carry no fact of their own. Negations and words of place are none of these: they turn facts round.
+# Words that state no fact. Negations and words of place are not among them: they change facts.
 _EMPTY_WORDS = """
 a an the this that these those it its they them their theirs he him his she her hers we us our you your i my me there
 here who whom whose which what where when while how as if so than then and or but nor yet also too both either each
@@ -66,15 +67,15 @@ def flags(source: str, repaired: str, prompt: str = "") -> dict[str, str]:
     """
     What a person should look at in a repaired text.
 
-    Facts that change places are not seen (`a red cup and a blue plate` for `a blue cup and a red plate`).
+    Swapped facts are not detected (`a red cup and a blue plate` for `a blue cup and a red plate`).
 
     Args:
         source: The text before.
         repaired: The text after.
-        prompt: What the model was asked; its sentences must not come back.
+        prompt: The model's prompt, whose sentences must not be repeated.
 
     Returns:
-        `dict[str, str]`: for each of [`FLAGS`] that holds, what was found; empty for a text without objection.
+        `dict[str, str]`: for each of [`FLAGS`] that applies, what was found; empty for a text without objections.
     """
     before, after = Text(source), Text(repaired)
     found = {
@@ -91,9 +92,9 @@ def flags(source: str, repaired: str, prompt: str = "") -> dict[str, str]:
 
 def added_words(source: str, repaired: str) -> list[str]:
     """
-    Content words and numbers of a repaired text that its source does not have, in their order, each once.
+    Content words and numbers of a repaired text that its source does not have, in order, each once.
 
-    Other forms of a word (`stands`, `standing`), numbers as digits (`two`, `2`) and corrected spellings are not new.
+    Other forms of a word (`stands`, `standing`), numbers as digits (`two`, `2`) and corrected spellings do not count.
     """
     words = set(_words(source))
     stems = {_stem(word) for word in words}
@@ -110,7 +111,7 @@ def _words(text: str) -> list[str]:
 
 
 def _stem(word: str) -> str:
-    """A word without its ending, roughly: two forms of one word should meet, two words should not."""
+    """A word without its ending, roughly: forms of one word should have the same stem, different words should not."""
     if word in _NUMBERS:
         return _NUMBERS[word]
     for ending, left in _ENDINGS.items():
@@ -158,7 +159,7 @@ def _other_language(source: str, repaired: str) -> str:
 
 
 def _language(text: str) -> str:
-    """What a text is in if it is not English; `""` for English."""
+    """The language or script of a text that is not English; `""` for English."""
     script = other_script(text, _MAX_OTHER_LETTERS)
     return script.capitalize() if script else other_language(text, _MIN_ENGLISH) or ""
 
@@ -170,6 +171,6 @@ def _ballooned(before: Text, after: Text) -> str:
 
 def _collapsed(before: Text, after: Text) -> str:
     old, new = before.words, len(after.words)
-    # Of long rounds of a few words, the words count; of a text whose sentences come again, the 3-grams.
+    # For endless repetitions of a few words, the words count; for repeated sentences, the 3-grams.
     once = min(len(set(zip(old, old[1:], old[2:]))) + 2, 2 * len(set(old)))
     return f"{new} words from {len(old)}, about {once} without repetition" if new < _SHORTEST * once else ""

@@ -81,8 +81,8 @@ def _facts(project: Project, config: CurationConfig) -> JsonObject:
     rows = [
         {
             **row._asdict(),
-            "share": share(row.pairs, funnel.drawn),
-            "percent": f"{100 * min(1.0, row.pairs / funnel.drawn):.2f}" if funnel.drawn else "0",
+            "share": share(row.pairs, funnel.sampled),
+            "percent": f"{100 * min(1.0, row.pairs / funnel.sampled):.2f}" if funnel.sampled else "0",
         }
         for row in funnel_rows(funnel)
     ]

@@ -2,7 +2,13 @@
 
 from collections.abc import Callable
 
+from .build import run_build
 from .config import CurationConfig
+from .filter import project_rules, run_filter
+from .generate import run_generate
+from .repair import run_repair
+from .report import run_report
+from .status import status_text
 from .store import Project
 
 
@@ -10,27 +16,20 @@ def run_all(
     project: Project, config: CurationConfig, progress: bool = True, say: Callable[[str], object] = print
 ) -> None:
     """
-    Generate, repair where a model is named, filter, report; and build, where there is something to build from.
+    Generate, repair if a model is named, filter, report; and build, if there is something to build from.
 
-    Each step does what is left to do, so that a second run is short. What was finished stays if a step raises.
+    Each step does only what has not been done, so that a second run is short. Finished work is kept if a step raises.
 
     Args:
         project: Open.
         config: Its settings.
         progress: Whether to show bars on a terminal.
-        say: Told in a line or two what each step did.
+        say: Called with a line or two on what each step did.
 
     Raises:
-        CurationError: for settings of any step that cannot work, before the first one; and what the steps raise.
+        CurationError: before the first step, for settings of any step that cannot work; and what the steps raise.
     """
-    from .build import run_build
-    from .filter import project_rules, run_filter
-    from .generate import run_generate
-    from .repair import run_repair
-    from .report import run_report
-    from .status import status_text
-
-    # What only a later step reads is better told before hours of describing.
+    # Mistakes in what only a later step reads are better reported before hours of describing.
     project_rules(config)
     say(str(run_generate(project, config, progress)))
     if config.repairs:

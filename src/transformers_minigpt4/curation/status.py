@@ -1,4 +1,4 @@
-"""Shows how far a project is: the funnel of counts and shares, with every reason, as text and as a picture."""
+"""Shows the progress of a project: the funnel of counts and shares, with every reason, as text and as an image."""
 
 import os
 from collections.abc import Iterator
@@ -12,8 +12,8 @@ from .store import Project
 
 
 _BAR = 30  # characters of a full bar
-_COLOURS = {"passed": "#2a6f97", "lost": "#c1666b", "waiting": "#b8b8b8"}
-_REASONS_SHOWN = 20  # of one outcome; the rest is summed up
+_COLORS = {"passed": "#2a6f97", "lost": "#c1666b", "waiting": "#b8b8b8"}
+_REASONS_SHOWN = 20  # of one outcome; the others are added up
 STEP_WORDS = {
     "generate": "described",
     "repair": "repaired",
@@ -40,8 +40,8 @@ class FunnelRow(NamedTuple):
 
 
 def funnel_rows(funnel: Funnel) -> list[FunnelRow]:
-    """The funnel from the pictures drawn to the pairs accepted; a step's own line tells what it passes on."""
-    rows = [FunnelRow(0, "drawn", funnel.drawn, "passed")]
+    """The funnel from the images sampled to the pairs accepted; a step's first line is what it passes on."""
+    rows = [FunnelRow(0, "sampled", funnel.sampled, "passed")]
     rows += [FunnelRow(1, f"skipped in the source: {kind}", count, "lost") for kind, count in funnel.skipped.items()]
     for step in funnel.steps:
         rows += _step_rows(step)
@@ -49,7 +49,7 @@ def funnel_rows(funnel: Funnel) -> list[FunnelRow]:
 
 
 def passed_on(step: StepCount) -> int:
-    """Pairs that a step hands to the next one."""
+    """Pairs that a step passes on to the next one."""
     return sum(step.outcomes.get(outcome, 0) for outcome in PASSING[step.step])
 
 
@@ -75,13 +75,13 @@ def _one_line(reason: str) -> str:
 
 
 def share(count: int, of: int) -> str:
-    """A share in per cent, or a dash where there is nothing to have a share of."""
+    """A share in percent, or a dash for a share of nothing."""
     return f"{count / of:.1%}" if of else "-"
 
 
 def status_text(project: Project) -> str:
     """
-    The funnel as lines of text: label, pairs, share of the drawn pictures, and a bar of it for each step.
+    The funnel as lines of text: label, pairs, share of the sampled images, and a bar of it for each step.
 
     Args:
         project: Open.
@@ -92,22 +92,22 @@ def status_text(project: Project) -> str:
     width = max(map(len, labels))
     lines = [f"{'':<{width}}  {'pairs':>7}  {'share':>6}"]
     for row, label in zip(rows, labels):
-        part = row.pairs / funnel.drawn if funnel.drawn else 0.0
+        part = row.pairs / funnel.sampled if funnel.sampled else 0.0
         bar = "#" * round(_BAR * min(part, 1.0)) if row.depth == 0 else ""
-        of = "-" if row.label.startswith("skipped") else share(row.pairs, funnel.drawn)
+        of = "-" if row.label.startswith("skipped") else share(row.pairs, funnel.sampled)
         lines.append(f"{label:<{width}}  {row.pairs:>7}  {of:>6}  {bar}".rstrip())
-    if funnel.drawn < funnel.wanted:
-        lines.append(f"{funnel.wanted - funnel.drawn} of the {funnel.wanted} pictures wanted have not been drawn")
+    if funnel.sampled < funnel.wanted:
+        lines.append(f"{funnel.wanted - funnel.sampled} of the {funnel.wanted} images wanted have not been sampled")
     return "\n".join(lines)
 
 
-def save_status_png(project: Project, path: str | os.PathLike) -> None:
+def save_status_png(project: Project, path: str | os.PathLike[str]) -> None:
     """
-    Draws the funnel as a PNG: a bar for each step, and below it thinner ones for what it lost, by reason.
+    Draws the funnel as a PNG: a bar for each step, and below it thinner ones for what it dropped, by reason.
 
     Args:
         project: Open.
-        path: Replaced where it exists, in one step.
+        path: Replaced atomically if it exists.
 
     Raises:
         CurationError: without matplotlib.
@@ -117,7 +117,7 @@ def save_status_png(project: Project, path: str | os.PathLike) -> None:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise CurationError(
-            'the picture of the funnel needs matplotlib; pip install "transformers_minigpt4[curation]"'
+            'the chart of the funnel needs matplotlib: pip install "transformers_minigpt4[curation]"'
         ) from error
     funnel = project.funnel()
     rows = [row for row in funnel_rows(funnel) if not row.label.startswith("skipped")]
@@ -126,14 +126,14 @@ def save_status_png(project: Project, path: str | os.PathLike) -> None:
     axes = figure.add_subplot()
     for place, row in enumerate(rows):
         height = (0.8, 0.5, 0.3)[row.depth]
-        axes.barh(place, row.pairs, height=height, color=_COLOURS[row.kind], alpha=1.0 if row.depth == 0 else 0.7)
-        text = f" {row.pairs:,} ({share(row.pairs, funnel.drawn)})"
+        axes.barh(place, row.pairs, height=height, color=_COLORS[row.kind], alpha=1.0 if row.depth == 0 else 0.7)
+        text = f" {row.pairs:,} ({share(row.pairs, funnel.sampled)})"
         axes.text(row.pairs, place, text, va="center", fontsize=9, parse_math=False)
     axes.set_yticks(range(len(rows)))
     for label, row in zip(axes.set_yticklabels(["   " * row.depth + row.label for row in rows]), rows):
         label.set(parse_math=False, fontweight="bold" if row.depth == 0 else "normal", fontsize=9)
     axes.invert_yaxis()
-    axes.set_xlim(0, max(1, funnel.drawn) * 1.18)
+    axes.set_xlim(0, max(1, funnel.sampled) * 1.18)
     axes.set_xlabel("pairs")
     axes.spines[["top", "right"]].set_visible(False)
     with atomic_file(path) as scratch:

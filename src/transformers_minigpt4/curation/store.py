@@ -165,21 +165,21 @@ class Project:
         return folder_lock(self.folder, refusal, purpose=step, error=CurationError)
 
     def pairs(self) -> Iterator[Pair]:
-        """All pairs in the order of drawing."""
+        """All pairs in the order of sampling."""
         for row in self._paged("SELECT * FROM pairs WHERE id > :after ORDER BY id"):
             yield pair_of(row)
 
     def add_pairs(self, rows: Sequence[tuple[str, str, str, JsonObject]], source: str) -> None:
         """
-        Adds drawn images, all or none.
+        Adds sampled images, all or none.
 
         Args:
             rows: `(key, image, sha256, origin)` with the source's key as `origin["key"]`.
-            source: What they were drawn from.
+            source: What they were sampled from.
         """
         with self.transaction() as connection:
             connection.executemany(
-                "INSERT INTO pairs (key, image, sha256, source, source_key, origin, drawn_at) "
+                "INSERT INTO pairs (key, image, sha256, source, source_key, origin, sampled_at) "
                 "VALUES (?, ?, ?, ?, ?, ?, ?)",
                 [
                     (key, image, digest, source, str(origin["key"]), ascii_json(origin), now())
@@ -188,7 +188,7 @@ class Project:
             )
 
     def add_skipped(self, source: str, source_key: str, kind: str, reason: str) -> None:
-        """Notes a drawn row that cannot be used; `kind` is counted, `reason` is for people."""
+        """Notes a sampled row that cannot be used; `kind` is counted, `reason` is for people."""
         with self.transaction() as connection:
             connection.execute(
                 "INSERT OR IGNORE INTO skipped VALUES (?, ?, ?, ?, ?)", (source, source_key, kind, reason, now())
@@ -206,7 +206,7 @@ class Project:
 
     def pending(self, step: str, settings: str) -> Iterator[Work]:
         """
-        The pairs that a step has to process, in the order of drawing.
+        The pairs that a step has to process, in the order of sampling.
 
         These are the pairs that the previous step passed on and that have no result of this step yet, or one of other
         settings or of another text, or one that failed. Results may be recorded while this is being read.
@@ -272,12 +272,12 @@ class Project:
 
     def funnel(self) -> Funnel:
         """How many pairs reached each step, and their outcomes with reasons."""
-        (drawn,) = self._rows("SELECT count(*) FROM pairs")[0]
+        (sampled,) = self._rows("SELECT count(*) FROM pairs")[0]
         skipped = self._rows("SELECT kind, count(*) FROM skipped GROUP BY kind ORDER BY count(*) DESC, kind")
         accepted = self._rows(f"SELECT count(*) FROM ({accepted_pairs(self.config.repairs, False)})", after=0)
         return Funnel(
             wanted=self.config.images,
-            drawn=drawn,
+            sampled=sampled,
             skipped={row[0]: row[1] for row in skipped},
             steps=[self._step_count(step) for step in self.steps],
             accepted=accepted[0][0],

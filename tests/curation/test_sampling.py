@@ -1,4 +1,4 @@
-"""Drawing pictures: seeded, spread over shards, resumed, without duplicates; every skipped row has its reason."""
+"""Sampling images: seeded, spread over shards, resumed, without duplicates; every skipped row has its reason."""
 
 import errno
 import io
@@ -12,10 +12,10 @@ from dataclasses import replace
 import pytest
 from PIL import Image
 
-from transformers_minigpt4.curation import draw
+from transformers_minigpt4.curation import sampling
 from transformers_minigpt4.curation.config import CurationConfig, CurationError
-from transformers_minigpt4.curation.draw import draw_images
 from transformers_minigpt4.curation.records import IMAGES
+from transformers_minigpt4.curation.sampling import sample_images
 from transformers_minigpt4.curation.store import Project
 from transformers_minigpt4.data.schema import DataError
 
@@ -53,26 +53,26 @@ def config(source, pictures, **changes):
     return CurationConfig(source, "checkpoint", images=pictures, **changes)
 
 
-def drawn(folder, settings):
-    """The source's keys in the order of drawing."""
+def sampled(folder, settings):
+    """The source's keys in the order of sampling."""
     with Project.create(folder, settings) as project:
-        draw_images(project, settings, False)
+        sample_images(project, settings, False)
         return [pair.origin["key"] for pair in project.pairs()]
 
 
-def test_a_drawing_is_random_and_repeats_with_its_seed(tmp_path):
+def test_sampling_is_random_and_repeats_with_its_seed(tmp_path):
     source = listing(tmp_path / "source", {f"{n}.png": content(n) for n in range(40)})
-    first = drawn(tmp_path / "a", config(source, 10))
-    assert first == drawn(tmp_path / "b", config(source, 10)) and len(set(first)) == 10
-    assert first != sorted(first) and first != drawn(tmp_path / "c", config(source, 10, seed=1))
+    first = sampled(tmp_path / "a", config(source, 10))
+    assert first == sampled(tmp_path / "b", config(source, 10)) and len(set(first)) == 10
+    assert first != sorted(first) and first != sampled(tmp_path / "c", config(source, 10, seed=1))
 
 
 def test_every_pair_is_recorded_and_copied(tmp_path):
     source = listing(tmp_path / "source", {"a.jpg": content(1, "JPEG"), "b.png": content(2)})
     settings = config(source, 5)
     with Project.create(tmp_path / "project", settings) as project:
-        done = draw_images(project, settings, False)
-        assert "2 pictures drawn, 2 of them now; the source holds no more, though 5 were asked for" in str(done)
+        done = sample_images(project, settings, False)
+        assert "2 images sampled, 2 of them now; the source has no more, although 5 were asked for" in str(done)
         for pair in project.pairs():
             name = pair.origin["caption"].removeprefix("text of ")
             assert project.image_path(pair).read_bytes() == (tmp_path / "source" / name).read_bytes()
@@ -84,21 +84,21 @@ def test_what_cannot_be_used_is_skipped_with_its_reason(tmp_path):
     rows = {"0.png": content(0), "1.png": b"<html>", "2.png": None, "3.png": content(0), "4.png": content(4)}
     settings = config(listing(tmp_path / "source", rows), 5)
     with Project.create(tmp_path / "project", settings) as project:
-        done = draw_images(project, settings, False)
+        done = sample_images(project, settings, False)
         assert (done.total, done.skipped) == (2, 3)
         assert project.funnel().skipped == {"image": 2, "duplicate": 1}
         reasons = {row["source_key"]: row["reason"] for row in project.skipped()}
-        assert "the same picture as 0000" in "".join(reasons.values())
+        assert "the same image as 0000" in "".join(reasons.values())
         assert all(reasons.values())
-        assert draw_images(project, settings, False).skipped == 0  # known already
+        assert sample_images(project, settings, False).skipped == 0  # known already
 
 
-def test_a_drawing_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
+def test_sampling_resumes_where_it_was_stopped(tmp_path, monkeypatch):
     source = listing(tmp_path / "source", {f"{n}.png": content(n) for n in range(40)})
     settings = config(source, 20)
-    whole = drawn(tmp_path / "whole", settings)
-    monkeypatch.setattr(draw, "_TOGETHER", 4)
-    write, written = draw._write, []
+    whole = sampled(tmp_path / "whole", settings)
+    monkeypatch.setattr(sampling, "_TOGETHER", 4)
+    write, written = sampling._write, []
 
     def stopping(path, data):
         if len(written) == 10:
@@ -107,28 +107,28 @@ def test_a_drawing_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
         written.append(path)
         write(path, data)
 
-    monkeypatch.setattr(draw, "_write", stopping)
+    monkeypatch.setattr(sampling, "_write", stopping)
     with Project.create(tmp_path / "stopped", settings) as project:
         with pytest.raises(KeyboardInterrupt):
-            draw_images(project, settings, False)
+            sample_images(project, settings, False)
         assert len(list(project.pairs())) == 8
-    assert drawn(tmp_path / "stopped", settings) == whole
+    assert sampled(tmp_path / "stopped", settings) == whole
     assert len(list((tmp_path / "stopped" / IMAGES).iterdir())) == 20
 
 
 def test_more_pictures_later(tmp_path):
     source = listing(tmp_path / "source", {f"{n}.png": content(n) for n in range(40)})
-    first = drawn(tmp_path / "project", config(source, 10))
-    more = drawn(tmp_path / "project", config(source, 15))
+    first = sampled(tmp_path / "project", config(source, 10))
+    more = sampled(tmp_path / "project", config(source, 15))
     assert more[:10] == first and len(set(more)) == 15
-    assert drawn(tmp_path / "project", config(source, 5)) == more
+    assert sampled(tmp_path / "project", config(source, 5)) == more
 
 
 def test_rows_come_from_many_shards(tmp_path):
     source = shards(tmp_path / "source", 6, 10)
-    keys = drawn(tmp_path / "project", config(source, 12))
+    keys = sampled(tmp_path / "project", config(source, 12))
     assert {int(key[-6:]) // 10 for key in keys} == set(range(6))
-    assert len(drawn(tmp_path / "all", config(source, 100))) == 60
+    assert len(sampled(tmp_path / "all", config(source, 100))) == 60
 
 
 def test_a_folder_of_pictures(tmp_path):
@@ -136,7 +136,11 @@ def test_a_folder_of_pictures(tmp_path):
     for number, name in enumerate(("a.png", "b.png", "deep/a.png")):
         (tmp_path / "source" / name).write_bytes(content(number))
     (tmp_path / "source" / "notes.txt").write_text("no picture")
-    assert sorted(drawn(tmp_path / "project", config(str(tmp_path / "source"), 9))) == ["a.png", "b.png", "deep/a.png"]
+    assert sorted(sampled(tmp_path / "project", config(str(tmp_path / "source"), 9))) == [
+        "a.png",
+        "b.png",
+        "deep/a.png",
+    ]
 
 
 @pytest.fixture
@@ -153,7 +157,7 @@ def function(monkeypatch):
 def test_a_function_as_source(tmp_path, function):
     settings = config(f"{function}:rows", 3)
     with Project.create(tmp_path, settings) as project:
-        draw_images(project, settings, False)
+        sample_images(project, settings, False)
         assert [pair.key for pair in project.pairs()] == ["00001-key-0", "00002-key-1", "00003-key-2"]
         assert next(project.pairs()).origin == {"key": "key 0", "truth": "0"}
         with Image.open(project.image_path(next(project.pairs()))) as picture:
@@ -164,22 +168,22 @@ def test_sources_that_do_not_work(tmp_path, function):
     def fails(source, error, message):
         settings = config(source, 3)
         with Project.create(tmp_path / "project", settings) as project, pytest.raises(error, match=message):
-            draw_images(project, settings, False)
+            sample_images(project, settings, False)
 
     fails("somewhere", DataError, "names no source; write KIND:PATH")
     fails("table:nowhere.csv", DataError, r"there is no nowhere\.csv")
-    fails(f"{function}:bad", CurationError, "needs a PIL picture as `image`")
+    fails(f"{function}:bad", CurationError, "needs a PIL image as `image`")
     fails(f"{function}:none", CurationError, "cannot be found .*write python:MODULE:FUNCTION")
     fails("python:no.such:thing", CurationError, "cannot be found")
-    fails(listing(tmp_path / "broken", {"1.png": b"x"}), CurationError, "gave no usable picture; 1 rows were skipped")
+    fails(listing(tmp_path / "broken", {"1.png": b"x"}), CurationError, "gave no usable image; 1 rows were skipped")
 
 
 def test_a_project_keeps_its_source_and_seed(tmp_path):
     source = listing(tmp_path / "source", {f"{n}.png": content(n) for n in range(4)})
-    drawn(tmp_path / "project", config(source, 2))
+    sampled(tmp_path / "project", config(source, 2))
     for other in (config(source, 2, seed=5), replace(config(source, 2), source=f"{source}::images={tmp_path}")):
-        with pytest.raises(CurationError, match=r"were drawn from .* with seed 42, but"):
-            drawn(tmp_path / "project", other)
+        with pytest.raises(CurationError, match=r"were sampled from .* with seed 42, but"):
+            sampled(tmp_path / "project", other)
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a device that is always full")
@@ -193,6 +197,6 @@ def test_a_full_disk(tmp_path, monkeypatch):
     with Project.create(tmp_path / "project", settings) as project:
         with monkeypatch.context() as patch, pytest.raises(CurationError, match="No space left on device; free some"):
             patch.setattr(os, "fsync", full)
-            draw_images(project, settings, False)
+            sample_images(project, settings, False)
         assert list((tmp_path / "project" / IMAGES).iterdir()) == []
-        assert draw_images(project, settings, False).new == 1
+        assert sample_images(project, settings, False).new == 1

@@ -1,4 +1,4 @@
-"""Draws pictures at random from a source and copies them into the project, each with a record of where it is from."""
+"""Samples images at random from a source and copies them into the project, each with a record of its origin."""
 
 import hashlib
 import io
@@ -11,18 +11,16 @@ from dataclasses import dataclass
 from importlib import import_module
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from transformers_minigpt4.data.images import image_bytes
 from transformers_minigpt4.data.readers import BadRow, Reader
-from transformers_minigpt4.data.schema import UndecodedImage
 from transformers_minigpt4.data.sources import KINDS, open_reader, parse_source
 from transformers_minigpt4.inference.sources import IMAGE_SUFFIXES, expand_sources
 from transformers_minigpt4.processing.image_utils_minigpt4 import ImageLoadError, load_image
-from transformers_minigpt4.utils.files import write_atomically
+from transformers_minigpt4.utils.files import JsonObject, write_atomically
 
 from .config import CONFIG_FILE, CurationConfig, CurationError
 from .progress import bar
@@ -30,17 +28,17 @@ from .records import IMAGES
 from .store import Project
 
 
-PYTHON = "python:"  # in front of MODULE:FUNCTION
-_SHARDS = 64  # of a source with many, at least so many are drawn from
-_TOGETHER = 32  # pictures recorded in one transaction
+PYTHON = "python:"  # before MODULE:FUNCTION
+_SHARDS = 64  # from a source with more shards, images of at least so many are sampled
+_TOGETHER = 32  # images recorded in one transaction
 _SLUG = re.compile(r"[^A-Za-z0-9._-]+")
-# Beside these, PIL's name of the format in lower case.
+# For other formats, PIL's name in lower case.
 _SUFFIXES = {"JPEG": ".jpg", "MPO": ".jpg", "TIFF": ".tif"}
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A row of the source, read no further than needed: `content` reads the picture's bytes."""
+    """A row of the source, read no further than needed: `content` reads the image's bytes."""
 
     key: str
     content: Callable[[], bytes]
@@ -48,8 +46,8 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class Drawn:
-    """What `draw_pictures` did: pictures in the project now, how many of them new, rows skipped in this run."""
+class Sampled:
+    """What `sample_images` did: images in the project now, how many of them are new, rows skipped in this run."""
 
     total: int
     new: int
@@ -57,55 +55,56 @@ class Drawn:
     wanted: int
 
     def __str__(self) -> str:
-        text = f"{self.total:,} pictures drawn, {self.new:,} of them now"
+        text = f"{self.total:,} images sampled, {self.new:,} of them now"
         if self.skipped:
             text += f"; {self.skipped:,} rows skipped, see `minigpt4 curate status`"
         if self.total < self.wanted:
-            text += f"; the source holds no more, though {self.wanted:,} were asked for"
+            text += f"; the source has no more, although {self.wanted:,} were asked for"
         return text
 
 
-def draw_images(project: Project, config: CurationConfig, progress: bool = True) -> Drawn:
+def sample_images(project: Project, config: CurationConfig, progress: bool = True) -> Sampled:
     """
-    Draws until the project holds `config.pictures`, going on where an earlier run stopped.
+    Samples until the project has `config.images`, resuming where an earlier run stopped.
 
-    The same source and seed give the same pictures. Of a source of many shards, rows come from at least 64 of them,
-    drawn at random, and within a shard through the buffer of the training's readers. A picture that cannot be read, or
-    whose content is there already, is noted as skipped with the reason, and another one is drawn.
+    The same source and seed give the same images. From a source with many shards, rows are taken from at least 64 of
+    them, chosen at random, and within a shard through the shuffle buffer of the training's readers. An image that
+    cannot be read, or whose content has been sampled already, is recorded as skipped with the reason, and another one
+    is sampled.
 
     Raises:
-        CurationError: for a project drawn from another source or seed, a source without a usable picture, or a disk
-            that is full.
+        CurationError: for a project sampled from another source or seed, a source without a usable image, or a full
+        disk.
         DataError: for a source that cannot be opened.
     """
     before = sum(1 for _ in project.pairs())
     identity = json.dumps([config.source, config.seed])
-    drawn_from = project.meta("drawn_from")
-    if before and drawn_from != identity:
-        source, seed = json.loads(drawn_from or '["?", 0]')
+    sampled_from = project.meta("sampled_from")
+    if before and sampled_from != identity:
+        source, seed = json.loads(sampled_from or '["?", 0]')
         raise CurationError(
-            f"the {before} pictures of {project.folder} were drawn from {source} with seed {seed}, but {CONFIG_FILE} "
-            f"says {config.source} with seed {config.seed}; put these back, or start a new project folder"
+            f"the {before} images of {project.folder} were sampled from {source} with seed {seed}, but {CONFIG_FILE} "
+            f"says {config.source} with seed {config.seed}; restore these settings, or start a new project folder"
         )
     if before >= config.images:
-        return Drawn(before, 0, 0, config.images)
-    project.set_meta("drawn_from", identity)
+        return Sampled(before, 0, 0, config.images)
+    project.set_meta("sampled_from", identity)
     skipped_before = len(project.skipped())
-    drawing = _Drawing(project, config)
-    with bar("draw", config.images, before, progress) as count:
+    sampling = _Sampling(project, config)
+    with bar("sample", config.images, before, progress) as count:
         for candidate in candidates(config):
-            count(drawing.take(candidate))
-            if drawing.total == config.images:
+            count(sampling.take(candidate))
+            if sampling.total == config.images:
                 break
-        drawing.flush()
+        sampling.flush()
     skipped = project.skipped()
-    if not drawing.total:
+    if not sampling.total:
         example = f", such as {skipped[0]['source_key']}: {skipped[0]['reason']}" if skipped else ""
-        raise CurationError(f"{config.source} gave no usable picture; {len(skipped)} rows were skipped{example}")
-    return Drawn(drawing.total, drawing.total - before, len(skipped) - skipped_before, config.images)
+        raise CurationError(f"{config.source} gave no usable image; {len(skipped)} rows were skipped{example}")
+    return Sampled(sampling.total, sampling.total - before, len(skipped) - skipped_before, config.images)
 
 
-class _Drawing:
+class _Sampling:
     """Puts candidates into the project, some at a time."""
 
     def __init__(self, project: Project, config: CurationConfig) -> None:
@@ -114,10 +113,10 @@ class _Drawing:
         self.known = {str(pair.origin["key"]) for pair in pairs} | {row["source_key"] for row in project.skipped()}
         self.digests = {pair.sha256: pair.key for pair in pairs}
         self.total = len(pairs)
-        self.waiting: list[tuple[str, str, str, dict[str, Any]]] = []
+        self.waiting: list[tuple[str, str, str, JsonObject]] = []
 
     def take(self, candidate: Candidate | BadRow) -> int:
-        """How many pictures it added: 0 or 1."""
+        """How many images it added: 0 or 1."""
         if candidate.key in self.known:
             return 0
         self.known.add(candidate.key)
@@ -130,7 +129,7 @@ class _Drawing:
             return self._skip(candidate.key, "image", str(error))
         digest = hashlib.sha256(content).hexdigest()
         if digest in self.digests:
-            return self._skip(candidate.key, "duplicate", f"the same picture as {self.digests[digest]}")
+            return self._skip(candidate.key, "duplicate", f"the same image as {self.digests[digest]}")
         self.total += 1
         key = _pair_key(self.total, candidate.key)
         path = Path(IMAGES) / f"{key}{_suffix(content)}"
@@ -152,18 +151,18 @@ class _Drawing:
 
 def candidates(config: CurationConfig) -> Iterator[Candidate | BadRow]:
     """
-    The rows of `config.source` in a drawn order: always the same for one source, seed and number of pictures.
+    The rows of `config.source` in random order: always the same for one source, seed and number of images.
 
     Raises:
-        CurationError: for a function that does not exist or gives no rows with `image`.
+        CurationError: for a function that does not exist or whose rows have no `image`.
         DataError: for a source that cannot be opened.
     """
     if config.source.startswith(PYTHON):
         yield from _rows_of_function(config)
     elif Path(config.source).is_dir() and config.source.partition(":")[0] not in KINDS:
-        pictures = expand_sources([config.source])
-        random.Random(config.seed).shuffle(pictures)
-        for name in pictures:
+        images = expand_sources([config.source])
+        random.Random(config.seed).shuffle(images)
+        for name in images:
             path = Path(name)
             yield Candidate(str(path.relative_to(config.source)), path.read_bytes, {})
     else:
@@ -182,7 +181,7 @@ def _rows_of_reader(reader: Reader, config: CurationConfig) -> Iterator[Candidat
                 if isinstance(entry, BadRow):
                     yield entry
                 elif len(entry.images) != 1:
-                    yield BadRow("image", entry.key, f"{len(entry.images)} pictures, where one is described")
+                    yield BadRow("image", entry.key, f"{len(entry.images)} images, but one is described")
                 else:
                     texts = {"caption": entry.caption} if entry.caption is not None else {}
                     yield Candidate(entry.key, _reads(entry.images[0]), texts)
@@ -191,7 +190,7 @@ def _rows_of_reader(reader: Reader, config: CurationConfig) -> Iterator[Candidat
         start += share
 
 
-def _reads(image: UndecodedImage) -> Callable[[], bytes]:
+def _reads(image: JsonObject) -> Callable[[], bytes]:
     return lambda: image_bytes(image)
 
 
@@ -205,22 +204,22 @@ def _rows_of_function(config: CurationConfig) -> Iterator[Candidate | BadRow]:
         ) from error
     for number, row in enumerate(function(config.images, config.seed)):
         if not isinstance(row, dict) or not isinstance(row.get("image"), Image.Image):
-            raise CurationError(f"row {number} of {config.source} is {row!r:.80}, but needs a PIL picture as `image`")
+            raise CurationError(f"row {number} of {config.source} is {row!r:.80}, but needs a PIL image as `image`")
         texts = {name: value for name, value in row.items() if isinstance(value, str) and name != "key"}
         yield Candidate(str(row.get("key", number)), _encodes(row["image"]), texts)
 
 
-def _encodes(picture: Image.Image) -> Callable[[], bytes]:
+def _encodes(image: Image.Image) -> Callable[[], bytes]:
     def encode() -> bytes:
         buffer = io.BytesIO()
-        picture.save(buffer, format="PNG")
+        image.save(buffer, format="PNG")
         return buffer.getvalue()
 
     return encode
 
 
 def _pair_key(number: int, key: str) -> str:
-    """`00017-004539375`: sorted as drawn, and a name for a file that still tells the source's key."""
+    """`00017-004539375`: a file name that sorts in the order of sampling and shows the source's key."""
     slug = _SLUG.sub("-", key.rpartition("/")[2]).strip("-.")
     root, suffix = os.path.splitext(slug)
     slug = (root if suffix.lower() in IMAGE_SUFFIXES else slug)[:60]
@@ -228,8 +227,8 @@ def _pair_key(number: int, key: str) -> str:
 
 
 def _suffix(content: bytes) -> str:
-    with Image.open(io.BytesIO(content)) as picture:
-        kind = picture.format or "png"
+    with Image.open(io.BytesIO(content)) as image:
+        kind = image.format or "png"
     return _SUFFIXES.get(kind, f".{kind.lower()}")
 
 
