@@ -170,7 +170,7 @@ def test_sources_that_do_not_work(tmp_path, function):
         with Project.create(tmp_path / "project", settings) as project, pytest.raises(error, match=message):
             sample_images(project, settings, False)
 
-    fails("somewhere", DataError, "names no source; write KIND:PATH")
+    fails("somewhere", DataError, "is not a source; write KIND:PATH")
     fails("table:nowhere.csv", DataError, r"there is no nowhere\.csv")
     fails(f"{function}:bad", CurationError, "needs a PIL image as `image`")
     fails(f"{function}:none", CurationError, "cannot be found .*write python:MODULE:FUNCTION")
