@@ -17,6 +17,7 @@ from PIL import Image
 
 from transformers_minigpt4.data.images import image_bytes
 from transformers_minigpt4.data.readers import BadRow, Reader
+from transformers_minigpt4.data.schema import UndecodedImage
 from transformers_minigpt4.data.sources import KINDS, open_reader, parse_source
 from transformers_minigpt4.inference.sources import IMAGE_SUFFIXES, expand_sources
 from transformers_minigpt4.processing.image_utils_minigpt4 import ImageLoadError, load_image
@@ -190,7 +191,7 @@ def _rows_of_reader(reader: Reader, config: CurationConfig) -> Iterator[Candidat
         start += share
 
 
-def _reads(image: JsonObject) -> Callable[[], bytes]:
+def _reads(image: UndecodedImage) -> Callable[[], bytes]:
     return lambda: image_bytes(image)
 
 
