@@ -1,5 +1,6 @@
 """The stream: order by seed, weights, split by process and worker, resume in the middle, and endless epochs."""
 
+import inspect
 import json
 from collections import Counter
 from itertools import islice
@@ -9,10 +10,12 @@ from data_files import caption, image_files, numbers, sample, shard, shards, wri
 from datasets import Dataset
 from datasets import Image as ImageFeature
 from datasets.distributed import split_dataset_by_node
+from datasets.iterable_dataset import _BaseExamplesIterable
 from torch.utils.data import DataLoader
 
 from transformers_minigpt4.data.schema import DataError
 from transformers_minigpt4.data.sources import open_rows
+from transformers_minigpt4.data.stream import SourceIterable
 
 
 def table(folder, count, start=0):
@@ -33,6 +36,24 @@ def parquets(folder, count, files):
 
 def opened(source, **options):
     return open_rows(source, "stage2", **{"epochs": 1, "decode": False, **options}).dataset
+
+
+PROTOCOL = {  # of `_BaseExamplesIterable`, which `SourceIterable` implements
+    "_init_state_dict": [],
+    "load_state_dict": ["state_dict"],
+    "state_dict": [],
+    "shuffle_data_sources": ["generator"],
+    "shard_data_sources": ["num_shards", "index", "contiguous"],
+    "reshard_data_sources": [],
+    "split_shard_indices_by_worker": ["num_shards", "index", "contiguous"],
+}
+
+
+@pytest.mark.parametrize("name", PROTOCOL)
+def test_the_protocol_of_datasets(name):
+    """It is private to datasets, so an update may change it: see docs/architecture.md."""
+    for kind in (_BaseExamplesIterable, SourceIterable):
+        assert [*inspect.signature(getattr(kind, name)).parameters][1:] == PROTOCOL[name]
 
 
 class TestOrder:

@@ -113,7 +113,7 @@ class AnnotationReader:
 
     def read(self, shard: int, seed: list[int] | None) -> Iterator[Entry]:
         size = len(self.table)
-        bounds = [size * part // self.num_shards for part in (shard, shard + 1)]
+        bounds = [size * place // self.num_shards for place in (shard, shard + 1)]
         rows = np.arange(*bounds)
         if seed is not None:
             # One order of the table, of which each shard is a slice: only the last number of a seed is the shard.
@@ -158,11 +158,11 @@ class DatasetReader:
         return shuffled(self._read(shard), seed)
 
     def _read(self, shard: int) -> Iterator[Entry]:
-        part = self.dataset.shard(num_shards=self.num_shards, index=shard)
+        rows = self.dataset.shard(num_shards=self.num_shards, index=shard)
         number = 0
         try:
             # `iter` with a batch size, because plain iteration would split the shard among data workers once more.
-            for batch in part.iter(batch_size=16):
+            for batch in rows.iter(batch_size=16):
                 for place, image in enumerate(batch[self.image]):
                     label = batch[self.id][place] if self.id is not None else number
                     yield self._row(f"{shard}/{label}", image, batch[self.caption][place])

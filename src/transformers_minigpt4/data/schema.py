@@ -134,6 +134,11 @@ def _check_text(text: str) -> None:
         raise DataError(f"a text contains {IMAGE_PLACEHOLDER}, which would be replaced by an image: {text!r:.120}")
 
 
+def row_images(row: Row) -> list[RowImage]:
+    """The images of a row, which other datasets may keep under `image`."""
+    return [row["image"]] if row.get("image") is not None else list(row.get("images") or [])
+
+
 def message_text(message: Message) -> str:
     """The texts of a message, joined by spaces."""
     return " ".join(part["text"] for part in message["content"] if part["type"] == "text")

@@ -76,7 +76,7 @@ class SourceIterable(_BaseExamplesIterable):
         skipped: Counts what is read and skipped.
         seed: Draws the order of each epoch; `None` keeps the files' order.
         epochs: How often the source is read; `None` never ends.
-        min_shards: Slices shards, each slice read separately, if the source has fewer.
+        min_shards: Splits shards into pieces, each read separately, if the source has fewer.
     """
 
     _sleep_on_threads_shutdown = False
@@ -92,8 +92,8 @@ class SourceIterable(_BaseExamplesIterable):
     ) -> None:
         super().__init__()
         self.reader, self.source, self.skipped, self.seed, self.epochs = reader, source, skipped, seed, epochs
-        self.slices = -(-min_shards // reader.num_shards)
-        self.shards = [(shard, part) for part in range(self.slices) for shard in range(reader.num_shards)]
+        self.pieces = -(-min_shards // reader.num_shards)
+        self.shards = [(shard, piece) for piece in range(self.pieces) for shard in range(reader.num_shards)]
 
     def __deepcopy__(self, memo: dict[int, object]) -> "SourceIterable":
         return copy.copy(self)  # `interleave_datasets` copies what it mixes, but tables are large and counts shared
@@ -120,9 +120,9 @@ class SourceIterable(_BaseExamplesIterable):
     def __iter__(self) -> Iterator[tuple[str, RawColumns]]:
         state: StreamState = self._state_dict if self._state_dict is not None else self._start()
         while self.epochs is None or state["epoch"] < self.epochs:
-            for shard, part in self._order(state["epoch"])[state["shard"] :]:
+            for shard, piece in self._order(state["epoch"])[state["shard"] :]:
                 self.skipped.count(self.source, "shards")
-                for entry in islice(self._entries(shard, part, state["epoch"]), state["entry"], None):
+                for entry in islice(self._entries(shard, piece, state["epoch"]), state["entry"], None):
                     state["entry"] += 1
                     if self.skipped.accepts(entry, self.source):
                         state["usable"] += 1
@@ -139,15 +139,15 @@ class SourceIterable(_BaseExamplesIterable):
         draw = np.random.default_rng([self.seed, self.source, number])
         return [self.shards[place] for place in draw.permutation(len(self.shards))]
 
-    def _entries(self, shard: int, part: int, number: int) -> Iterator[Entry]:
+    def _entries(self, shard: int, piece: int, number: int) -> Iterator[Entry]:
         seed = [self.seed, self.source, number, shard] if self.seed is not None else None
-        return islice(self.reader.read(shard, seed), part, None, self.slices)
+        return islice(self.reader.read(shard, seed), piece, None, self.pieces)
 
     def entries(self) -> Iterator[Entry]:
         """One epoch of all entries of the source, good and bad; only its shards are counted."""
-        for shard, part in self._order(0):
+        for shard, piece in self._order(0):
             self.skipped.count(self.source, "shards")
-            yield from self._entries(shard, part, 0)
+            yield from self._entries(shard, piece, 0)
 
     def shuffle_data_sources(self, generator: np.random.Generator) -> "SourceIterable":
         """Another order, as `IterableDataset.set_epoch` asks for; an unshuffled source keeps its own."""

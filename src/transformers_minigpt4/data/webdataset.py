@@ -31,7 +31,7 @@ class _StrictTarInfo(tarfile.TarInfo):
         except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
             raise  # the proper end of the archive
         except tarfile.HeaderError as error:
-            raise tarfile.ReadError(f"the archive has no end mark where it stops ({error})") from error
+            raise tarfile.ReadError(f"the archive ends without its end-of-archive block ({error})") from error
 
 
 class WebdatasetReader:

@@ -1,1 +1,1 @@
-"""How the parts of a model learn: stages, collator, schedule, trainers and recipes."""
+"""Training: stages, collator, schedule, trainers and recipes."""

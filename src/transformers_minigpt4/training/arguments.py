@@ -114,11 +114,16 @@ class StageConfig(SFTConfig):
             check_floor(self.min_lr, self.learning_rate)
 
 
-def require_max_steps(config: StageConfig) -> None:
+def check_stream(config: StageConfig) -> None:
     """
     Raises:
-        ValueError: for a run on a stream without a number of steps.
+        ValueError: for options that cannot work with a stream of rows.
     """
+    if config.auto_find_batch_size:
+        raise ValueError(
+            "auto_find_batch_size would change the batch size, on which the position in a stream depends. Switch it "
+            "off, and set per_device_train_batch_size."
+        )
     if config.max_steps <= 0:
         raise ValueError("A stream of rows has no end, so the run needs one: set max_steps.")
 
@@ -149,7 +154,7 @@ def check_arguments(stage: StageArguments, config: StageConfig, model_args: Mode
             f"use_peft={model_args.use_peft} and trainable_modules={stage.trainable_modules} contradict each other: "
             f"adapters train with `{LORA}` in trainable_modules and use_peft: true, or not at all."
         )
-    require_max_steps(config)
+    check_stream(config)
     _check_optimizations(stage, config)
 
 
@@ -186,7 +191,7 @@ def _launched(name: str) -> bool:
 
 def check_model(stage: StageArguments, config: PreTrainedConfig, name: str) -> None:
     """
-    Refuses a model that the recipe was not written for, from its config alone.
+    Refuses a model that the recipe was not written for, from its config.
 
     Raises:
         ValueError: for another variant, and for an untrained projector if the stage builds on a trained one.

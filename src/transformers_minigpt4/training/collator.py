@@ -12,7 +12,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from trl import get_training_chat_template, prepare_multimodal_messages
 from trl.chat_template_utils import has_generation_markers
 
-from transformers_minigpt4.data.schema import IMAGE_PLACEHOLDER, Message, Part, Row, RowImage, message_text
+from transformers_minigpt4.data.schema import IMAGE_PLACEHOLDER, Message, Part, Row, RowImage, message_text, row_images
 from transformers_minigpt4.processing.image_utils_minigpt4 import load_image
 from transformers_minigpt4.utils.families import family_of
 
@@ -80,8 +80,7 @@ class ImageTextCollator:
         return batch
 
     def _normalize(self, example: Row, index: int) -> Row:
-        images = [example["image"]] if example.get("image") is not None else list(example.get("images") or [])
-        images = [_decoded(image) for image in images]
+        images = [_decoded(image) for image in row_images(example)]
         if example.get("messages"):
             return {"messages": _structured(example["messages"], len(images)), "images": images}
         prompt, completion = example.get("prompt"), example.get("completion")
@@ -122,10 +121,10 @@ class ImageTextCollator:
         if not isinstance(template, str):
             raise ValueError(
                 f"{type(self.processor).__name__} has no chat template, so conversations cannot be told from answers. "
-                "Set processor.chat_template to one with {% generation %} marks, or give prompts and completions."
+                "Set processor.chat_template to one with {% generation %} tags, or give prompts and completions."
             )
         if not hasattr(self.processor, "image_seq_length"):  # not MiniGPT-4's: tokenised in one piece
-            return self._tokenize_whole(rows, template)
+            return self._tokenize_conversations(rows, template)
         turns = [self._tokenize_turns(row, template) for row in rows]
         images = [row["images"] for row in rows if row["images"]]
         if not images:
@@ -133,7 +132,7 @@ class ImageTextCollator:
         text = [self._image_token() * len(shown) for shown in images]
         return turns, self.processor(images=images, text=text, return_tensors="pt", padding=True)["pixel_values"]
 
-    def _tokenize_whole(self, rows: list[Row], template: str) -> tuple[list[Tokens], torch.Tensor | None]:
+    def _tokenize_conversations(self, rows: list[Row], template: str) -> tuple[list[Tokens], torch.Tensor | None]:
         batch: Batch = self.processor.apply_chat_template(  # type: ignore[assignment]  # annotated for text only
             [prepare_multimodal_messages(row["messages"], images=row["images"]) for row in rows],
             chat_template=template,

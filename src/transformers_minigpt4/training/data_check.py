@@ -104,7 +104,7 @@ def loader_throughput(
     Args:
         source: What [`parse_source`] reads, or its result.
         prompt_format: The prompt format of the rows.
-        workers: Data workers; 0 for this process alone.
+        workers: Data workers; 0 for this process only.
         seconds: How long to measure, after the first batch.
         size: Side of the resized images, in pixels.
 

@@ -16,7 +16,7 @@ from transformers.utils import logging
 from trl import ModelConfig
 
 from transformers_minigpt4.data.images import image_key
-from transformers_minigpt4.data.schema import RowImage
+from transformers_minigpt4.data.schema import RowImage, row_images
 from transformers_minigpt4.data.sources import open_rows
 from transformers_minigpt4.processing.image_utils_minigpt4 import load_image
 from transformers_minigpt4.utils.text import first_line
@@ -67,7 +67,7 @@ def _images(stage: StageArguments, config: StageConfig) -> Iterator[RowImage]:
         ]
     for dataset in datasets:
         for row in dataset:
-            yield from [row["image"]] if row.get("image") is not None else row.get("images") or []
+            yield from row_images(row)
 
 
 def build_feature_cache(

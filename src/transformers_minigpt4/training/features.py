@@ -12,7 +12,7 @@ from transformers import BaseImageProcessor, BatchFeature, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from transformers_minigpt4.data.images import image_key
-from transformers_minigpt4.data.schema import Row
+from transformers_minigpt4.data.schema import Row, row_images
 
 from .collator import Batch, ImageTextCollator
 from .feature_cache import FeatureCache
@@ -42,7 +42,7 @@ class FeatureCollator:
         features: list[torch.Tensor] = []
         rows = []
         for example in examples:
-            images = [example["image"]] if example.get("image") is not None else list(example.get("images") or [])
+            images = row_images(example)
             numbers = range(len(features), len(features) + len(images))
             features += [self.cache[image_key(image)] for image in images]
             row = {key: value for key, value in example.items() if key != "image"}

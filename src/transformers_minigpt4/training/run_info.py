@@ -1,4 +1,4 @@
-"""Run info beside the checkpoints: resolved recipe, versions, seeds, data, revision, and the loss curve."""
+"""Run info in the output folder and its checkpoints: recipe, versions, seeds, data, revision, and the loss curve."""
 
 import dataclasses
 import hashlib
@@ -12,7 +12,7 @@ from pathlib import Path
 from datasets import Dataset, IterableDataset
 from datasets.fingerprint import generate_fingerprint
 from PIL import Image, ImageDraw
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState, TrainingArguments
 from trl import ModelConfig
 
 from transformers_minigpt4.data.skipped_rows import SkippedRows
@@ -95,16 +95,14 @@ class RunInfoCallback(TrainerCallback):
             with atomic_file(folder / PLOT) as scratch:
                 plot_curve([(entry["step"], entry["loss"]) for entry in history]).save(scratch, format="PNG")
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
-        checkpoint = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
+    def on_save(self, args, state, control, **kwargs):
+        checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if state.is_world_process_zero and not (checkpoint / RUN_FILE).exists() and checkpoint.is_dir():
             self.write(checkpoint, state)
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
-    ) -> None:
+    def on_train_end(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
-            self.write(str(args.output_dir), state)
+            self.write(args.output_dir, state)
             if self.skipped is not None:
                 for line in self.skipped.report().splitlines():
                     logger.log(logging.INFO if line.endswith("none skipped") else logging.WARNING, line)

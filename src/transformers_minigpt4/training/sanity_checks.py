@@ -3,8 +3,7 @@
 import math
 
 import torch
-from torch import nn
-from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback
 
 from transformers_minigpt4.data.schema import Row
 
@@ -59,31 +58,13 @@ class SanityCheckCallback(TrainerCallback):
         self.learning: set[str] = set()
         self.started_at = 0
 
-    def on_train_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module | None = None,
-        **kwargs: object,
-    ) -> None:
-        if model is None:
-            return
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
         self.started_at = state.global_step
         self.learning = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
         if not self.learning:
             raise TrainingError("No parameter requires gradients, so nothing would be learnt. Prepare a stage first.")
 
-    def on_pre_optimizer_step(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module | None = None,
-        **kwargs: object,
-    ) -> None:
-        if model is None:
-            return
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         gradients = []
         for name, parameter in model.named_parameters():
             if parameter.grad is None:
@@ -105,17 +86,9 @@ class SanityCheckCallback(TrainerCallback):
                 "checkpoint."
             )
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: PreTrainedModel | None = None,
-        logs: dict[str, float] | None = None,
-        **kwargs: object,
-    ) -> None:
+    def on_log(self, args, state, control, model=None, logs=None, **kwargs):
         loss = (logs or {}).get("loss")
-        if loss is None or model is None:
+        if loss is None:
             return
         if not math.isfinite(loss):
             raise TrainingError(
@@ -134,9 +107,7 @@ class SanityCheckCallback(TrainerCallback):
                     "check_first_loss: false."
                 )
 
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
-    ) -> None:
+    def on_epoch_end(self, args, state, control, **kwargs):
         if state.global_step == 0:
             raise TrainingError(
                 "The source gave not a single complete batch, so there was no step. Check it with `minigpt4 data "

@@ -2,21 +2,10 @@
 
 import math
 from functools import partial
-from typing import TypedDict
+from typing import Any
 
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
-
-
-class ScheduleSettings(TypedDict):
-    """Keyword arguments of [`minigpt4_learning_rate`]."""
-
-    learning_rate: float
-    min_learning_rate: float
-    warmup_start_lr: float
-    warmup_steps: int
-    iters_per_epoch: int
-    total_steps: int
 
 
 def minigpt4_learning_rate(
@@ -60,7 +49,7 @@ def check_floor(min_lr: float, learning_rate: float) -> None:
         raise ValueError(f"The floor min_lr={min_lr} is outside of 0 … learning_rate={learning_rate}. Lower it.")
 
 
-def _factor(step: int, settings: ScheduleSettings) -> float:
+def _factor(step: int, settings: dict[str, Any]) -> float:
     return minigpt4_learning_rate(step, **settings) / settings["learning_rate"]
 
 
@@ -89,7 +78,7 @@ def get_minigpt4_schedule(
     """
     learning_rate = optimizer.defaults["lr"]
     check_floor(min_lr, learning_rate)
-    settings: ScheduleSettings = {
+    settings = {
         "learning_rate": learning_rate,
         "min_learning_rate": min_lr,
         "warmup_start_lr": warmup_start_lr,

@@ -60,7 +60,7 @@ def make_trainer(
     return trainer
 
 
-def save_final(trainer: StageSFTTrainer | StageTrainer) -> None:
+def save_final(trainer: StageSFTTrainer | StageTrainer, revision: str = "main") -> None:
     """Leaves a checkpoint in the output folder that loads by its name: MiniGPT-4's trained modules, else all."""
     model = trainer.accelerator.unwrap_model(trainer.model)
     if isinstance(model, MiniGPT4PreTrainedModel) or hasattr(model, "peft_config"):
@@ -68,7 +68,7 @@ def save_final(trainer: StageSFTTrainer | StageTrainer) -> None:
         return
     if trainer.args.should_save:
         folder = str(trainer.args.output_dir)
-        (model if has_tower(model) else complete(model)).save_pretrained(folder)
+        (model if has_tower(model) else complete(model, revision)).save_pretrained(folder)
         if trainer.processing_class is not None:
             trainer.processing_class.save_pretrained(folder)
         torch.save(trainer.args, Path(folder) / TRAINING_ARGS_NAME)

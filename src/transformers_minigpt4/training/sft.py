@@ -26,7 +26,7 @@ def main(stage: StageArguments, config: StageConfig, model_args: ModelConfig) ->
         model, processor = load_model(stage, config, model_args)
         trainer = make_trainer(stage, config, model_args, model, processor, rows)
         trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
-        save_final(trainer)
+        save_final(trainer, model_args.model_revision)
         trainer.end()
 
 

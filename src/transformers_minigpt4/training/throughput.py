@@ -3,7 +3,7 @@
 import time
 
 import torch
-from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import ProgressCallback, TrainerCallback
 
 from .collator import Batch
 from .packing import count_tokens
@@ -28,20 +28,11 @@ class ThroughputCallback(TrainerCallback):
         rows, tokens, positions = count_tokens(batch)
         self.rows, self.tokens, self.positions = self.rows + rows, self.tokens + tokens, self.positions + positions
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
-    ) -> None:
+    def on_train_begin(self, args, state, control, **kwargs):
         self._restart()
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: object,
-    ) -> None:
-        if logs is None or "loss" not in logs or not self.positions:
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if "loss" not in (logs or {}) or not self.positions:
             return
         samples = int(self.rows) * args.world_size
         measured = {
@@ -59,15 +50,8 @@ class ThroughputCallback(TrainerCallback):
 class ThroughputBar(ProgressCallback):
     """transformers' bar, with samples per second and the non-padding fraction."""
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: object,
-    ) -> None:
+    def on_log(self, args, state, control, logs=None, **kwargs):
         super().on_log(args, state, control, logs=logs, **kwargs)
-        if self.training_bar is not None and logs is not None and "samples_per_second" in logs:
+        if self.training_bar is not None and "samples_per_second" in (logs or {}):
             fraction = f"{logs['non_padding_fraction']:.0%} non-padding"
             self.training_bar.set_postfix_str(f"{logs['samples_per_second']:.3g} samples/s, {fraction}")

@@ -76,11 +76,16 @@ def has_tower(model: PreTrainedModel) -> bool:
 
 
 @torch.no_grad()
-def complete(model: PreTrainedModel) -> PreTrainedModel:
-    """The complete model of one without its tower: as its checkpoint has it, with the weights that `model` trained."""
+def complete(model: PreTrainedModel, revision: str = "main") -> PreTrainedModel:
+    """
+    The complete model of one without its tower: as its checkpoint has it, with the weights that `model` trained.
+
+    Args:
+        model (`PreTrainedModel`): A model of [`load_towerless`], or of [`remove_tower`].
+        revision (`str`, *optional*, defaults to `"main"`): The revision on the Hub that it was loaded from.
+    """
     model_class = LlavaForConditionalGeneration if isinstance(model, TowerlessLlava) else type(model)
-    revision = getattr(model.config, "_commit_hash", None)
-    loaded = model_class.from_pretrained(model.name_or_path, dtype=model.dtype, revision=revision or "main")
+    loaded = model_class.from_pretrained(model.name_or_path, dtype=model.dtype, revision=revision)
     for name, value in model.named_parameters():
         if value.requires_grad:
             loaded.get_parameter(name).copy_(value)

@@ -22,7 +22,7 @@ from trl import SFTTrainer
 from transformers_minigpt4.utils.text import first_line
 
 from . import checkpoints
-from .arguments import StageConfig, require_max_steps
+from .arguments import StageConfig, check_stream
 from .collator import Batch, Collator
 from .loss import POSITIONS
 from .run_info import RunInfoCallback
@@ -63,7 +63,7 @@ class StageTrainerMixin(_Trainer):
         self._staging: Path | None = None
         super().__init__(*args, **kwargs)
         if isinstance(self.train_dataset, IterableDataset):
-            require_max_steps(self.args)
+            check_stream(self.args)
         self._given_schedule = self.lr_scheduler
         self.data_collator = LabelsRequired(self.data_collator)
         self.throughput = ThroughputCallback()
@@ -175,10 +175,10 @@ class StageTrainerMixin(_Trainer):
 
     # Checkpoints: private methods of `Trainer`, see "Private names of other packages" in docs/architecture.md
 
-    def _get_output_dir(self, trial: Any) -> str:
+    def _get_output_dir(self, trial: object) -> str:
         return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
 
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+    def _save_checkpoint(self, model: nn.Module, trial: object) -> None:
         output = Path(str(self.args.output_dir))
         name = f"checkpoint-{self.state.global_step}"
         staged = output / checkpoints.STAGING / name
@@ -208,7 +208,7 @@ class StageTrainerMixin(_Trainer):
         if self.is_world_process_zero():
             rotate_checkpoints(output_dir=str(output), save_total_limit=self.args.save_total_limit, use_mtime=False)
 
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+    def create_model_card(self, *args: object, **kwargs: object) -> None:
         """Writes none: TRL's describes a text model trained from "None". `minigpt4 push` writes the card."""
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
