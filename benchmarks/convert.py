@@ -2,10 +2,10 @@
 
     python benchmarks/convert.py --folder /var/tmp
 
-Makes files of random weights in the released formats and sizes, copies them with `shutil.copyfile`, and converts them
-in a process of its own. Both end on the disk (fsync) and start with files that are not in the page cache. Copying is
-done before and after, and the faster one is what converting is compared with. The full size needs 35 GB of disk;
---size tiny shows that it runs. Linux alone tells the peak of a process.
+Creates files of random weights in the released formats and sizes, copies them with `shutil.copyfile`, and converts
+them in a separate process. Both end on the disk (fsync) and start with files that are not in the page cache. Copying
+is done before and after, and the faster run is compared with converting. The full size needs 35 GB of disk; --size
+tiny shows that it runs. Only Linux reports the peak memory of a process.
 """
 
 import argparse
@@ -91,7 +91,7 @@ def make_language_model(folder: Path, changes: dict, shard: str) -> None:
 
 
 def make_eva(config: Blip2VisionConfig) -> dict[str, torch.Tensor]:
-    """`eva_vit_g.pth` in fp16, with one block more than serves."""
+    """`eva_vit_g.pth` in fp16, with one block more than is used."""
     width, hidden, patch = config.hidden_size, config.intermediate_size, config.patch_size
     shapes: dict[str, tuple[int, ...]] = {
         "cls_token": (1, 1, width),
@@ -100,13 +100,13 @@ def make_eva(config: Blip2VisionConfig) -> dict[str, torch.Tensor]:
         "patch_embed.proj.bias": (width,),
     }
     for block in range(config.num_hidden_layers + 1):
-        part = f"blocks.{block}."
+        prefix = f"blocks.{block}."
         for name in ("norm1.weight", "norm1.bias", "norm2.weight", "norm2.bias", "attn.q_bias", "attn.v_bias"):
-            shapes[part + name] = (width,)
-        shapes[part + "attn.qkv.weight"] = (3 * width, width)
-        shapes[part + "attn.proj.weight"], shapes[part + "attn.proj.bias"] = (width, width), (width,)
-        shapes[part + "mlp.fc1.weight"], shapes[part + "mlp.fc1.bias"] = (hidden, width), (hidden,)
-        shapes[part + "mlp.fc2.weight"], shapes[part + "mlp.fc2.bias"] = (width, hidden), (width,)
+            shapes[prefix + name] = (width,)
+        shapes[prefix + "attn.qkv.weight"] = (3 * width, width)
+        shapes[prefix + "attn.proj.weight"], shapes[prefix + "attn.proj.bias"] = (width, width), (width,)
+        shapes[prefix + "mlp.fc1.weight"], shapes[prefix + "mlp.fc1.bias"] = (hidden, width), (hidden,)
+        shapes[prefix + "mlp.fc2.weight"], shapes[prefix + "mlp.fc2.bias"] = (width, hidden), (width,)
     return {name: random_tensor(shape, torch.float16) for name, shape in shapes.items()}
 
 
@@ -190,13 +190,13 @@ def convert(arguments: dict) -> tuple[float, int]:
 
 
 def measure(folder: Path, size: str, dtype: str) -> dict[str, float]:
-    """Makes, copies and converts; removes everything again."""
+    """Creates, copies and converts; removes everything again."""
     with tempfile.TemporaryDirectory(dir=folder, prefix="convert-benchmark-") as scratch:
         place = Path(scratch)
         sources = make_sources(place, SIZES[size])
         files = [path for path in place.rglob("*") if path.is_file()]
         copied = []
-        for _ in range(2):  # before and after, since a disk has its moods
+        for _ in range(2):  # before and after, since the speed of a disk varies
             settle(files)
             copied.append(copy(files, place / "copy"))
             if len(copied) == 1:

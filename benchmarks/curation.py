@@ -3,11 +3,11 @@
     python benchmarks/curation.py
     python benchmarks/curation.py --images 4 --size tiny --repeats 1 --pairs 500 --review-pairs 50   # seconds
 
-Generation: the step as a whole (loading the model, pictures, both turns, results to the disk) on the demo's parts with
-a projection drawn at random, one picture at a time and in batches, in turns. The texts must agree. Second turn: the
-same tokens with the first turn's keys and values and computed from pixels and ids, in turns. Filter: a project whose
-texts are put together from words; of its pictures only the files' presence counts, as their prints are made once, and
-measured apart. Review: every press of a button is an HTTP request to the served page.
+Generation: the complete step (loading the model, images, both turns, results to the disk) on the demo's model with a
+random projector, one image at a time and in batches, in turns. The texts must agree. Second turn: the same tokens with
+the first turn's keys and values and computed from pixels and ids, in turns. Filter: a project whose texts are composed
+of words; its images only need to exist, as their hashes are computed once and measured separately. Review: every press
+of a button is an HTTP request to the served page.
 
 Times are CPU times, which other programs on the machine hardly change; those of the page are what the reviewer waits.
 """
@@ -70,7 +70,7 @@ SENTENCES = (
 BAD = ("I'm sorry, I made a mistake.", "The the the same again", "as an AI language model I cannot say", "of the")
 
 
-def generation(pictures: int, batch: int, repeats: int, scratch: Path) -> dict[int, list[float]]:
+def generation(images: int, batch: int, repeats: int, scratch: Path) -> dict[int, list[float]]:
     """CPU seconds of `run_generate` by batch size, after one run of each that warms up."""
     model, processor = build_demo_model()
     model.save_pretrained(scratch / "model")
@@ -80,7 +80,7 @@ def generation(pictures: int, batch: int, repeats: int, scratch: Path) -> dict[i
     for repeat in range(-1, repeats):
         for size in list(seconds) if repeat % 2 else list(seconds)[::-1]:
             config = CurationConfig(
-                SOURCE, str(scratch / "model"), images=pictures, batch_size=size, max_new_tokens=60, device="cpu"
+                SOURCE, str(scratch / "model"), images=images, batch_size=size, max_new_tokens=60, device="cpu"
             )
             with Project.create(scratch / f"{repeat}-{size}", config) as project:
                 sample_images(project, config, progress=False)
@@ -90,7 +90,7 @@ def generation(pictures: int, batch: int, repeats: int, scratch: Path) -> dict[i
                     seconds[size].append(time.process_time() - start)
                 texts.add(json.dumps([text for _, text in project.texts("filter")]))
     if len(texts) > 1:
-        raise SystemExit("batches gave other texts than single pictures; the times cannot be compared")
+        raise SystemExit("batches and single images gave different texts; the times cannot be compared")
     return seconds
 
 
@@ -127,7 +127,7 @@ def second_turn(size: str, repeats: int) -> dict[str, list[float]]:
 
 
 def description(rng: random.Random) -> str:
-    """Five sentences of about 60 words; one text in twenty has a fault that the rules know."""
+    """Five sentences of about 60 words; one text in twenty has an error that the rules know."""
     sentences = []
     for _ in range(5):
         words = (rng.choice(ADJECTIVES), rng.choice(NOUNS), rng.choice(ADJECTIVES), rng.choice(NOUNS))
@@ -138,7 +138,7 @@ def description(rng: random.Random) -> str:
 
 
 def described_project(folder: Path, pairs: int, repair: bool = False) -> Project:
-    """A project whose pairs have texts; one file stands for all pictures."""
+    """A project whose pairs have texts; one file serves as all images."""
     config = CurationConfig("imagefolder:x", "x", images=pairs, repair=ChatSettings("x") if repair else None)
     folder.mkdir()
     project = Project.create(folder, config)
@@ -167,13 +167,13 @@ def photograph(seed: int) -> bytes:
 
 
 def filtering(pairs: int, scratch: Path) -> dict[str, float]:
-    """CPU seconds of the filter for all pairs anew, and after a changed rule; and of one picture's print."""
+    """CPU seconds of the filter for all pairs, and after a changed rule; and of one image's hash."""
     with described_project(scratch / "filter", pairs) as project:
-        # Prints made at random, as of pictures that have nothing in common.
-        prints = np.random.default_rng(0).integers(0, 256, (pairs, HASH_BYTES), dtype=np.uint8)
+        # Random hashes, as of images that have nothing in common.
+        hashes = np.random.default_rng(0).integers(0, 256, (pairs, HASH_BYTES), dtype=np.uint8)
         with project.transaction() as connection:
             connection.execute("CREATE TABLE image_hashes (pair_id INTEGER PRIMARY KEY, hash BLOB NOT NULL)")
-            rows = [(pair.id, one.tobytes()) for pair, one in zip(project.pairs(), prints)]
+            rows = [(pair.id, one.tobytes()) for pair, one in zip(project.pairs(), hashes)]
             connection.executemany("INSERT INTO image_hashes VALUES (?, ?)", rows)
         found = {}
         for name, rules in (("all pairs", {}), ("a changed rule", {"too_short": {"min_words": 12}})):
@@ -182,19 +182,19 @@ def filtering(pairs: int, scratch: Path) -> dict[str, float]:
             summary = run_filter(project, config, progress=False)
             found[name] = time.process_time() - start
             found[f"{name}, kept"] = summary.kept
-    pictures = []
+    images = []
     for number in range(200):
-        pictures.append(scratch / f"{number}.jpg")
-        pictures[-1].write_bytes(photograph(number))
+        images.append(scratch / f"{number}.jpg")
+        images[-1].write_bytes(photograph(number))
     start = time.process_time()
-    for path in pictures:
+    for path in images:
         near_duplicate_hash(path)
-    found["one print"] = (time.process_time() - start) / len(pictures)
+    found["one hash"] = (time.process_time() - start) / len(images)
     return found
 
 
 def reviewing(pairs: int, presses: int, scratch: Path) -> dict[str, list[float]]:
-    """Seconds from the press of a button to the whole answer, by button."""
+    """Seconds from the press of a button to the complete answer, by button."""
     seconds: dict[str, list[float]] = {"start": [], "accept": [], "save": [], "reject": [], "undo": []}
     with (
         described_project(scratch / "review", pairs, repair=True) as project,
@@ -217,7 +217,7 @@ def reviewing(pairs: int, presses: int, scratch: Path) -> dict[str, list[float]]
             press("undo", reviewer)
         decided = project.connection().execute("SELECT count(*) FROM decisions WHERE undone IS NULL").fetchone()[0]
     if decided != 2 * presses:
-        raise SystemExit(f"{decided} decisions are on the disk, not {2 * presses}")
+        raise SystemExit(f"{decided} decisions are on the disk, expected {2 * presses}")
     return seconds
 
 
@@ -234,16 +234,16 @@ def table(results: dict[str, Any]) -> list[str]:
     return [
         "| | measured | wanted |",
         "| --- | ---: | ---: |",
-        f"| captions a CPU minute, one at a time | {per_minute[0]:.0f} | |",
-        f"| captions a CPU minute, batches of {results['batch']} | {per_minute[1]:.0f} | |",
+        f"| captions per CPU minute, one at a time | {per_minute[0]:.0f} | |",
+        f"| captions per CPU minute, batches of {results['batch']} | {per_minute[1]:.0f} | |",
         f"| batched over one at a time | {middle(ratios):.1f} | ≥ {LIMITS['batched']:.0f} |",
         f"| second turn of {ROWS} rows from the first one's cache (CPU ms) | {turn['cache, all'] * 1000:.0f} | |",
-        f"| the same computed anew (CPU ms) | {turn['anew, all'] * 1000:.0f} | |",
+        f"| the same, recomputed (CPU ms) | {turn['anew, all'] * 1000:.0f} | |",
         f"| share of it | {middle(whole):.0%} | < {LIMITS['second turn']:.0%} |",
         f"| up to the first token alone | {turn['cache, first'] / turn['anew, first']:.0%} | |",
         f"| filter, {results['pairs']:,} pairs (CPU s) | {kept['all pairs']:.1f} | < {LIMITS['filter']:.0f} |",
         f"| the same after one changed rule (CPU s) | {kept['a changed rule']:.1f} | |",
-        f"| print of a new picture, once (CPU ms) | {kept['one print'] * 1000:.2f} | |",
+        f"| hash of a new image, once (CPU ms) | {kept['one hash'] * 1000:.2f} | |",
         f"| review page, {results['review pairs']:,} pairs: median answer (ms) | {middle(review) * 1000:.0f} | "
         f"< {LIMITS['review'] * 1000:.0f} |",
         f"| the first answer of a server, once (ms) | {start * 1000:.0f} | |",
@@ -255,7 +255,7 @@ def main() -> None:
     """Measures and prints."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--images", type=int, default=64, help="to describe")
-    parser.add_argument("--batch", type=int, default=32, help="pictures that go through the model at once")
+    parser.add_argument("--batch", type=int, default=32, help="images that go through the model at once")
     parser.add_argument("--size", choices=SIZES, default="small", help="of the second turn's model, see peers.py")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--pairs", type=int, default=100_000, help="through the filter")
@@ -280,7 +280,7 @@ def main() -> None:
         results["filter"] = filtering(options.pairs, scratch)
         results["review"] = reviewing(options.review_pairs, options.presses, scratch)
     print(
-        f"Demo's parts for generation, size {options.size} for the second turn, threads {options.threads}, repeats "
+        f"Demo's model for generation, size {options.size} for the second turn, threads {options.threads}, repeats "
         f"{options.repeats}, torch {torch.__version__}\n"
     )
     print("\n".join(table(results)))

@@ -3,10 +3,10 @@
     python benchmarks/evaluation.py
     python benchmarks/evaluation.py --questions 16 --answers 1000 --captions 1000   # seconds; only shows that it runs
 
-Answering: `evaluate` as a whole (reading the questions, loading model and pictures, answers to the disk, scoring) on
-the demo's parts with a projection drawn at random, over questions in GQA's form about drawn pictures, with batches of
-one and larger ones in turns. Answers must agree. Scoring: the scorers of GQA and CHAIR, with metrics and bootstrap
-intervals, on answers made up of words that occur in such answers.
+Answering: all of `evaluate` (reading the questions, loading model and images, answers to the disk, scoring) on the
+demo's model with a random projector, over questions in GQA's format about drawn images, with batches of one and larger
+ones in turns. Answers must agree. Scoring: the scorers of GQA and CHAIR, with metrics and bootstrap intervals, on
+answers made of words that occur in such answers.
 """
 
 import argparse
@@ -17,7 +17,6 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -25,12 +24,13 @@ from transformers.utils import logging
 
 from transformers_minigpt4.demo.run import build_model
 from transformers_minigpt4.demo.world import COLOURS, SHAPES, all_scenes, draw
+from transformers_minigpt4.evaluation.evaluator import Question
 from transformers_minigpt4.evaluation.results import complete_records, summarise
 from transformers_minigpt4.evaluation.run import evaluate
 from transformers_minigpt4.evaluation.tasks import load_task
 
 
-# A list in the official form, with enough words to be found often; the official one has 80 lines.
+# A list in the official format, with enough words to be found often; the official one has 80 lines.
 SYNONYMS = """person, girl, boy, man, woman, kid, child, people, player
 dog, puppy
 cat, kitten
@@ -53,7 +53,7 @@ OBJECTS = (
 
 
 def write_gqa(folder: Path, questions: int) -> Path:
-    """Drawn pictures and questions about them in the form of GQA's testdev."""
+    """Drawn images and questions about them in the format of GQA's testdev."""
     rng = random.Random(0)
     (folder / "images").mkdir(parents=True)
     rows = {}
@@ -61,9 +61,7 @@ def write_gqa(folder: Path, questions: int) -> Path:
         scene = rng.choice(all_scenes())
         draw(scene, rng).save(folder / "images" / f"{number}.jpg")
         about, answer = rng.choice((("colour", scene.colour), ("shape", scene.shape)))
-        text = (
-            f"What {about} is the {rng.choice(('scene', 'object in the picture', 'shape that is to be seen here'))}?"
-        )
+        text = f"What {about} is the {rng.choice(('scene', 'object in the image', 'shape that can be seen here'))}?"
         rows[f"{number:08d}"] = {
             **{"question": text, "imageId": str(number), "answer": answer, "isBalanced": True},
             "types": {"structural": "query", "semantic": "attr"},
@@ -92,11 +90,11 @@ def answering(questions: int, sizes: list[int], repeats: int) -> dict[int, list[
                 rows = [json.loads(line) for line in (output / "answers" / "gqa.jsonl").read_text().splitlines()]
                 answers.add(json.dumps({row["id"]: row["answer"] for row in rows}, sort_keys=True))
     if len(answers) > 1:
-        raise SystemExit("batches gave other answers than single questions; the times cannot be compared")
+        raise SystemExit("batches and single questions gave different answers; the times cannot be compared")
     return seconds
 
 
-def scoring(name: str, questions: list[Any], answers: dict[str, str]) -> dict[str, float]:
+def scoring(name: str, questions: list[Question], answers: dict[str, str]) -> dict[str, float]:
     """Seconds for the records of a task, and for its metrics with intervals."""
     task = load_task(name)
     start = time.perf_counter()
@@ -109,7 +107,7 @@ def scoring(name: str, questions: list[Any], answers: dict[str, str]) -> dict[st
 def gqa_answers(folder: Path, count: int) -> dict[str, float]:
     rng = random.Random(0)
     (folder / "images").mkdir(parents=True)
-    (folder / "images" / "0.jpg").touch()  # pictures are not opened for scoring
+    (folder / "images" / "0.jpg").touch()  # images are not opened for scoring
     kinds = [(s, m) for s in ("verify", "query", "choose") for m in ("obj", "attr", "rel")]
     words = [*COLOURS, *SHAPES, "yes", "no"]
     rows = {}
@@ -121,8 +119,8 @@ def gqa_answers(folder: Path, count: int) -> dict[str, float]:
         }
     (folder / "testdev_balanced_questions.json").write_text(json.dumps(rows))
     questions = load_task("gqa").questions(folder)
-    forms: tuple[Callable[[str], str], ...] = (str, str.capitalize, "The {}.".format, "It is a {}, I think.".format)
-    answers = {question.id: rng.choice(forms)(rng.choice(words)) for question in questions}
+    formats: tuple[Callable[[str], str], ...] = (str, str.capitalize, "The {}.".format, "It is a {}, I think.".format)
+    answers = {question.id: rng.choice(formats)(rng.choice(words)) for question in questions}
     return scoring("gqa", questions, answers)
 
 
@@ -131,10 +129,10 @@ def chair_captions(folder: Path, count: int) -> dict[str, float]:
     (folder / "val2014").mkdir(parents=True)
     names = [line.split(",")[0] for line in SYNONYMS.splitlines()]
     categories = [{"id": number, "name": name} for number, name in enumerate(names, start=1)]
-    pictures = range(1, count // 2 + 1)  # two questions each
-    images = [{"id": key, "file_name": f"COCO_val2014_{key:012d}.jpg"} for key in pictures]
-    boxes = [{"id": key, "image_id": key, "category_id": rng.randint(1, len(names))} for key in pictures]
-    captions = [{"id": key, "image_id": key, "caption": f"A {rng.choice(OBJECTS)} on a table."} for key in pictures]
+    keys = range(1, count // 2 + 1)  # two questions each
+    images = [{"id": key, "file_name": f"COCO_val2014_{key:012d}.jpg"} for key in keys]
+    boxes = [{"id": key, "image_id": key, "category_id": rng.randint(1, len(names))} for key in keys]
+    captions = [{"id": key, "image_id": key, "caption": f"A {rng.choice(OBJECTS)} on a table."} for key in keys]
     for image in images:
         (folder / "val2014" / image["file_name"]).touch()
     (folder / "synonyms.txt").write_text(SYNONYMS)
@@ -174,7 +172,7 @@ def main() -> None:
     single = statistics.median(seconds[arguments.batch_sizes[0]])
     print(f"{arguments.questions} questions, {arguments.threads} threads, median of {arguments.repeats}\n")
     print(
-        f"| batch size | seconds | questions a second | times batch {arguments.batch_sizes[0]} |\n"
+        f"| batch size | seconds | questions per second | times batch {arguments.batch_sizes[0]} |\n"
         "| ---: | ---: | ---: | ---: |"
     )
     for size, times in seconds.items():

@@ -34,7 +34,17 @@ from peers import (
     language_decoder,
     share_weights,
 )
-from report import compare, comparison_table, limit_shares, measured_limits, share_table
+from report import (
+    compare,
+    comparison_table,
+    in_turn,
+    limit_shares,
+    machine_options,
+    measured_limits,
+    parsed,
+    setting_of,
+    share_table,
+)
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel, StoppingCriteria
@@ -177,8 +187,8 @@ def measure_memory(name: str, size: Size, dtype: torch.dtype, device: str, threa
 
 
 def peak_memory(size: Size, dtype: torch.dtype, device: str, threads: int) -> dict[str, dict[int, int]]:
-    """`measure_memory` of every model, each in a process of its own."""
-    # A forked process has the imports already; CUDA cannot be used in one.
+    """`measure_memory` of every model, each in its own process."""
+    # A forked process has the imports already, but cannot use CUDA.
     context = multiprocessing.get_context("spawn" if device == "cuda" else "fork")
     peaks = {}
     for name in MODELS:
@@ -194,14 +204,13 @@ def measure_times(
     """
     Times of every repeat in seconds, as `times[row][model]`, and of the probes.
 
-    Within each repeat the models take turns at every row, and the first changes from repeat to repeat, so that a slow
-    spell of the machine hits all of them.
+    Within each repeat the models take turns at every row, see `report.in_turn`.
     """
     times: dict[str, dict[str, list[float]]] = {}
     probe_times: dict[str, list[float]] = {name: [] for name in probes}
     inputs = {(name, batch): build_inputs(model, batch) for name, model in models.items() for batch in BATCH_SIZES}
     for repeat in range(-1, repeats):  # repeat -1 warms up
-        order = [MODELS[(repeat + k) % len(MODELS)] for k in range(len(MODELS))]
+        order = in_turn(MODELS, repeat)
         measured: dict[str, dict[str, float]] = {}
         for name, probe in probes.items():
             elapsed = seconds(probe, device)
@@ -212,9 +221,9 @@ def measure_times(
                 elapsed = seconds(partial(encode, models[name], inputs[name, batch]), device)
                 measured.setdefault(f"encode {batch}", {})[name] = elapsed
             for name in order:
-                parts = time_generation(models[name], inputs[name, batch], size.decode_tokens, device)
-                for kind, part in zip(("first", "prefill", "decode"), parts, strict=True):
-                    measured.setdefault(f"{kind} {batch}", {})[name] = part
+                spans = time_generation(models[name], inputs[name, batch], size.decode_tokens, device)
+                for kind, elapsed in zip(("first", "prefill", "decode"), spans, strict=True):
+                    measured.setdefault(f"{kind} {batch}", {})[name] = elapsed
         print(f"repeat {repeat + 1} of {repeats}", flush=True)
         if repeat >= 0:
             for row, by_model in measured.items():
@@ -224,23 +233,9 @@ def measure_times(
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=SIZES, default="small", help="parts of the models (default: small)")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument(
-        "--threads", type=int, default=torch.get_num_threads(), help="CPU threads (default: all cores)"
-    )
-    parser.add_argument("--repeats", type=int, default=9, help="measured repeats, after one warm-up (default: 9)")
-    parser.add_argument("--json", type=Path, metavar="OUT", help="write every measurement to this file")
-    args = parser.parse_args()
-    if args.repeats < 1 or args.threads < 1:
-        parser.error(f"--repeats {args.repeats} --threads {args.threads}: both must be at least 1.")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: PyTorch finds no CUDA device. Use --device cpu, or a PyTorch built for your GPU.")
-    if args.device == "cpu" and not Path("/proc/self/clear_refs").exists():
-        parser.error("peak memory on the CPU is read from /proc, which this system does not have. Run it on Linux.")
-    return args
+    parser = machine_options(__doc__, repeats=9)
+    parser.add_argument("--size", choices=SIZES, default="small", help="size of the models (default: small)")
+    return parsed(parser)
 
 
 def main() -> None:
@@ -279,15 +274,7 @@ def main() -> None:
     }
     costs |= {f"memory {batch}": {name: [float(memory[name][batch])] for name in MODELS} for batch in BATCH_SIZES}
     rows = {row: compare(by_model) for row, by_model in costs.items()}
-    setting = {
-        "size": args.size,
-        "device": torch.cuda.get_device_name() if args.device == "cuda" else "CPU",
-        "dtype": args.dtype,
-        "threads": args.threads,
-        "repeats": args.repeats,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
+    setting = setting_of(args, "torch", "transformers")
 
     print("\n" + ", ".join(f"{key} {value}" for key, value in setting.items()))
     print(agreement + "\n")

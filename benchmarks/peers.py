@@ -1,4 +1,4 @@
-"""Builds MiniGPT-4 and its peers of transformers with equal towers and language models, and checks that they agree."""
+"""Builds MiniGPT-4 and its peers in transformers with equal towers and language models, and checks that they agree."""
 
 from dataclasses import dataclass
 
@@ -27,14 +27,14 @@ MODELS = (OURS, *PEERS)
 
 IMAGE_TOKEN_ID = 32000
 NUM_QUERY_TOKENS = 32
-TEXT_TOKENS = 32  # `<s>` and a template with one question: what a first turn holds beside the image
-INSTRUCTION_TOKENS = 8  # what InstructBLIP's Q-Former reads beside its queries
+TEXT_TOKENS = 32  # `<s>` and a template with one question: what a first turn holds besides the image
+INSTRUCTION_TOKENS = 8  # what InstructBLIP's Q-Former reads besides its queries
 CHECK_TOKENS = 16
 
 
 @dataclass(frozen=True)
 class Size:
-    """Configs of the parts that all models share, and how many tokens to decode after the first."""
+    """Configs of the modules that all models share, and how many tokens to decode after the first."""
 
     vision: dict
     qformer: dict
@@ -68,7 +68,7 @@ IMAGE = {"image_size": 224, "patch_size": 14}
 
 
 def build_config(name: str, size: Size) -> PreTrainedConfig:
-    """Config of the model called `name` (one of `MODELS`) with the parts of `size`."""
+    """Config of the model called `name` (one of `MODELS`) with the modules of `size`."""
     # No end token, so that every model decodes as many tokens as it is asked for.
     text = LlamaConfig(**size.text, vocab_size=IMAGE_TOKEN_ID + 1, eos_token_id=None, pad_token_id=0)
     # The towers' default of 1e-10 makes random weights that compute nothing, and slowly: denormal numbers.
@@ -79,7 +79,7 @@ def build_config(name: str, size: Size) -> PreTrainedConfig:
         return LlavaConfig(
             vision_config=tower, text_config=text, image_token_index=IMAGE_TOKEN_ID, image_seq_length=patches
         )
-    parts = {
+    modules = {
         "vision_config": vision,
         "qformer_config": {**size.qformer, "encoder_hidden_size": size.vision["hidden_size"]},
         "text_config": text,
@@ -87,8 +87,10 @@ def build_config(name: str, size: Size) -> PreTrainedConfig:
     }
     if name == OURS:
         # BLIP-2's epsilon, for the check of equal tokens; it costs the same as our own.
-        return MiniGPT4Config(**parts, image_token_id=IMAGE_TOKEN_ID, vision_post_layernorm_eps=1e-6)
-    return {"BLIP-2": Blip2Config, "InstructBLIP": InstructBlipConfig}[name](**parts, image_token_index=IMAGE_TOKEN_ID)
+        return MiniGPT4Config(**modules, image_token_id=IMAGE_TOKEN_ID, vision_post_layernorm_eps=1e-6)
+    return {"BLIP-2": Blip2Config, "InstructBLIP": InstructBlipConfig}[name](
+        **modules, image_token_index=IMAGE_TOKEN_ID
+    )
 
 
 def build_model(name: str, size: Size, dtype: torch.dtype, device: str) -> PreTrainedModel:
@@ -96,7 +98,7 @@ def build_model(name: str, size: Size, dtype: torch.dtype, device: str) -> PreTr
     torch.manual_seed(0)
     with torch.device(device):
         model = AutoModelForImageTextToText.from_config(build_config(name, size), dtype=dtype)
-    # `from_pretrained` keeps these parts in float32 when it loads in bfloat16, `from_config` does not.
+    # `from_pretrained` keeps these modules in float32 when it loads in bfloat16, `from_config` does not.
     if dtype == torch.bfloat16:
         for parameter_name, parameter in model.named_parameters():
             if model._keep_in_fp32_modules_strict & set(parameter_name.split(".")):
@@ -157,7 +159,7 @@ def generate(
         do_sample=False,
         use_cache=True,
         pad_token_id=0,
-        # Ours never says the image placeholder; the others could, and then differ from ours.
+        # Ours never generates the image placeholder; the others could, and would then differ from ours.
         suppress_tokens=[IMAGE_TOKEN_ID],
     )
     criteria = StoppingCriteriaList([on_token] if on_token is not None else [])
@@ -167,10 +169,10 @@ def generate(
 
 def share_weights(ours: PreTrainedModel, peer: PreTrainedModel) -> None:
     """
-    Gives a peer our weights wherever it has the same part.
+    Gives a peer our weights wherever it has the same module.
 
     The language model's are shared rather than copied, so that all models read the same bytes and four of them fit
-    where memory is short.
+    into little memory.
     """
     state = ours.state_dict()
     renamed = {}
@@ -203,7 +205,7 @@ def check_equal_work(size: Size, device: str) -> str:
         One sentence that says what was compared.
 
     Raises:
-        RuntimeError: where they differ, because the timings would then compare different work.
+        RuntimeError: if they differ, because the timings would then compare different work.
     """
     ours, blip2 = (build_model(name, size, torch.float32, device) for name in (OURS, "BLIP-2"))
     share_weights(ours, blip2)

@@ -1,7 +1,12 @@
-"""Turns the measurements of inference.py into ratios, shares of the machine's limits, and Markdown tables."""
+"""What the benchmarks share: options, the order of timings, ratios, shares of the machine's limits, and tables."""
 
+import argparse
 import statistics
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
 
+import torch
 from peers import MODELS, OURS, PEERS
 
 
@@ -14,6 +19,60 @@ ROWS = {
 MIB = 2**20
 
 
+def machine_options(description: str | None, repeats: int) -> argparse.ArgumentParser:
+    """
+    A parser with the options of the benchmarks that compare models on one machine.
+
+    Args:
+        description: The benchmark's docstring.
+        repeats: Default of `--repeats`.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument(
+        "--threads", type=int, default=torch.get_num_threads(), help="CPU threads (default: all cores)"
+    )
+    parser.add_argument("--repeats", type=int, default=repeats, help=f"measured repeats (default: {repeats})")
+    parser.add_argument("--json", type=Path, metavar="OUT", help="write every measurement to this file")
+    return parser
+
+
+def parsed(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The arguments, checked; exits with status 2 if this machine cannot run them."""
+    args = parser.parse_args()
+    if args.repeats < 1 or args.threads < 1:
+        parser.error(f"--repeats {args.repeats} --threads {args.threads}: both must be at least 1.")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: PyTorch finds no CUDA device. Use --device cpu, or a PyTorch built for your GPU.")
+    if args.device == "cpu" and not Path("/proc/self/clear_refs").exists():
+        parser.error("peak memory on the CPU is read from /proc, which this system does not have. Run it on Linux.")
+    return args
+
+
+def setting_of(args: argparse.Namespace, *packages: str) -> dict[str, str | int]:
+    """What the figures depend on: the options, the device, and the versions of `packages`."""
+    return {
+        "size": args.size,
+        "device": torch.cuda.get_device_name() if args.device == "cuda" else "CPU",
+        "dtype": args.dtype,
+        "threads": args.threads,
+        "repeats": args.repeats,
+        **{name: version(name) for name in packages},
+    }
+
+
+def in_turn(names: Sequence[str], repeat: int) -> list[str]:
+    """
+    The order in which a repeat times its subjects.
+
+    Each repeat times all of them, one after the other, and begins with another one, so that a slow spell of the
+    machine affects all of them.
+    """
+    start = repeat % len(names)
+    return [*names[start:], *names[:start]]
+
+
 def compare(costs: dict[str, list[float]]) -> dict:
     """
     Compares one row.
@@ -22,9 +81,8 @@ def compare(costs: dict[str, list[float]]) -> dict:
         costs: seconds or bytes of every repeat by model; less is better.
 
     Returns:
-        The median cost of each model, each peer's cost over ours (above 1: ours is better), the peer with the least
-        cost, and the quartiles of the ratio to it over the repeats (`None` with one), each of which ran all models one
-        after the other.
+        The median cost of each model, each peer's cost divided by ours (above 1: ours is better), the peer with the
+        lowest cost, and the quartiles of the ratio to it over the repeats (`None` for one repeat).
     """
     medians = {name: statistics.median(values) for name, values in costs.items()}
     best = min(PEERS, key=medians.__getitem__)

@@ -1,9 +1,9 @@
-"""Compares training steps: TRL's own collator with LLaVA and with MiniGPT-4, and this package's shortcuts in turn.
+"""Compares training steps: TRL's own collator with LLaVA and with MiniGPT-4, and this package's optimizations in turn.
 
     python benchmarks/training.py
 
-Random weights, the projection alone learns, rows as long as those of stages 1 and 2. Every variant takes its step on
-the same rows, in turns, and the matmul rate is measured between them. docs/benchmarks.md explains the rows.
+Random weights, only the projector is trained, rows as long as those of stages 1 and 2. All variants take their steps
+on the same rows, in turns, and the matmul rate is measured between them. docs/benchmarks.md explains the rows.
 """
 
 import argparse
@@ -21,15 +21,15 @@ from typing import Any
 
 import torch
 import transformers
-import trl
 from inference import count_flops, limit_probes, now, resident_bytes, seconds
 from peers import IMAGE, OURS, build_model
+from report import in_turn, machine_options, parsed, setting_of
 from training_models import (
     CACHED,
     LABELLED,
     PACKED,
     PADDED,
-    PARTS,
+    SIZES,
     STAGES,
     TRL_OURS,
     VARIANTS,
@@ -57,15 +57,15 @@ def batches(size: str, stage: str, device: str) -> list[list[dict[str, Any]]]:
 
 
 def build_cache(size: str, folder: str, options: Options) -> float:
-    """Encodes all pictures in a process of its own; returns pictures per second."""
+    """Encodes all images in its own process; returns images per second."""
     device, dtype, threads = options
     torch.set_num_threads(threads)
-    model = build_model(OURS, PARTS[size], dtype, device)
-    pictures = [
+    model = build_model(OURS, SIZES[size], dtype, device)
+    images = [
         image for stage in STAGES for rows in batches(size, stage, device) for row in rows for image in row["images"]
     ]
     start = now(device)
-    counts = build_feature_cache(model, make_processor(OURS).image_processor, pictures, folder)
+    counts = build_feature_cache(model, make_processor(OURS).image_processor, images, folder)
     return counts["encoded"] / (now(device) - start)
 
 
@@ -85,7 +85,7 @@ def measure_memory(name: str, size: str, stage: str, cache: str, options: Option
 
 
 def alone(call: Any, *args: Any, device: str) -> Any:
-    """Runs a call in a process of its own. A forked one has the imports already; CUDA cannot be used in one."""
+    """Runs a call in its own process. A forked one has the imports already, but cannot use CUDA."""
     context = multiprocessing.get_context("spawn" if device == "cuda" else "fork")
     with ProcessPoolExecutor(max_workers=1, mp_context=context) as process:
         return process.submit(call, *args).result()
@@ -111,7 +111,7 @@ def check_equal_loss(variants: dict[str, Variant], rows: list[dict[str, Any]]) -
     Checks that all variants of MiniGPT-4 have the same loss before anything is timed.
 
     Raises:
-        RuntimeError: where they differ, because the timings would then compare different work.
+        RuntimeError: if they differ, because the timings would then compare different work.
     """
     with torch.no_grad():
         losses = {name: v.loss(v.collator(rows)).item() for name, v in variants.items()}
@@ -126,7 +126,7 @@ def measure(size: str, stage: str, cache: str, repeats: int, options: Options) -
     """
     Seconds per step of every repeat and variant, of the collators alone, and of the matmul that is the limit.
 
-    Within each repeat the variants take turns, and the first changes, so that a slow spell hits all of them.
+    Within each repeat the variants take turns, see `report.in_turn`.
     """
     device, dtype, _ = options
     variants = {name: Variant(name, size, cache, device, dtype) for name in VARIANTS}
@@ -145,8 +145,7 @@ def measure(size: str, stage: str, cache: str, repeats: int, options: Options) -
     rates: list[float] = []
     for repeat in range(repeats):  # the check above has warmed up
         rows = data[repeat % len(data)]
-        for turn in range(len(VARIANTS)):
-            name = VARIANTS[(repeat + turn) % len(VARIANTS)]
+        for name in in_turn(VARIANTS, repeat):
             variant = variants[name]
             rates.append(matmul_flops / measured(probes["matmul"], options))
             collating[name].append(measured(partial(variant.collator, rows), options) / len(rows))
@@ -184,24 +183,10 @@ def table(result: dict[str, Any], memory: dict[str, int]) -> list[str]:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = machine_options(__doc__, repeats=5)
     parser.add_argument("--size", choices=RUNS, default="small", help="models of the run (default: small)")
     parser.add_argument("--stage", choices=tuple(STAGES), action="append", help="lengths of rows (default: both)")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument(
-        "--threads", type=int, default=torch.get_num_threads(), help="CPU threads (default: all cores)"
-    )
-    parser.add_argument("--repeats", type=int, default=5, help="measured repeats (default: 5)")
-    parser.add_argument("--json", type=Path, metavar="OUT", help="write every measurement to this file")
-    args = parser.parse_args()
-    if args.repeats < 1 or args.threads < 1:
-        parser.error(f"--repeats {args.repeats} --threads {args.threads}: both must be at least 1.")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: PyTorch finds no CUDA device. Use --device cpu, or a PyTorch built for your GPU.")
-    if args.device == "cpu" and not Path("/proc/self/clear_refs").exists():
-        parser.error("peak memory on the CPU is read from /proc, which this system does not have. Run it on Linux.")
-    return args
+    return parsed(parser)
 
 
 def main() -> None:
@@ -227,16 +212,7 @@ def main() -> None:
                 results[key] = measure(size, stage, f"{folder}/{size}", args.repeats, options)
                 results[key].update(memory=memory[key], encoded_per_s=encoding[size])
                 gc.collect()
-    setting = {
-        "size": args.size,
-        "device": torch.cuda.get_device_name() if args.device == "cuda" else "CPU",
-        "dtype": args.dtype,
-        "threads": args.threads,
-        "repeats": args.repeats,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "trl": trl.__version__,
-    }
+    setting = setting_of(args, "torch", "transformers", "trl")
     print("\n" + ", ".join(f"{key} {value}" for key, value in setting.items()))
     for key, result in results.items():
         print(f"\n**{key}**, batch {result['batch']}: {result['agreement']}; matmul limit ", end="")

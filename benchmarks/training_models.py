@@ -1,4 +1,4 @@
-"""Models, rows and variants of training.py: what is trained, on what, and with which of the shortcuts."""
+"""Models, rows and variants of training.py: what is trained, on what, and with which optimizations."""
 
 import io
 from collections.abc import Callable
@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from peers import IMAGE, IMAGE_TOKEN_ID, OURS, SIZES, Size, build_model
+from peers import IMAGE, IMAGE_TOKEN_ID, OURS, Size, build_model
+from peers import SIZES as PEER_SIZES
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BlipImageProcessorPil, LlavaProcessor, PreTrainedModel, PreTrainedTokenizerFast
@@ -34,12 +35,12 @@ MEDIUM = Size(
     text={"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 10, "num_attention_heads": 8},
     decode_tokens=1,
 )
-PARTS = {**SIZES, "mini": MINI, "medium": MEDIUM}
+SIZES = {**PEER_SIZES, "mini": MINI, "medium": MEDIUM}
 TRL_LLAVA, TRL_OURS = "TRL's collator, LLaVA", "TRL's collator, MiniGPT-4"
-# Each row keeps the shortcuts of the one before.
+# Each row keeps the optimizations of the one before.
 PADDED, PACKED, LABELLED, CACHED = "own collator, padded", "+ packed", "+ logits at labels", "+ cached features"
 VARIANTS = (TRL_LLAVA, TRL_OURS, PADDED, PACKED, LABELLED, CACHED)
-PICTURE = (320, 256)  # pixels of the JPEGs
+IMAGE_SIZE = (320, 256)  # pixels of the JPEGs
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ def make_rows(stage: Stage, count: int, seed: int) -> list[dict[str, Any]]:
     for _ in range(count):
         file = io.BytesIO()
         noise = draw.integers(0, 255, (8, 8, 3), dtype=np.uint8)
-        Image.fromarray(noise).resize(PICTURE, Image.Resampling.BICUBIC).save(file, "JPEG")
+        Image.fromarray(noise).resize(IMAGE_SIZE, Image.Resampling.BICUBIC).save(file, "JPEG")
         answer = int(np.clip(draw.normal(stage.mean, stage.spread), *stage.bounds))
         prompt, completion = (" ".join(f"w{n}" for n in draw.integers(3, 31999, k)) for k in (stage.prompt, answer))
         rows.append(
@@ -108,7 +109,7 @@ def make_rows(stage: Stage, count: int, seed: int) -> list[dict[str, Any]]:
 
 
 class TRLCollator:
-    """TRL's own collator, with the pictures decoded as `datasets` hands them to it."""
+    """TRL's own collator, with the images decoded as `datasets` passes them to it."""
 
     def __init__(self, processor: Any):
         self.image_token = processor.image_token
@@ -125,14 +126,14 @@ class TRLCollator:
 
 class Variant:
     """
-    One row of the tables: a model of its own, a collator, and a step of training.
+    One row of the tables: its own model, a collator, and a training step.
 
     Args:
         name: One of `VARIANTS`.
-        size: A key of `PARTS`.
+        size: A key of `SIZES`.
         cache: Folder of features, for the variant that uses them.
         device: `cpu` or `cuda`.
-        dtype: Of the frozen parts.
+        dtype: Of the frozen modules.
     """
 
     def __init__(self, name: str, size: str, cache: str, device: str, dtype: torch.dtype):
@@ -141,7 +142,7 @@ class Variant:
         # Without Triton, TRL's head scores every position that it is given, and transformers' own loss is faster.
         self.fused = device == "cuda" or name not in (LABELLED, CACHED)
         kind = "LLaVA" if name == TRL_LLAVA else OURS
-        self.model: PreTrainedModel = build_model(kind, PARTS[size], dtype, device)
+        self.model: PreTrainedModel = build_model(kind, SIZES[size], dtype, device)
         self.processor = make_processor(kind)
         prepare_stage(self.model)
         add_fused_lm_head(self.model)  # what SFTTrainer does with every model
@@ -181,11 +182,11 @@ class Variant:
 
 def necessary_flops(variant: Variant, rows: list[dict[str, Any]], encode_flops: int) -> float:
     """
-    Floating-point operations that a step cannot do without, two per multiply-add.
+    Floating-point operations that a step cannot avoid, two per multiply-add.
 
     Forward and gradient of the inputs of the language model for real tokens, causal attention between those of a row,
-    logits and their gradient where labels are, the projection with the gradient of its weights, and one encoding of
-    each picture (`encode_flops`, projection included) unless it is cached. Frozen weights need no gradient.
+    logits and their gradient where labels are, the projector with the gradient of its weights, and one encoding of
+    each image (`encode_flops`, projector included) unless it is cached. Frozen weights need no gradient.
     """
     text = variant.model.config.get_text_config()
     width, layers = text.hidden_size, text.num_hidden_layers

@@ -24,6 +24,7 @@ NAMES = [
     ("transformers", "Trainer._save"),
     ("transformers", "Trainer._load_from_checkpoint"),
     ("datasets.iterable_dataset", "_BaseExamplesIterable"),
+    ("pycocoevalcap.meteor.meteor", "Meteor._stat"),
 ]
 
 

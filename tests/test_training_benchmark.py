@@ -1,5 +1,5 @@
-"""The training benchmark runs at its smallest size, compares equal losses and counts the work that it says; no timing
-is judged."""
+"""The training benchmark runs at its smallest size, compares equal losses and counts the work that it states; no
+timing is judged."""
 
 import json
 import sys
