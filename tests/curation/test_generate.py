@@ -63,8 +63,8 @@ def test_the_cached_second_turn_is_the_uncached_one(model, processor, prompts, m
     assert min(lengths) <= below and (max(lengths) == most)
 
     said = []  # ids of both turns, as `describe_in_turns` decodes them
-    decode = generate._decode
-    monkeypatch.setattr(generate, "_decode", lambda _, answers: said.append(answers) or decode(_, answers))
+    decode = generate.decode_answers
+    monkeypatch.setattr(generate, "decode_answers", lambda _, answers: said.append(answers) or decode(_, answers))
     found = describe_in_turns(plain(), model, processor, settings)
     continued = [row for row, turns in enumerate(expected) if len(turns) == 2]
     for row, turns in enumerate(expected):

@@ -5,14 +5,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import torch
 from PIL import Image
+from transformers import BatchFeature, GenerationConfig, ProcessorMixin
+from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from transformers_minigpt4.inference.generation import answer_prompts
-from transformers_minigpt4.inference.loading import load_model_and_processor
+from transformers_minigpt4.inference.generation import answer_prompts, decode_answers
+from transformers_minigpt4.inference.loading import GenerativeModel, load_model_and_processor
 from transformers_minigpt4.processing.image_utils_minigpt4 import ImageLoadError, load_image
+from transformers_minigpt4.utils.files import JsonObject
 
 from .config import CurationConfig, CurationError, settings_hash
 from .progress import bar
@@ -113,7 +116,12 @@ def _batches(works: Iterator[Work], size: int) -> Iterator[list[Work]]:
 
 
 def _describe_works(
-    project: Project, works: list[Work], model: Any, processor: Any, config: CurationConfig, settings: str
+    project: Project,
+    works: list[Work],
+    model: GenerativeModel,
+    processor: ProcessorMixin,
+    config: CurationConfig,
+    settings: str,
 ) -> list[Result]:
     results, images, readable = [], [], []
     for work in works:
@@ -137,7 +145,7 @@ def _describe_works(
 
 
 def describe_in_turns(
-    images: list[Image.Image], model: Any, processor: Any, config: CurationConfig
+    images: list[Image.Image], model: GenerativeModel, processor: ProcessorMixin, config: CurationConfig
 ) -> list[Description]:
     """
     Describes images in one batch, with a second turn for the answers of at most `config.continue_below` tokens.
@@ -164,30 +172,33 @@ def describe_in_turns(
     inputs = inputs.to(model.device, dtype=model.dtype)
     width = inputs["input_ids"].shape[1]
     settings = _settings(config) | {"use_cache": True}
-    output = model.generate(**inputs, **settings, return_dict_in_generate=True)
+    # With `return_dict_in_generate` and one beam it gives this.
+    output = cast(GenerateDecoderOnlyOutput, model.generate(**inputs, **settings, return_dict_in_generate=True))
     answers = output.sequences[:, width:]
     lengths = answer_lengths(answers, model.generation_config)
-    first = _decode(processor, answers)
+    first = decode_answers(processor, answers)
     found = [Description((text,), (length,)) for text, length in zip(first, lengths.tolist())]
     short = torch.nonzero(lengths <= config.continue_below).flatten() if config.continue_below else lengths[:0]
     if not len(short):
         return found
     turn = processor.tokenizer(config.continue_prompt, add_special_tokens=False, return_tensors="pt")["input_ids"]
     answers = continue_answers(model, output, width, lengths, short, turn.to(lengths.device), **settings)
-    more = zip(short.tolist(), _decode(processor, answers), answer_lengths(answers, model.generation_config).tolist())
+    more = zip(
+        short.tolist(), decode_answers(processor, answers), answer_lengths(answers, model.generation_config).tolist()
+    )
     for row, text, length in more:
         found[row] = Description((first[row], text), (found[row].tokens[0], length))
     return found
 
 
 def continue_answers(
-    model: Any,
-    output: Any,
+    model: GenerativeModel,
+    output: GenerateDecoderOnlyOutput,
     width: int,
     lengths: torch.Tensor,
     rows: torch.Tensor,
     turn: torch.Tensor,
-    **settings: Any,
+    **settings: object,
 ) -> torch.Tensor:
     """
     The second turn of some rows of a batch, computed from the keys and values of the first turn.
@@ -200,13 +211,20 @@ def continue_answers(
 
     Returns:
         `(R, new tokens)`: ids of the second answers.
+
+    Raises:
+        CurationError: for a model without a cache.
     """
     ids, mask = continue_inputs(output.sequences, width, lengths, rows, turn)
     cache = output.past_key_values
+    if cache is None:
+        raise CurationError("this model has no cache of keys and values, so it takes no second turn")
     # After the longest of the answers that continue, there is nothing to keep.
     cache.crop(min(0, ids.shape[1] - turn.shape[1] - cache.get_seq_length()))
     cache.batch_select_indices(rows)
-    sequences = model.generate(input_ids=ids, attention_mask=mask, past_key_values=cache, **settings)
+    sequences = cast(
+        torch.Tensor, model.generate(input_ids=ids, attention_mask=mask, past_key_values=cache, **settings)
+    )
     return sequences[:, ids.shape[1] :]
 
 
@@ -239,7 +257,7 @@ def continue_inputs(
     return torch.cat([context, turns], dim=1), torch.cat([mask, torch.ones_like(turns)], dim=1)
 
 
-def answer_lengths(answers: torch.Tensor, generation_config: Any) -> torch.Tensor:
+def answer_lengths(answers: torch.Tensor, generation_config: GenerationConfig) -> torch.Tensor:
     """
     Tokens of each answer before its end token or stop string.
 
@@ -252,19 +270,19 @@ def answer_lengths(answers: torch.Tensor, generation_config: Any) -> torch.Tenso
     """
     count, length = answers.shape
     eos = generation_config.eos_token_id
-    marks = [[token] for token in ([eos] if isinstance(eos, int) else eos or [])]
-    marks += getattr(generation_config, "stop_sequences", None) or []
+    ends_with: list[list[int]] = [[token] for token in ([eos] if isinstance(eos, int) else eos or [])]
+    ends_with += getattr(generation_config, "stop_sequences", None) or []
     ends = torch.full((count,), length, device=answers.device)
-    for mark in marks:
-        if len(mark) > length:
+    for ending in ends_with:
+        if len(ending) > length:
             continue
-        found = (answers.unfold(1, len(mark), 1) == torch.tensor(mark, device=answers.device)).all(-1)
+        found = (answers.unfold(1, len(ending), 1) == torch.tensor(ending, device=answers.device)).all(-1)
         first = torch.where(found.any(1), found.int().argmax(1), length)
         ends = torch.minimum(ends, first)
     return ends
 
 
-def _settings(config: CurationConfig) -> dict[str, Any]:
+def _settings(config: CurationConfig) -> dict[str, object]:
     """For `generate`; with beams, the cache would hold several rows for each image."""
     return {
         "max_new_tokens": config.max_new_tokens,
@@ -274,11 +292,9 @@ def _settings(config: CurationConfig) -> dict[str, Any]:
     }
 
 
-def _decode(processor: Any, answers: torch.Tensor) -> list[str]:
-    return [text.strip() for text in processor.post_process_image_text_to_text(answers)]
-
-
-def _chat_turns(images: list[Image.Image], model: Any, processor: Any, config: CurationConfig) -> list[Description]:
+def _chat_turns(
+    images: list[Image.Image], model: GenerativeModel, processor: ProcessorMixin, config: CurationConfig
+) -> list[Description]:
     """Two turns through the processor's chat template, for models of any family."""
     settings = _settings(config)
     first = answer_prompts([[image] for image in images], [config.prompt] * len(images), model, processor, **settings)
@@ -291,23 +307,24 @@ def _chat_turns(images: list[Image.Image], model: Any, processor: Any, config: C
         raise CurationError(
             f"{config.checkpoint} has no chat template, so it takes no second turn; set `continue_below: 0`"
         )
-    inputs = processor.apply_chat_template(
+    encoded = processor.apply_chat_template(
         [_conversation(images[row], first[row], config) for row in short],
         add_generation_prompt=True,
         tokenize=True,
         return_dict=True,
         return_tensors="pt",
         processor_kwargs={"padding": True, "padding_side": "left"},
-    ).to(model.device, dtype=model.dtype)
-    sequences = model.generate(**inputs, **settings)
+    )
+    inputs = cast(BatchFeature, encoded).to(model.device, dtype=model.dtype)  # annotated for return_dict=False only
+    sequences = cast(torch.Tensor, model.generate(**inputs, **settings))
     answers = sequences[:, inputs["input_ids"].shape[1] :]
-    for row, text in zip(short, _decode(processor, answers)):
+    for row, text in zip(short, decode_answers(processor, answers)):
         length = len(processor.tokenizer(text, add_special_tokens=False)["input_ids"])
         found[row] = Description((first[row], text), (tokens[row], length))
     return found
 
 
-def _conversation(image: Image.Image, answer: str, config: CurationConfig) -> list[dict[str, Any]]:
+def _conversation(image: Image.Image, answer: str, config: CurationConfig) -> list[JsonObject]:
     question = [{"type": "image", "image": image}, {"type": "text", "text": config.prompt}]
     return [
         {"role": "user", "content": question},

@@ -6,6 +6,7 @@ import os
 import random
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -80,7 +81,7 @@ def _facts(project: Project, config: CurationConfig) -> JsonObject:
     funnel = project.funnel()
     rows = [
         {
-            **row._asdict(),
+            **asdict(row),
             "share": share(row.pairs, funnel.sampled),
             "percent": f"{100 * min(1.0, row.pairs / funnel.sampled):.2f}" if funnel.sampled else "0",
         }

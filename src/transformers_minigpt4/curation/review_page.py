@@ -1,8 +1,9 @@
 """The page on which people accept, edit or reject pairs, one at a time, by mouse or keyboard."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
+from transformers_minigpt4.utils.files import JsonObject
 from transformers_minigpt4.web.html import escape, image_html, person_name
 from transformers_minigpt4.web.server import LOCAL_HOSTS, PageServer, import_gradio, new_page, serve
 
@@ -38,14 +39,14 @@ _CSS = """
 class Screen(NamedTuple):
     """What the page shows, in the order of its elements: HTML, except for the last three, which are text."""
 
-    status: Any
-    progress: Any
-    image: Any
-    before: Any
-    after: Any
-    text: Any
-    shown: Any  # pair and text that the buttons are about, as `ID TEXT_ID`
-    reviewer: Any
+    status: object
+    progress: object
+    image: object
+    before: object
+    after: object
+    text: object
+    shown: object  # pair and text that the buttons are about, as `ID TEXT_ID`
+    reviewer: object
 
 
 class Reviewing:
@@ -140,7 +141,7 @@ class Reviewing:
     @staticmethod
     def _stay(message: str) -> Screen:
         same = import_gradio().skip()
-        return Screen(_status(message), *[same] * (len(Screen._fields) - 1))
+        return Screen(_status(message), *[same] * (len(Screen.__annotations__) - 1))
 
     def _progress(self, progress: Progress) -> str:
         parts = [
@@ -200,7 +201,7 @@ def build_page(queue: ReviewQueue) -> "gr.Blocks":
         reviewer = gr.Textbox(visible="hidden", elem_id="reviewer")
 
         screen = [status, progress, image, before, after, text, shown, reviewer]
-        plain: dict[str, Any] = {"outputs": screen, "queue": False, "show_progress": "hidden"}
+        plain: JsonObject = {"outputs": screen, "queue": False, "show_progress": "hidden"}
 
         def load(request: gr.Request) -> Screen:
             known = request.query_params.get("reviewer", "") if request else ""

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator
-from typing import NamedTuple
+from dataclasses import dataclass
 
 from transformers_minigpt4.utils.files import atomic_file
 
@@ -22,7 +22,8 @@ STEP_WORDS = {
 }
 
 
-class FunnelRow(NamedTuple):
+@dataclass(frozen=True)
+class FunnelRow:
     """
     One line of the funnel.
 
