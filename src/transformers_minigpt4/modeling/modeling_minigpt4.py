@@ -175,6 +175,10 @@ class MiniGPT4Model(MiniGPT4PreTrainedModel):
     _keys_to_ignore_on_load_unexpected = [r"^lm_head\."]  # `AutoModel` reads full checkpoints
 
     def __init__(self, config: MiniGPT4Config, image_modules: bool = True):
+        r"""
+        image_modules (`bool`, *optional*, defaults to `True`):
+            Whether to build the vision tower and the Q-Former. A model without them trains from cached features.
+        """
         super().__init__(config)
         # Without image modules, for training from cached features: neither built nor loaded.
         self.vision_tower = _build_vision_tower(config) if image_modules else None
@@ -348,6 +352,10 @@ class MiniGPT4ForConditionalGeneration(MiniGPT4PreTrainedModel, GenerationMixin)
     _tp_plan = {"lm_head": "colwise_gather_output"}
 
     def __init__(self, config: MiniGPT4Config, image_modules: bool = True):
+        r"""
+        image_modules (`bool`, *optional*, defaults to `True`):
+            Whether to build the vision tower and the Q-Former. A model without them trains from cached features.
+        """
         super().__init__(config)
         self.model = MiniGPT4Model(config, image_modules)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
