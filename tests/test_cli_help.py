@@ -112,9 +112,15 @@ def test_underscores_are_dashes_in_names_and_nowhere_else():
     assert parse("minigpt4 evaluate my_model --batch_size 3 --tasks a_b --data c_d")["tasks"] == ["a_b"]
 
 
-def test_completion(monkeypatch):
+def test_completion():
     result = CliRunner().invoke(app, ["--show-completion", "bash"], prog_name="minigpt4", env={"SHELL": "/bin/bash"})
     assert result.exit_code == 0 and "complete -o default -F _minigpt4_completion minigpt4" in result.output
-    words = {"_MINIGPT4_COMPLETE": "complete_bash", "COMP_WORDS": "minigpt4 ev", "COMP_CWORD": "1"}
-    result = CliRunner().invoke(app, [], prog_name="minigpt4", env=words)
-    assert result.stdout.split() == ["evaluate"]
+    for typed, offered in (
+        ("ev", ["evaluate"]),
+        ("train tiny", ["tiny", "tiny_stage2"]),
+        ("data check --out", ["--output"]),
+    ):
+        words = f"minigpt4 {typed}"
+        request = {"_MINIGPT4_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
+        result = CliRunner().invoke(app, [], prog_name="minigpt4", env=request)
+        assert result.stdout.split() == offered

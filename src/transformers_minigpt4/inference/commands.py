@@ -3,7 +3,7 @@
 import sys
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -88,16 +88,13 @@ def describe(
             return
         loaded, processor = load_model_and_processor(checkpoint, dtype, device, trust_remote_code)
         streamed = len(sources) == 1 and captions is None
-        settings: dict[str, object] = {
-            "prompt": prompt,
-            "do_sample": sample,
-            "batch_size": 1 if streamed else batch_size,
-        }
-        if max_new_tokens is not None:
-            settings["max_new_tokens"] = max_new_tokens
+        settings: dict[str, Any] = {"max_new_tokens": max_new_tokens} if max_new_tokens is not None else {}
         if streamed:
+            batch_size = 1
             settings["streamer"] = CaptionStreamer(processor, lambda text: typer.echo(text, nl=False))
-        records = describe_images(todo, loaded, processor, **settings)  # type: ignore[arg-type]  # keywords of two kinds
+        records = describe_images(
+            todo, loaded, processor, prompt=prompt, batch_size=batch_size, do_sample=sample, **settings
+        )
         failed = _finish_one(records) if streamed else _write_all(records, len(todo), captions, prompt, checkpoint)
         if failed:
             raise typer.Exit(1)

@@ -20,8 +20,8 @@ class RecipeCommand(Command):
 
     key_groups: tuple[str, ...] = ("Model and data", "Speed and memory")
 
-    def __init__(self, *args: Any, **keywords: Any) -> None:
-        super().__init__(*args, **keywords)
+    def __init__(self, **attributes: Any) -> None:
+        super().__init__(**attributes)
         # Typer leaves the keys of recipes to TRL's parser.
         self.context_settings = {"allow_extra_args": True, "ignore_unknown_options": True}
 

@@ -19,8 +19,9 @@ from typer.core import TyperArgument, TyperCommand, TyperGroup, TyperOption
 INTERRUPTED = 130  # what shells report for a program ended by Ctrl-C
 EXAMPLES = "\nExamples:\n"  # heading in a command's docstring; what follows is printed verbatim at the end of its help
 
-# Typer brings its own copy of click, of which it exports neither contexts nor formatters.
+# Typer brings its own copy of click, of which it exports no types.
 ClickContext: TypeAlias = Any
+ClickParameters: TypeAlias = list[Any]
 ClickFormatter: TypeAlias = Any
 
 BatchSize: TypeAlias = Annotated[
@@ -88,8 +89,8 @@ class Command(TyperCommand):
     Examples in the docstring of its function come at the end of its help as they are.
     """
 
-    def __init__(self, *args: Any, **keywords: Any) -> None:
-        super().__init__(*args, **keywords)
+    def __init__(self, **attributes: Any) -> None:
+        super().__init__(**attributes)
         self.help, self.examples = _without_examples(self.help)
         for parameter in self.params:
             if parameter.metavar is None and isinstance(parameter, (TyperArgument, TyperOption)):
@@ -105,7 +106,7 @@ class Command(TyperCommand):
             quieten_libraries(ctx.obj)
             return super().invoke(ctx)
 
-    def get_params(self, ctx: ClickContext) -> list[Any]:
+    def get_params(self, ctx: ClickContext) -> ClickParameters:
         """Arguments and options, `--help` among them."""
         return _off_by_default(super().get_params(ctx))
 
@@ -142,8 +143,8 @@ class Group(TyperGroup):
 
     panels: Mapping[str, tuple[str, ...]] = {}
 
-    def __init__(self, *args: Any, **keywords: Any) -> None:
-        super().__init__(*args, **keywords)
+    def __init__(self, **attributes: Any) -> None:
+        super().__init__(**attributes)
         self.help, self.examples = _without_examples(self.help)
 
     def parse_args(self, ctx: ClickContext, args: list[str]) -> list[str]:
@@ -154,7 +155,7 @@ class Group(TyperGroup):
         """Writes the examples."""
         formatter.write(self.examples)
 
-    def get_params(self, ctx: ClickContext) -> list[Any]:
+    def get_params(self, ctx: ClickContext) -> ClickParameters:
         """Arguments and options, `--help` among them."""
         return _off_by_default(super().get_params(ctx))
 
@@ -175,7 +176,7 @@ def _without_examples(help: str | None) -> tuple[str, str]:
     return text, heading + indent(dedent(examples), "  ") + "\n" if heading else ""
 
 
-def _off_by_default(parameters: list[Any]) -> list[Any]:
+def _off_by_default(parameters: ClickParameters) -> ClickParameters:
     """Gives typer's own flags, such as `--help`, `False` for `None`, for which it would import pydantic."""
     for parameter in parameters:
         if isinstance(parameter, TyperOption) and parameter.is_flag and not parameter.secondary_opts:
@@ -183,7 +184,7 @@ def _off_by_default(parameters: list[Any]) -> list[Any]:
     return parameters
 
 
-def with_dashes(words: list[str], parameters: list[Any]) -> list[str]:
+def with_dashes(words: list[str], parameters: ClickParameters) -> list[str]:
     """The words of a command line with dashes in the names of options, and with values as they were."""
     options = {
         name: parameter
