@@ -1,4 +1,4 @@
-"""Curation projects with given texts and pictures, without a model."""
+"""Curation projects with given texts and images, without a model."""
 
 import hashlib
 import io
@@ -33,33 +33,33 @@ TEXTS = tuple(
 
 
 def photograph(seed: int, size: tuple[int, int] = (160, 120)) -> Image.Image:
-    """A picture with large soft patches of colour, another one for each seed."""
+    """An image with large soft patches of color, another one for each seed."""
     fields = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8)
     return Image.fromarray(fields).resize(size, Image.Resampling.BICUBIC)
 
 
-def jpeg(picture: Image.Image, quality: int = 90) -> bytes:
+def jpeg(image: Image.Image, quality: int = 90) -> bytes:
     buffer = io.BytesIO()
-    picture.save(buffer, "JPEG", quality=quality)
+    image.save(buffer, "JPEG", quality=quality)
     return buffer.getvalue()
 
 
 def make_project(
-    folder: Path, texts: Sequence[str], pictures: Sequence[bytes] | None = None, **settings: Any
+    folder: Path, texts: Sequence[str], images: Sequence[bytes] | None = None, **settings: Any
 ) -> Project:
-    """A project whose model wrote `texts` about `pictures`, which are all different by default."""
+    """A project whose model wrote `texts` about `images`, which are all different by default."""
     config = CurationConfig(**{"source": "imagefolder:/home/somebody/shots", "checkpoint": "some/model", **settings})
     folder.mkdir(parents=True, exist_ok=True)
     project = Project.create(folder, config)
-    add(project, texts, pictures)
+    add(project, texts, images)
     return project
 
 
-def add(project: Project, texts: Sequence[str], pictures: Sequence[bytes] | None = None) -> None:
+def add(project: Project, texts: Sequence[str], images: Sequence[bytes] | None = None) -> None:
     first = sum(1 for _ in project.pairs())
-    pictures = pictures or [jpeg(photograph(first + number)) for number in range(len(texts))]
+    images = images or [jpeg(photograph(first + number)) for number in range(len(texts))]
     rows = []
-    for number, content in enumerate(pictures, start=first):
+    for number, content in enumerate(images, start=first):
         name = f"{IMAGES}/{number:05d}.jpg"
         (project.folder / name).write_bytes(content)
         rows.append((f"{number:05d}", name, hashlib.sha256(content).hexdigest(), {"key": f"row {number}"}))

@@ -1,4 +1,4 @@
-"""Building and publishing: rows, pictures byte for byte, card, faults; over the wire to a small Hub on loopback."""
+"""Building and publishing: rows, images byte for byte, card, faults; over the wire to a small Hub on loopback."""
 
 import json
 import resource
@@ -39,7 +39,7 @@ def build(project: Project, **options):
     return run_build(project, project.config, progress=False, **options)
 
 
-def picture(project: Project, number: int) -> bytes:
+def image_bytes(project: Project, number: int) -> bytes:
     return (project.folder / "images" / f"{number:05d}.jpg").read_bytes()
 
 
@@ -58,26 +58,26 @@ def limited(size: int):
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_rows_and_pictures(project):
+def test_rows_and_images(project):
     summary = build(project)
     assert summary.pairs == 3 and summary.unreviewed == 0 and not summary.skipped
     dataset = load_from_disk(summary.folder / "dataset")
     assert dataset.column_names == ["image", "image_id", "caption"]
     assert dataset["image_id"] == ["00000", "00001", "00002"] and dataset["caption"] == [*TEXTS[:2], EDITED]
     raw = dataset.cast_column("image", ImageFeature(decode=False))
-    assert [row["image"]["bytes"] for row in raw] == [picture(project, number) for number in range(3)]
+    assert [row["image"]["bytes"] for row in raw] == [image_bytes(project, number) for number in range(3)]
     align = read_cc_sbu_align(summary.folder / "cc_sbu_align")
     assert align["image_id"] == dataset["image_id"] and align["caption"] == dataset["caption"]
     annotations = json.loads((summary.folder / "cc_sbu_align" / "filter_cap.json").read_text(encoding="utf-8"))
     assert annotations["annotations"][2] == {"image_id": "00002", "caption": EDITED}
-    assert (summary.folder / "cc_sbu_align" / "image" / "00001.jpg").read_bytes() == picture(project, 1)
+    assert (summary.folder / "cc_sbu_align" / "image" / "00001.jpg").read_bytes() == image_bytes(project, 1)
 
 
 def test_it_stands_alone(project):
-    """Neither the data set nor the folder needs the project's pictures."""
+    """Neither the data set nor the folder needs the project's images."""
     folder = build(project).folder
     assert str(project.folder) not in (folder / "dataset" / "run.json").read_text()
-    expected = picture(project, 0)
+    expected = image_bytes(project, 0)
     for path in (project.folder / "images").iterdir():
         path.unlink()
     dataset = load_from_disk(folder / "dataset")
@@ -154,7 +154,7 @@ class TestUnreviewed:
             assert not (project.folder / "build").exists()
 
 
-class TestPictures:
+class TestImages:
     def test_gone_and_changed_ones_are_left_out_and_told(self, project):
         (project.folder / "images" / "00000.jpg").unlink()
         (project.folder / "images" / "00001.jpg").write_bytes(jpeg(photograph(99)))
@@ -192,8 +192,8 @@ class TestAtomic:
 
     @pytest.mark.parametrize("limit", [1_000, 9_000], ids=["images", "data set"])
     def test_a_full_disk_leaves_the_earlier_build(self, project, limit):
-        """A limit on the size of files, at which the first picture's copy fails, or the data set's file."""
-        assert 1_000 < len(picture(project, 0)) < 9_000
+        """A limit on the size of files, at which the first image's copy fails, or the data set's file."""
+        assert 1_000 < len(image_bytes(project, 0)) < 9_000
         build(project)
         before = files(project.folder / "build")
         with limited(limit), pytest.raises(OSError, match="too large"):
@@ -246,7 +246,7 @@ def test_push(project, hub, tmp_path):
     loaded = load_dataset(str(tmp_path / "down"), cache_dir=str(tmp_path / "cache"), split="train")
     assert loaded["caption"] == [*TEXTS[:2], EDITED]
     raw = loaded.cast_column("image", ImageFeature(decode=False))
-    assert raw[1]["image"]["bytes"] == picture(project, 1)
+    assert raw[1]["image"]["bytes"] == image_bytes(project, 1)
 
 
 def test_public_names(tmp_path):

@@ -30,10 +30,10 @@ def fails(*arguments):
 
 @pytest.fixture
 def project(tmp_path, tiny_checkpoint):
-    """A project of three pictures, not run yet; its model writes nonsense."""
+    """A project of three images, not run yet; its model writes nonsense."""
     (tmp_path / "images").mkdir()
-    for colour in ("red", "green", "blue"):
-        Image.new("RGB", (60, 60), colour).save(tmp_path / "images" / f"{colour}.png")
+    for color in ("red", "green", "blue"):
+        Image.new("RGB", (60, 60), color).save(tmp_path / "images" / f"{color}.png")
     folder = tmp_path / "project"
     made = minigpt4("init", folder, "--source", tmp_path / "images", "--checkpoint", tiny_checkpoint)
     assert made.exit_code == 0 and f"minigpt4 curate run {folder}" in made.output

@@ -1,4 +1,4 @@
-"""Near-duplicate texts against an exact count of shingles, and near-duplicate pictures through many changes."""
+"""Near-duplicate texts against an exact count of shingles, and near-duplicate images through many changes."""
 
 import random
 
@@ -66,19 +66,19 @@ class TestTexts:
         assert {place: found for place, found in similar_texts(texts, 0.8).items() if place < 150} == first
 
 
-def prints(tmp_path, *pictures) -> list[bytes]:
+def hashes(tmp_path, *images) -> list[bytes]:
     made = []
-    for number, picture in enumerate(pictures):
+    for number, image in enumerate(images):
         path = tmp_path / f"{number}.png"
-        if isinstance(picture, bytes):
-            path.write_bytes(picture)
+        if isinstance(image, bytes):
+            path.write_bytes(image)
         else:
-            picture.save(path, compress_level=1)
+            image.save(path, compress_level=1)
         made.append(near_duplicate_hash(path))
     return made
 
 
-class TestPictures:
+class TestImages:
     @pytest.mark.parametrize(
         "change",
         [
@@ -92,9 +92,9 @@ class TestPictures:
         ],
         ids=["compressed", "small", "large", "large and compressed", "darker", "palette", "alpha"],
     )
-    def test_the_same_picture_changed(self, tmp_path, change):
+    def test_the_same_image_changed(self, tmp_path, change):
         originals = [photograph(seed, (200, 150)) for seed in range(4)]
-        found = similar_images(prints(tmp_path, *originals, *map(change, originals)), 4, 24)
+        found = similar_images(hashes(tmp_path, *originals, *map(change, originals)), 4, 24)
         assert {place: duplicate.of for place, duplicate in found.items()} == {4 + i: i for i in range(4)}
 
     @pytest.mark.parametrize(
@@ -105,16 +105,16 @@ class TestPictures:
             lambda p: Image.merge("RGB", p.split()[::-1]),
             lambda p: p.crop((40, 30, 200, 150)),
         ],
-        ids=["mirrored", "turned", "other colours", "cut"],
+        ids=["mirrored", "turned", "other colors", "cut"],
     )
-    def test_another_picture(self, tmp_path, change):
+    def test_another_image(self, tmp_path, change):
         originals = [photograph(seed, (200, 150)) for seed in range(4)]
-        assert similar_images(prints(tmp_path, *originals, *map(change, originals)), 4, 24) == {}
+        assert similar_images(hashes(tmp_path, *originals, *map(change, originals)), 4, 24) == {}
 
-    def test_plain_pictures_differ_by_colour(self, tmp_path):
+    def test_plain_images_differ_by_color(self, tmp_path):
         """A hash of brightness steps is the same for all of these."""
-        plain = [Image.new("RGB", (64, 64), colour) for colour in ("white", "#ddd", "red", "navy", "#fdfdfd")]
-        found = similar_images(prints(tmp_path, *plain), 4, 24)
+        plain = [Image.new("RGB", (64, 64), color) for color in ("white", "#ddd", "red", "navy", "#fdfdfd")]
+        found = similar_images(hashes(tmp_path, *plain), 4, 24)
         assert {place: duplicate.of for place, duplicate in found.items()} == {4: 0}
 
     def test_speed_holds_what_the_plain_way_finds(self):
@@ -137,13 +137,13 @@ class TestPictures:
         assert 100 < len(expected) < 1190
 
     def test_the_demos_things_are_told_apart(self, tmp_path):
-        """One shape on a plain ground: another colour, shape, size or place is another picture."""
+        """One shape on a plain ground: another color, shape, size or place is another image."""
         scenes, rng = all_scenes()[::9], random.Random(0)
-        found = similar_images(prints(tmp_path, *(draw(scene, rng) for scene in scenes)), 4, 24)
+        found = similar_images(hashes(tmp_path, *(draw(scene, rng) for scene in scenes)), 4, 24)
         assert len(found) <= 0.02 * len(scenes)
 
     def test_unreadable(self, tmp_path):
-        (tmp_path / "text.jpg").write_text("no picture")
+        (tmp_path / "text.jpg").write_text("no image")
         (tmp_path / "half.jpg").write_bytes(jpeg(photograph(0))[:500])
         for name in ("text.jpg", "half.jpg", "none.jpg"):
             with pytest.raises(ImageLoadError, match=name):

@@ -1,4 +1,4 @@
-"""The filter step: reasons of drops, re-runs that touch only what changes, missing pictures, one process at a time."""
+"""The filter step: reasons of drops, re-runs that touch only what changes, missing images, one process at a time."""
 
 import pytest
 from filter_projects import TEXTS, add, jpeg, make_project, photograph, review
@@ -29,21 +29,21 @@ def histories(project: Project) -> dict[str, int]:
 
 
 def describe(project: Project, pair_id: int, text: str) -> None:
-    """What another prompt or checkpoint does: a new description of the same picture."""
+    """What another prompt or checkpoint does: a new description of the same image."""
     digest = next(pair.sha256 for pair in project.pairs() if pair.id == pair_id)
     project.record("generate", [Result(pair_id, "s", digest, "ok", text=text)])
 
 
 @pytest.fixture
 def project(tmp_path):
-    """Ten pairs: 1 apologizes, 3 has the words of 2, 5 the picture of 4 in small, 7 is short and has no end."""
+    """Ten pairs: 1 apologizes, 3 has the words of 2, 5 the image of 4 in small, 7 is short and has no end."""
     texts = list(TEXTS)
     texts[1] += " I'm sorry I made a mistake, it is a dog."
     texts[3] = texts[2].replace(". ", ".  ").replace("cherries", "cherries,")
     texts[7] = "A steam engine"
-    pictures = [jpeg(photograph(number)) for number in range(10)]
-    pictures[5] = jpeg(photograph(4).resize((100, 75)), quality=60)
-    with make_project(tmp_path / "project", texts, pictures) as project:
+    images = [jpeg(photograph(number)) for number in range(10)]
+    images[5] = jpeg(photograph(4).resize((100, 75)), quality=60)
+    with make_project(tmp_path / "project", texts, images) as project:
         yield project
 
 
@@ -154,21 +154,21 @@ def test_a_text_that_comes_back_brings_its_decisions(project):
     assert project.funnel().accepted == 1
 
 
-def test_pictures_that_are_gone_or_broken(project):
+def test_images_that_are_gone_or_broken(project):
     (project.folder / "images" / "00000.jpg").unlink()
-    (project.folder / "images" / "00006.jpg").write_bytes(b"no picture")
+    (project.folder / "images" / "00006.jpg").write_bytes(b"no image")
     summary = run(project)
     gone = {"00000": "no_image", "00006": "no_image"}
     assert verdicts(project) == EXPECTED | gone
     assert summary.no_image == ["00000", "00006"] and "no readable image: 00000, 00006" in str(summary)
     (project.folder / "images" / "00000.jpg").write_bytes(jpeg(photograph(0)))
     assert run(project).written == 1 and verdicts(project)["00000"] == "kept"
-    # A picture that goes later is noticed although what it is compared by is kept.
+    # An image that goes later is noticed although what it is compared by is kept.
     (project.folder / "images" / "00008.jpg").unlink()
     assert run(project).no_image == ["00006", "00008"]
 
 
-def test_prints_of_pictures_are_made_once(project, monkeypatch):
+def test_hashes_of_images_are_made_once(project, monkeypatch):
     from transformers_minigpt4.curation import filter as module
 
     run(project)

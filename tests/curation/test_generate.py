@@ -1,4 +1,4 @@
-"""Describing in turns: the second turn from the first one's cache, resuming, changed prompts, and lost pictures."""
+"""Describing in turns: the second turn from the first one's cache, resuming, changed prompts, and lost images."""
 
 import shutil
 from dataclasses import replace
@@ -14,13 +14,13 @@ from transformers_minigpt4.curation.generate import answer_lengths, describe_in_
 from transformers_minigpt4.curation.store import Project
 
 
-COLOURS = ("red", "green", "blue", "white", "black", "yellow", "purple")
+COLORS = ("red", "green", "blue", "white", "black", "yellow", "purple")
 AUTHORS_PROMPT = "###Human: <Img><ImageHere></Img> Describe this image in detail. ###Assistant: "
 AUTHORS_CONTINUE = "###Human: Continue ###Assistant: "
 
 
-def plain(colours=COLOURS):
-    return [Image.new("RGB", (60, 60), colour) for colour in colours]
+def plain(colors=COLORS):
+    return [Image.new("RGB", (60, 60), color) for color in colors]
 
 
 def config(**changes):
@@ -34,7 +34,7 @@ def ends_early(model):
 
 
 def uncached(image, model, processor, settings):
-    """Both turns of one picture by itself, the second computed from the start."""
+    """Both turns of one image by itself, the second computed from the start."""
     first = processor(images=[[image]], text=[settings.prompt], return_tensors="pt")
     pixels, prompt = first["pixel_values"], first["input_ids"]
     arguments = {"max_new_tokens": settings.max_new_tokens, "do_sample": False}
@@ -82,7 +82,7 @@ def test_a_batch_goes_through_the_tower_once(model, processor):
     model.model.vision_tower.register_forward_hook(lambda _, inputs, __: seen.append(len(inputs[0])))
     found = describe_in_turns(plain(), model, processor, config())
     assert any(len(description.turns) == 2 for description in found)
-    assert seen == [len(COLOURS)]
+    assert seen == [len(COLORS)]
 
 
 def test_the_prompt_is_the_paper_s():
@@ -113,11 +113,11 @@ def test_other_families_go_by_their_chat_template(model, processor):
 
 @pytest.fixture
 def folder(tmp_path):
-    """Seven pictures."""
+    """Seven images."""
     made = tmp_path / "images"
     made.mkdir()
-    for colour, image in zip(COLOURS, plain()):
-        image.save(made / f"{colour}.png")
+    for color, image in zip(COLORS, plain()):
+        image.save(made / f"{color}.png")
     return made
 
 
@@ -178,13 +178,13 @@ def test_a_checkpoint_trained_anew_in_place_is_another_one(settings, tmp_path):
     assert generate.generate_settings(replace(settings, checkpoint=str(copy))) != before
 
 
-def test_a_picture_deleted_or_spoilt_between_the_steps(settings, tmp_path):
+def test_an_image_deleted_or_spoilt_between_the_steps(settings, tmp_path):
     with Project.create(tmp_path / "project", settings) as project:
         generate.sample_images(project, settings, False)
         first, second, *_ = project.pairs()
         project.image_path(first).unlink()
         spoilt = project.image_path(second).read_bytes()
-        project.image_path(second).write_bytes(b"no picture")
+        project.image_path(second).write_bytes(b"no image")
         done = run_generate(project, settings, False)
         assert (done.described, done.failed) == (5, 2)
         assert project.funnel().steps[0].reasons == {"failed": {"missing image": 1, "unreadable image": 1}}

@@ -1,4 +1,4 @@
-"""The funnel as text and picture, and report.html: what it shows, and that nothing in it acts or loads."""
+"""The funnel as text and image, and report.html: what it shows, and that nothing in it acts or loads."""
 
 import html
 import io
@@ -61,7 +61,7 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory) -> Project:
-    """Twelve pairs: the repair flagged 0 and failed on 4; 1 apologizes, 2 is evil, 3 has lost its picture."""
+    """Twelve pairs: the repair flagged 0 and failed on 4; 1 apologizes, 2 is evil, 3 has lost its image."""
     folder = tmp_path_factory.mktemp("report") / "my <project>"
     texts = [*TEXTS, TEXTS[0] + " again", TEXTS[1]]
     texts[2] = EVIL
@@ -114,13 +114,13 @@ class TestStatus:
         path = tmp_path / "funnel.png"
         path.write_bytes(b"old")
         save_status_png(project, path)
-        with Image.open(path) as picture:
-            picture.load()
-            colours = Counter(picture.convert("RGB").get_flattened_data())
-        assert picture.format == "PNG" and picture.width > 800 and list(tmp_path.iterdir()) == [path]
-        assert colours[(0x2A, 0x6F, 0x97)] > 5000  # the steps' bars
+        with Image.open(path) as image:
+            image.load()
+            colors = Counter(image.convert("RGB").get_flattened_data())
+        assert image.format == "PNG" and image.width > 800 and list(tmp_path.iterdir()) == [path]
+        assert colors[(0x2A, 0x6F, 0x97)] > 5000  # the steps' bars
 
-    def test_without_pictures(self, tmp_path):
+    def test_without_images(self, tmp_path):
         with make_project(tmp_path / "empty", []) as empty:
             assert "sampled" in status_text(empty) and " 0 " in status_text(empty)
             save_status_png(empty, tmp_path / "funnel.png")
@@ -173,14 +173,14 @@ class TestReport:
         assert "says 'i apologize'" in page.texts["why"]
         assert TEXTS[0] + " It is very old indeed." in page.texts["text"]  # after, beside before
 
-    def test_pictures(self, page):
+    def test_images(self, page):
         import base64
 
-        pictures = [attributes["src"] for tag, attributes in page.elements if tag == "img"]
-        assert len(pictures) == 6
-        for source in pictures:
-            with Image.open(io.BytesIO(base64.b64decode(source.split(",")[1]))) as picture:
-                assert max(picture.size) <= 240
+        images = [attributes["src"] for tag, attributes in page.elements if tag == "img"]
+        assert len(images) == 6
+        for source in images:
+            with Image.open(io.BytesIO(base64.b64decode(source.split(",")[1]))) as image:
+                assert max(image.size) <= 240
         gone = [attributes for tag, attributes in page.elements if attributes.get("class") == "none"]
         assert len(gone) == 1
 
@@ -235,7 +235,7 @@ def test_the_template_is_shipped():
 
 def test_a_broken_image_is_reported(tmp_path):
     with make_project(tmp_path / "broken", ["Too short."], [jpeg(photograph(0))]) as broken:
-        (broken.folder / "images" / "00000.jpg").write_bytes(b"no picture")
+        (broken.folder / "images" / "00000.jpg").write_bytes(b"no image")
         run_filter(broken, broken.config, progress=False)
         text = run_report(broken, broken.config).read_text(encoding="utf-8")
     assert "no image: " in text and "data:image" not in text

@@ -239,7 +239,7 @@ def test_kappa_is_cohen_s():
     assert measure_agreement([]) == Agreement(0, 0, None, None)
 
 
-# --- texts and pictures that change meanwhile ---
+# --- texts and images that change meanwhile ---
 
 
 def test_a_text_that_changes_after_its_review_is_asked_again(queue, project):
@@ -278,7 +278,7 @@ def test_a_pair_that_the_filter_drops_meanwhile_is_no_more_shown(queue, project)
     assert pair is None and "dropped" in told
 
 
-def test_a_pair_without_its_picture_is_passed_over_and_counted(queue, project):
+def test_a_pair_without_its_image_is_passed_over_and_counted(queue, project):
     pair = decide(queue, "anna", "accepted")
     for key in ("00000", "00001"):
         (project.folder / "images" / f"{key}.png").unlink()

@@ -94,7 +94,7 @@ class Window:
         return self.page.inner_text("#status")
 
     def wait_for_pair(self, old):
-        """Until another pair than `old` is shown; returns the number of its picture."""
+        """Until another pair than `old` is shown; returns the number of its image."""
         script = "old => document.querySelector('#shown textarea, #shown input')?.value != old"
         self.page.wait_for_function(script, arg=old)
         return self.number
@@ -255,15 +255,15 @@ def test_accepting_a_changed_text_and_saving_an_empty_one_wait_for_the_person(op
     assert window.number == 0 and decisions(project) == []
 
 
-def test_a_picture_deleted_meanwhile_is_passed_over_and_told(open_window, project):
+def test_an_image_deleted_meanwhile_is_passed_over_and_told(open_window, project):
     window = open_window("Anna")
-    picture = project.folder / "images" / "00001.png"
-    picture.unlink()
+    image = project.folder / "images" / "00001.png"
+    image.unlink()
     try:
         assert window.press("a") == 2
         assert "1 left out, because their image is missing" in window.page.inner_text("#progress")
     finally:
-        picture.hardlink_to(picture.with_name("first.png"))
+        image.hardlink_to(image.with_name("first.png"))
 
 
 def test_a_name_that_is_none_is_told(open_window):
@@ -330,11 +330,11 @@ def test_the_page_answers_in_a_fifth_of_a_second_with_5000_pairs(project, url):
         *("docs", "openapi.json", "gradio_api/upload", "monitoring", "gradio_api/queue/data"),
     ],
 )
-def test_nothing_but_the_page_and_the_pictures_is_served(url, path):
+def test_nothing_but_the_page_and_the_images_is_served(url, path):
     assert httpx.get(url + path).status_code in (404, 405)
 
 
-def test_pictures_are_served_by_name(url):
+def test_images_are_served_by_name(url):
     answer = httpx.get(f"{url}files/00007.png")
     assert answer.status_code == 200 and answer.headers["content-type"] == "image/png"
     assert answer.headers["x-content-type-options"] == "nosniff"

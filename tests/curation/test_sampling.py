@@ -26,13 +26,13 @@ def content(number, kind="PNG"):
     return file.getvalue()
 
 
-def listing(folder, pictures):
-    """A `table:` source; `pictures` maps names to bytes, or to `None` for a file that is missing."""
+def listing(folder, images):
+    """A `table:` source; `images` maps names to bytes, or to `None` for a file that is missing."""
     folder.mkdir(exist_ok=True)
-    for name, data in pictures.items():
+    for name, data in images.items():
         if data is not None:
             (folder / name).write_bytes(data)
-    lines = [json.dumps({"path": name, "caption": f"text of {name}"}) for name in pictures]
+    lines = [json.dumps({"path": name, "caption": f"text of {name}"}) for name in images]
     (folder / "list.jsonl").write_text("\n".join(lines))
     return f"table:{folder / 'list.jsonl'}"
 
@@ -49,8 +49,8 @@ def shards(folder, count, rows):
     return f"wds:{folder}"
 
 
-def config(source, pictures, **changes):
-    return CurationConfig(source, "checkpoint", images=pictures, **changes)
+def config(source, images, **changes):
+    return CurationConfig(source, "checkpoint", images=images, **changes)
 
 
 def sampled(folder, settings):
@@ -116,7 +116,7 @@ def test_sampling_resumes_where_it_was_stopped(tmp_path, monkeypatch):
     assert len(list((tmp_path / "stopped" / IMAGES).iterdir())) == 20
 
 
-def test_more_pictures_later(tmp_path):
+def test_more_images_later(tmp_path):
     source = listing(tmp_path / "source", {f"{n}.png": content(n) for n in range(40)})
     first = sampled(tmp_path / "project", config(source, 10))
     more = sampled(tmp_path / "project", config(source, 15))
@@ -131,11 +131,11 @@ def test_rows_come_from_many_shards(tmp_path):
     assert len(sampled(tmp_path / "all", config(source, 100))) == 60
 
 
-def test_a_folder_of_pictures(tmp_path):
+def test_a_folder_of_images(tmp_path):
     (tmp_path / "source" / "deep").mkdir(parents=True)
     for number, name in enumerate(("a.png", "b.png", "deep/a.png")):
         (tmp_path / "source" / name).write_bytes(content(number))
-    (tmp_path / "source" / "notes.txt").write_text("no picture")
+    (tmp_path / "source" / "notes.txt").write_text("no image")
     assert sorted(sampled(tmp_path / "project", config(str(tmp_path / "source"), 9))) == [
         "a.png",
         "b.png",
@@ -145,7 +145,7 @@ def test_a_folder_of_pictures(tmp_path):
 
 @pytest.fixture
 def function(monkeypatch):
-    module = types.ModuleType("pictures_for_a_test")
+    module = types.ModuleType("images_for_a_test")
     monkeypatch.setitem(sys.modules, module.__name__, module)
     module.rows = lambda count, seed: [
         {"image": Image.new("RGB", (4, 4), (n, seed, 0)), "key": f"key {n}", "truth": str(n)} for n in range(count)
@@ -160,8 +160,8 @@ def test_a_function_as_source(tmp_path, function):
         sample_images(project, settings, False)
         assert [pair.key for pair in project.pairs()] == ["00001-key-0", "00002-key-1", "00003-key-2"]
         assert next(project.pairs()).origin == {"key": "key 0", "truth": "0"}
-        with Image.open(project.image_path(next(project.pairs()))) as picture:
-            assert picture.getpixel((0, 0)) == (0, 42, 0)
+        with Image.open(project.image_path(next(project.pairs()))) as image:
+            assert image.getpixel((0, 0)) == (0, 42, 0)
 
 
 def test_sources_that_do_not_work(tmp_path, function):

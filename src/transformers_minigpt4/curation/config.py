@@ -16,7 +16,7 @@ from transformers_minigpt4.utils.text import first_line
 CONFIG_FILE = "curation.yaml"
 REPAIR = "repair_"  # before the names of the fields of `CurationConfig.repair`
 
-# The paper's section 3.2, to the letter: no space behind `</Img>`, none behind `Assistant:`.
+# Verbatim from section 3.2 of the paper: no space after `</Img>`, none after `Assistant:`.
 PROMPT = (
     "###Human: <Img><ImageHere></Img>Describe this image in detail. Give as many details as possible. "
     "Say everything you see. ###Assistant:"
@@ -36,14 +36,14 @@ class CurationError(ValueError):
 @dataclass(frozen=True)
 class CurationConfig:
     """
-    What a project is made of. Every field is a key of `curation.yaml`, except that `repair` is flat there.
+    The settings of a project. Every field is a key of `curation.yaml`, except that `repair` is flat there.
 
     Args:
         source: Where images come from: `KIND:PATH` as in docs/reference/formats.md, a folder of images, or
             `python:MODULE:FUNCTION`, called with the number of images and the seed, giving rows with `image`.
         checkpoint: Folder or Hub id of the model that describes them.
         images: How many are sampled; the paper has 5,000.
-        seed: Samples the images, and the answers where `do_sample` is set.
+        seed: For sampling the images, and the answers if `do_sample` is set.
         prompt: First turn. With `<ImageHere>` it is the complete text that the model sees; without, one user turn
             for the processor's own chat template.
         continue_prompt: Second turn, in the same format.
@@ -99,7 +99,8 @@ class CurationConfig:
             raise CurationError("the prompt shows one image, once: write <ImageHere> in `prompt` alone, and once")
         if "<ImageHere>" not in self.prompt and "###" in self.continue_prompt:
             raise CurationError(
-                "`prompt` is a plain question, so the chat template frames it; write `continue_prompt: Continue` too"
+                "`prompt` is a plain question, so it goes through the chat template; write "
+                "`continue_prompt: Continue` too"
             )
 
     @property
@@ -141,7 +142,7 @@ def load_config(path: Path) -> CurationConfig:
         raise CurationError(f"{path} has unknown keys {', '.join(unknown)}; it may have {', '.join(known)}")
     if missing := [name for name in ("source", "checkpoint") if name not in values]:
         raise CurationError(f"{path} lacks {' and '.join(missing)}")
-    if values.get("rules", "") is None:  # `rules:` with nothing behind it
+    if values.get("rules", "") is None:  # `rules:` without a value
         del values["rules"]
     try:
         return CurationConfig(**field_values(CurationConfig, values), repair=ChatSettings.from_options(values, REPAIR))

@@ -11,7 +11,7 @@ from .records import PASSING, STEPS, Pair, Result, now, text_hash
 
 
 DATABASE = "curation.sqlite"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 BUSY_SECONDS = 30  # that a process waits for another one to finish writing
 
 SCHEMA = """

@@ -150,7 +150,7 @@ def _image_hashes(
 ) -> tuple[dict[int, bytes], dict[int, ImageLoadError]]:
     """Near-duplicate hashes by pair id, each computed only once; and the errors of images that have none."""
     with project.transaction() as connection:
-        # A cache beside the tables of the schema: its content can be computed again from the images.
+        # A cache, not part of the schema: its content can be computed again from the images.
         connection.execute(
             "CREATE TABLE IF NOT EXISTS image_hashes "
             "(pair_id INTEGER PRIMARY KEY REFERENCES pairs (id), hash BLOB NOT NULL)"

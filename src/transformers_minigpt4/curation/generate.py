@@ -88,7 +88,7 @@ def run_generate(project: Project, config: CurationConfig, progress: bool = True
 
 
 def generate_settings(config: CurationConfig) -> str:
-    """The digest of what a description depends on, the checkpoint's weights included where it is a folder."""
+    """The digest of what a description depends on, including the weights of a checkpoint in a folder."""
     return settings_hash(
         config.checkpoint,
         _weights_digest(Path(config.checkpoint)),
@@ -266,7 +266,7 @@ def answer_lengths(answers: torch.Tensor, generation_config: GenerationConfig) -
         generation_config: Names the end tokens, `eos_token_id`, and `stop_sequences`.
 
     Returns:
-        `(B,)`; all new tokens where there is no end.
+        `(B,)`; all new tokens for an answer without an end.
     """
     count, length = answers.shape
     eos = generation_config.eos_token_id

@@ -1,4 +1,4 @@
-"""Tells English from other languages by scripts and function words, without a model: fit for texts and sentences."""
+"""Distinguishes English from other languages by script and function words, without a model."""
 
 import re
 import unicodedata
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 
-# English function words, and beside them what descriptions of pictures are full of, so that a short one has some too.
+# English function words, and words that are common in descriptions of images, so that short ones have some too.
 ENGLISH = """
 a about above across after again against all along also although always am among an and another any are area around as
 at away back be because been before behind being below beneath beside besides between both but by can clear close come
@@ -32,7 +32,7 @@ water waves wearing window windows wing wings woman women wood wooden words worl
 eight nine ten hundred ale bag ban dan pod sit mug jar bread cheese fresh leaf basil food meal
 """
 
-# Function words of languages in the Latin script. Those that English has too count for both, that is for neither.
+# Function words of languages in the Latin script. Those that English has too count for both, hence for neither.
 OTHERS = {
     "German": """
         der die das ein eine einen einem einer eines und ist sind war mit auf im am an in von vom zu zum zur den dem
@@ -119,10 +119,10 @@ OTHERS = {
     """,
 }
 
-_MIN_ENGLISH_WORDS = 6  # from this many words on, English text has function words
+_MIN_ENGLISH_WORDS = 6  # with at least so many words, English text has function words
 _WORD = re.compile(r"[^\W\d_]+")
 _QUOTED = re.compile(r'"[^"]*"')
-# Between two capitals these belong to a name.
+# Between two capitalized words these are part of a name.
 _PARTICLES = frozenset(
     (
         "de",
@@ -146,7 +146,7 @@ _PARTICLES = frozenset(
         "dos",
     )
 )
-# Endings that English has far more often than others; they speak for English where nothing else does.
+# Endings far more frequent in English than elsewhere; they indicate English if nothing else does.
 _ENGLISH_ENDING = re.compile(r"(ing|ed|ly|ness|ful|less|ght|ck|tch|th|sh|ee[a-z]?|oo[a-z]|tion|ment|ous|y|ers?)s?$")
 
 
@@ -170,7 +170,7 @@ def other_script(text: str, max_share: float) -> str | None:
     """
     The script, such as `"CYRILLIC"`, of which more than `max_share` of the letters are, or `None`.
 
-    Greek letters alone in a formula or a sign in the picture stay below the share.
+    Greek letters in a formula or on a sign in the image stay below the share.
     """
     if text.isascii():
         return None
@@ -208,8 +208,8 @@ def other_language(sentence: str, min_english: float) -> str | None:
     """
     The language that a sentence or text seems to be in, if it is not English.
 
-    Only words that one of two languages has and the other has not count. A capital within a sentence begins a name
-    (`a painting by Leonardo da Vinci in La Spezia`), which tells nothing; nor does what stands in quotes.
+    Only words that one of two languages has and the other does not have count. A capital within a sentence begins a
+    name (`a painting by Leonardo da Vinci in La Spezia`), which is ignored, as is text in quotes.
 
     Args:
         sentence: In the Latin script, see [`other_script`].
@@ -217,7 +217,7 @@ def other_language(sentence: str, min_english: float) -> str | None:
 
     Returns:
         `str` or `None`: one of `OTHERS`, or `"no English"` where too few words are English and no other language is
-        known; `None` for English, and for a few words that say nothing.
+        known; `None` for English, and for a few inconclusive words.
     """
     sentence = _QUOTED.sub(" ", sentence)
     words = _WORD.findall(sentence.lower() if sentence.isupper() else sentence)
@@ -244,7 +244,7 @@ def other_language(sentence: str, min_english: float) -> str | None:
         return _NAMES[best - 1]
     if english == 0 and len(words) >= 3 and accented > len(words) / 5:
         return "no English"
-    plain = [word for word in words if word.islower()]  # a list of names is in no language
+    plain = [word for word in words if word.islower()]  # a list of names is not in any language
     if len(plain) >= _MIN_ENGLISH_WORDS and english < min_english * len(plain):
         likely = sum(bool(_ENGLISH_ENDING.search(word)) for word in plain if _MASKS.get(word, 0) == 0)
         if english + likely < min_english * len(plain):
@@ -253,7 +253,7 @@ def other_language(sentence: str, min_english: float) -> str | None:
 
 
 def _within_name(words: Sequence[str], place: int) -> bool:
-    """Whether the nearest words that are no particles, before and after, begin with capitals."""
+    """Whether the nearest words before and after that are not particles begin with capitals."""
     before = next((word for word in reversed(words[:place]) if word not in _PARTICLES), "")
     after = next((word for word in words[place + 1 :] if word not in _PARTICLES), "")
     return before[:1].isupper() and after[:1].isupper()

@@ -56,7 +56,7 @@ RULES: tuple[Rule, ...] = (
     Rule("apology", "Apologies and admitted mistakes", says, {"phrases": APOLOGIES, "also": ()}),
     Rule(
         "self_reference",
-        "The writer speaks of itself as a program, declines, or offers help",
+        "The writer refers to itself as a program, declines, or offers help",
         says,
         {"phrases": SELF_REFERENCE, "also": ()},
     ),

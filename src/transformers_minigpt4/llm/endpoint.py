@@ -27,7 +27,7 @@ _CONTENT, _CONTENT_RETRIES = ("empty", "garbage"), 2
 _FIRST_DELAY, _LONGEST_DELAY = 0.5, 30.0  # seconds; doubled at each try, then cut at random to 50-100 %
 _LONGEST_RETRY_AFTER = 300.0  # seconds; if an endpoint asks for more, it is better to run again later
 _FAILURES_IN_A_ROW = 10  # requests without an answer, retries included, after which the endpoint counts as broken
-_LARGEST_QUOTED = 4096  # bytes of which a quotation is made
+_LARGEST_QUOTED = 4096  # bytes; longer answers are cut before they are quoted
 _LARGEST_ANSWER = 16 << 20  # bytes; no text model writes as much, a wrong address may
 # Prompt tokens of a chat template: role and end tokens of each message, and a date or system text that it adds.
 _TOKENS_PER_MESSAGE, _TOKENS_PER_REQUEST = 16, 64
@@ -300,7 +300,7 @@ class EndpointChatModel(ChatModel):
             return self._passing(status, said, _retry_after(error.response.headers))
         if error.param == "max_tokens" and "max_completion_tokens" in said and self._limit_name == "max_tokens":
             self._limit_name = "max_completion_tokens"
-            return _Fault("server", "wants max_completion_tokens", "run again", retry_after=0.0)
+            return _Fault("server", "requires max_completion_tokens", "run again", retry_after=0.0)
         return _Fault("refused", f"refuses the request (status {status}: {said})", "check settings and prompt")
 
     def _passing(self, status: int, said: str, retry_after: float | None) -> "_Fault":

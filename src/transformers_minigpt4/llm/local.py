@@ -102,7 +102,7 @@ class LocalChatModel(ChatModel):
     def _token_ids(self, messages: list[Message]) -> list[int]:
         try:
             encoding = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
-        except TemplateError as error:  # some know no system role, some want roles to alternate
+        except TemplateError as error:  # some have no system role, some require alternating roles
             raise ChatError(
                 "refused",
                 f"the chat template of {self.name} refuses the conversation ({error}); choose another model",

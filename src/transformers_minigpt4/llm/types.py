@@ -204,7 +204,7 @@ def prefixed(message: str, prefix: str) -> str:
     """A message about settings, with the names that these have as flat options (`ChatSettings.from_options`)."""
     names = field_names(ChatSettings)
     long, short = ("|".join(name for name in names if ("_" in name) == has) for has in (True, False))
-    # `model` and `timeout` are words of English too, so they must stand in backticks.
+    # `model` and `timeout` are also ordinary words, so they must be in backticks.
     return re.sub(rf"\b({long})\b|(?<=`)({short})(?=`)", lambda match: prefix + match[0], message)
 
 
