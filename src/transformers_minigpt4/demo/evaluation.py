@@ -1,4 +1,4 @@
-"""Evaluates the demo's models on its drawn images with the tasks themselves, in the form of the paper's tables."""
+"""Evaluates the demo's models on its drawn images with the actual tasks, in tables like the paper's."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -96,7 +96,7 @@ def evaluate_demo(
 
 def demo_tables(rows: Rows, images: int) -> list[Table]:
     """
-    The demo's figures in the form of the paper's Tables 2 to 5.
+    The demo's figures in tables like the paper's Tables 2 to 5.
 
     Args:
         rows: The metrics of each task by variant and state.

@@ -1,4 +1,4 @@
-"""Trains the demo's tokenizer and language model, ahead of time and on text alone."""
+"""Trains the demo's tokenizer and language model, ahead of time and on text only."""
 
 import json
 import random
@@ -63,7 +63,7 @@ def train_tokenizer(seed: int = 0) -> PreTrainedTokenizerFast:
     corpus = [text for _ in range(4) for scene in scenes for text in _corpus_texts(scene, rng)]
     lesson = Tokenizer(models.BPE())
     lesson.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    # While learning, pieces may neither span words nor mix letters with marks; afterwards the merges alone decide.
+    # During training, pieces neither span words nor mix letters with punctuation; afterwards only the merges decide.
     lesson.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split("▁", "merged_with_next"),
@@ -204,7 +204,7 @@ class Writer:
 
 
 def collate(examples: list[Example]) -> dict[str, torch.Tensor]:
-    """Right-padded `input_ids`, `labels` (answers alone) and `slots` (positions that take noise), each `(B, T)`."""
+    """Right-padded `input_ids`, `labels` (answers only) and `slots` (positions with noise), each `(B, T)`."""
     length = max(len(example.ids) for example in examples)
     ids = torch.zeros(len(examples), length, dtype=torch.long)
     labels = torch.full((len(examples), length), -100)

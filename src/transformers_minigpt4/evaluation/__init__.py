@@ -1,1 +1,1 @@
-"""How good a model is: tasks, one contract for them, the runner, results and their comparison."""
+"""Measures models: tasks with a common interface, the runner, results and their comparison."""

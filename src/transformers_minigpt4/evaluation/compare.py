@@ -1,4 +1,4 @@
-"""Compares results over the same questions: tables in the papers' form, paired differences and their significance."""
+"""Compares results over the same questions: tables like the papers', paired differences and their significance."""
 
 import json
 import math
@@ -324,15 +324,15 @@ def _corrected(differences: Sequence[Difference]) -> list[Difference]:
 def comparison_tables(comparison: Comparison) -> str:
     """The comparison as Markdown: each paper's table with models as rows, the paired differences, and all metrics."""
     runs, first = comparison.runs, comparison.runs[0].name
-    parts = []
+    sections = []
     for paper, columns in comparison.tables.items():
         header = ["", *(_title(task, metric) for task, metric in columns)]
         rows = [[run.name, *(_cell(run.tasks[task], metric.name) for task, metric in columns)] for run in runs]
-        parts.append(f"{paper}\n\n{markdown_table(header, rows)}")
+        sections.append(f"{paper}\n\n{markdown_table(header, rows)}")
     rows = [_difference_row(difference) for difference in comparison.differences]
     header = [f"against {first}", "metric", "difference", "95 % interval (bootstrap)", "p (permutation)"]
     tested = sum(math.isfinite(difference.p) for difference in comparison.differences)
-    parts.append(
+    sections.append(
         f"Paired differences against {first}\n\n{markdown_table(header, rows)}\n\n"
         f"* p below {SIGNIFICANT} after Holm's correction for all {tested} of them"
     )
@@ -341,8 +341,8 @@ def comparison_tables(comparison: Comparison) -> str:
             [_title(task, metric), *(_cell(run.tasks[task], metric.name) for run in runs)]
             for task, metric in comparison.metrics
         ]
-        parts.append(f"All metrics\n\n{markdown_table(['', *(run.name for run in runs)], rows)}")
-    return "\n\n".join(parts)
+        sections.append(f"All metrics\n\n{markdown_table(['', *(run.name for run in runs)], rows)}")
+    return "\n\n".join(sections)
 
 
 def _difference_row(difference: Difference) -> list[str]:

@@ -31,7 +31,7 @@ _CHUNK = 4_000_000  # drawn row numbers held at once: 32 MB
 @dataclass(frozen=True)
 class Question:
     """
-    One thing to ask a model.
+    One question to a model.
 
     Args:
         id: Unique within the task; answers are kept and compared by it.
@@ -296,15 +296,19 @@ def interval(samples: np.ndarray, level: float = 0.95) -> tuple[float, float] | 
     return float(low), float(high)
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path, read_object: Callable[[list[tuple[str, Any]]], object] | None = None) -> Any:
     """
     A JSON file of a task's data.
+
+    Args:
+        path: The file.
+        read_object: Called with the pairs of each object, see `object_pairs_hook` of `json.loads`.
 
     Raises:
         ValueError: if the file does not exist or is not JSON.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=read_object)
     except FileNotFoundError as error:
         raise ValueError(
             f"there is no file {str(path)!r}; docs/reference/tasks.md lists the files of each task"
@@ -323,7 +327,7 @@ def read_json_lines(path: Path) -> list[Any]:
     if not path.is_file():
         raise ValueError(f"there is no file {str(path)!r}; docs/reference/tasks.md lists the files of each task")
     rows = []
-    # As bytes, so that a wrong encoding is reported with its line, too.
+    # As bytes, so that a wrong encoding is reported with its line as well.
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if line.strip():

@@ -223,12 +223,12 @@ def _names(runs: Sequence[Path]) -> dict[str, Path]:
 
 def export_csv(sheet: Sheet, path: Path, person: str | None = None) -> int:
     """
-    Write the sheet, blind, as a table to fill in without the page.
+    Write the sheet, without the models' names, as a table to fill in instead of using the page.
 
     Args:
         sheet: What to judge.
         path: CSV file in UTF-8; the column `success` is empty, or holds what `person` has decided so far.
-        person: Whose decisions to write.
+        person: Whose decisions to include.
 
     Returns:
         The number of rows.

@@ -12,7 +12,7 @@ from transformers_minigpt4.utils.text import first_line
 
 
 class GenerativeModel(Protocol):
-    """What this room needs of a model; every image-text-to-text model of transformers has it."""
+    """A model that generates text; every image-text-to-text model of transformers is one."""
 
     generation_config: GenerationConfig
 

@@ -32,7 +32,7 @@ def expand_sources(arguments: Iterable[str], stdin: TextIO | None = None) -> lis
         stdin (`TextIO`, *optional*): where `-` is read from.
 
     Returns:
-        `list[str]`: URLs as given and paths in normal form; a file that does not exist is listed all the same.
+        `list[str]`: URLs as given and paths in normal form; a file that does not exist is listed as well.
 
     Raises:
         ValueError: if a folder holds no image, or `-` is given without `stdin`.

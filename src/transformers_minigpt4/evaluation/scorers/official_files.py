@@ -1,10 +1,11 @@
 """Checks shared by the tasks that read official files: unique ids, required fields, images of the same split."""
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from transformers_minigpt4.utils.files import JsonObject
+
+from ..evaluator import read_json
 
 
 def read_object(path: Path) -> JsonObject:
@@ -16,15 +17,9 @@ def read_object(path: Path) -> JsonObject:
             would silently accept.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_object)
-    except FileNotFoundError as error:
-        raise ValueError(
-            f"there is no file {str(path)!r}; docs/reference/tasks.md lists the files of each task"
-        ) from error
+        content = read_json(path, _object)
     except _TwiceError as error:
         raise ValueError(f"{str(path)!r} holds the id {error} twice; fetch the official file again") from error
-    except ValueError as error:
-        raise ValueError(f"{str(path)!r} is not JSON ({error}); fetch it again") from error
     if not isinstance(content, dict):
         raise ValueError(f"{str(path)!r} holds a {type(content).__name__}, not records by id; give the official file")
     return content

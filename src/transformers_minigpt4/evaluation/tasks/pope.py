@@ -47,7 +47,7 @@ class POPE(Task):
     Accuracy, precision, recall, F1 and share of yes, overall and by the way in which absent objects were drawn.
 
     Answers are read as in the official script, which takes every answer without "no" or "not" for a yes; `unclear` is
-    the share of answers that contain neither, which reveals a model that talks past the question.
+    the share of answers that contain neither, which reveals a model that does not answer the question.
     """
 
     name = "pope"

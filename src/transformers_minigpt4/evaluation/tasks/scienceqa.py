@@ -1,4 +1,4 @@
-"""ScienceQA: school questions with text or image as context, alone and together with a text-only language model."""
+"""ScienceQA: school questions with text or image as context, also in ensembles with a text-only language model."""
 
 import hashlib
 import re

@@ -22,7 +22,7 @@ KINDS = {
     "repetition": ("repeated_words", "repeated_phrases", "repeated_sentences"),
     "fragment": ("too_short", "fragment", "unfinished"),
 }
-# A poem may have a refrain, whole lines that come again; what repeats for most of its length is no refrain.
+# A poem may have a refrain of repeated lines; text that is mostly repetition is not a refrain.
 _POEM: dict[str, Any] = {"repeated_sentences": False, "repeated_phrases": {"max_share": 0.5}}
 JUDGE_PROMPT = (
     "People described a picture:\n{captions}\n\nAn assistant that saw the picture was asked: {prompt}\nIt answered:\n"
@@ -122,7 +122,7 @@ class Stage2Failures(Task):
         return records
 
     def _by_rule(self, prompt: str, text: str) -> tuple[str, str] | None:
-        """Kind and reason of a failure, by rules alone."""
+        """Kind and reason of a failure, found by rules only."""
         broken = dict(self._rules[prompt].check(text))
         for kind, names in KINDS.items():
             for name in names:
