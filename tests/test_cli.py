@@ -56,14 +56,14 @@ def lines(text: str) -> list[dict]:
 
 
 class TestOutput:
-    def test_one_picture_is_plain_text(self, tiny_checkpoint, folder):
+    def test_one_image_is_plain_text(self, tiny_checkpoint, folder):
         result = minigpt4("describe", folder / "0.png", "--model", tiny_checkpoint, "--max-new-tokens", 10)
         assert (result.exit_code, result.stderr) == (0, "")
         assert result.stdout.strip() and not result.stdout.startswith("{")
         many = minigpt4("describe", folder, "--model", tiny_checkpoint, "--max-new-tokens", 10)
         assert lines(many.stdout)[0]["caption"] == result.stdout.strip()
 
-    def test_several_pictures_are_json_lines(self, tiny_checkpoint, folder):
+    def test_several_images_are_json_lines(self, tiny_checkpoint, folder):
         result = minigpt4("describe", folder, "--model", tiny_checkpoint, "--max-new-tokens", 5, "--prompt", "what?")
         assert (result.exit_code, result.stderr) == (0, "")
         records = lines(result.stdout)
@@ -132,11 +132,11 @@ class TestErrors:
         assert result.stderr.startswith("minigpt4: ") and result.stderr.count("\n") == 1
         return result.stderr
 
-    def test_bad_picture_alone(self, tiny_checkpoint, tmp_path):
+    def test_bad_image_alone(self, tiny_checkpoint, tmp_path):
         assert "no such file" in self.one_line("describe", tmp_path / "a.png", "--model", tiny_checkpoint)
 
-    def test_bad_picture_among_good_ones(self, tiny_checkpoint, folder):
-        (folder / "2.png").write_text("no picture")
+    def test_bad_image_among_good_ones(self, tiny_checkpoint, folder):
+        (folder / "2.png").write_text("not an image")
         result = minigpt4("describe", folder, "--model", tiny_checkpoint, "--max-new-tokens", 2)
         assert result.exit_code == 1
         assert len(lines(result.stdout)) == 4
@@ -158,7 +158,7 @@ class TestErrors:
             "describe", folder, "--model", tiny_checkpoint, "--device", "gpu"
         )
 
-    def test_folder_without_pictures(self, tmp_path):
+    def test_folder_without_images(self, tmp_path):
         (tmp_path / "empty").mkdir()
         assert "holds no image" in self.one_line("describe", tmp_path / "empty")
 
@@ -192,7 +192,7 @@ class TestResume:
         output = tmp_path / "c.jsonl"
         command = ("describe", folder, "--model", tiny_checkpoint, "--max-new-tokens", 5, "--output", output)
         (folder / "2.png").rename(tmp_path / "good.png")
-        (folder / "2.png").write_text("no picture")
+        (folder / "2.png").write_text("not an image")
         first = minigpt4(*command)
         assert first.exit_code == 1 and first.stdout == "" and "4 described" in first.stderr
         kept = output.read_text()
@@ -254,7 +254,7 @@ class TestProcess:
     def test_stopped_midway_and_resumed(self, tiny_checkpoint, folder, tmp_path, by):
         for number in range(5, 12):
             Image.new("RGB", (50, 40), (10 * number, 200, 100)).save(folder / f"{number}.png")
-        stopped, whole = tmp_path / "stopped.jsonl", tmp_path / "whole.jsonl"
+        stopped, complete = tmp_path / "stopped.jsonl", tmp_path / "complete.jsonl"
         command = ("describe", folder, "--model", tiny_checkpoint, "--max-new-tokens", 40, "--batch-size", 2)
         with self.start(*command, "--output", stopped, home=tmp_path) as process:
             stderr = self.stop_midway(process, stopped, by)
@@ -267,5 +267,5 @@ class TestProcess:
         with stopped.open("ab") as file:
             file.write(b'{"image": "half a rec')
         assert minigpt4(*command, "--output", stopped).exit_code == 0
-        assert minigpt4(*command, "--output", whole).exit_code == 0
-        assert stopped.read_bytes() == whole.read_bytes()
+        assert minigpt4(*command, "--output", complete).exit_code == 0
+        assert stopped.read_bytes() == complete.read_bytes()

@@ -4,7 +4,9 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForImageTextToText, AutoProcessor
+from typer.testing import CliRunner
 
+from transformers_minigpt4.cli import app
 from transformers_minigpt4.conversion.merge import merge_checkpoint
 
 
@@ -47,3 +49,17 @@ def test_refusals_leave_nothing(parts, tiny_checkpoint, tmp_path):
     with pytest.raises(OSError, match="missing"):
         merge_checkpoint(tmp_path / "missing", tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
+    with pytest.raises(ValueError, match="is needed to load the checkpoint"):
+        merge_checkpoint(parts[0], parts[0], overwrite=True)
+
+
+def test_overwrite_on_the_command_line(parts, tmp_path):
+    (tmp_path / "merged").mkdir()
+    (tmp_path / "merged" / "old").touch()
+    words = ["merge", str(parts[0]), "--output", str(tmp_path / "merged")]
+    refused = CliRunner().invoke(app, words)
+    assert refused.exit_code == 1 and "replace it with --overwrite" in refused.stderr
+    done = CliRunner().invoke(app, [*words, "--overwrite", "--dtype", "bfloat16"])
+    assert (done.exit_code, done.stdout) == (0, f"{tmp_path / 'merged'}\n")
+    assert not (tmp_path / "merged" / "old").exists()
+    assert AutoModelForImageTextToText.from_pretrained(tmp_path / "merged").dtype == torch.bfloat16

@@ -36,7 +36,7 @@ def merge_checkpoint(
 
     Raises:
         FileExistsError: when `output` exists, unless `overwrite`.
-        ValueError: for a checkpoint that is whole already.
+        ValueError: for a checkpoint that is full already, and an `output` that would replace it or its base.
     """
     output = Path(output).resolve()
     if output.exists() and not overwrite:
@@ -53,12 +53,15 @@ def merge_checkpoint(
         model = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype)
         if not getattr(model.config, "base_checkpoints", None):
             raise ValueError(f"{source} is a full checkpoint already: there is nothing to merge.")
+    places = source, base, *(part["name_or_path"] for part in model.config.base_checkpoints or [])
+    if any(Path(place).resolve() == output for place in places):
+        raise ValueError(f"{output} is needed to load the checkpoint. Name another folder.")
     processor = AutoProcessor.from_pretrained(base)
 
     with appearing(output, overwrite) as folder:
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
-        for place in (source, base, *(part["name_or_path"] for part in model.config.base_checkpoints or [])):
+        for place in places:
             record = Path(place) / SOURCES_FILE
             if record.is_file():  # where the weights come from, for the card
                 shutil.copyfile(record, folder / SOURCES_FILE)
