@@ -160,7 +160,7 @@ def _llama(vocabulary: int) -> LlamaConfig:
     )
 
 
-def picture(number: int) -> Image.Image:
+def drawn_image(number: int) -> Image.Image:
     image = Image.new("RGB", (60, 48), (20 * number % 255, 90, 200 - 17 * number % 200))
     image.paste((240, 30 * number % 255, 10), (number % 30, 5, number % 30 + 20, 30))
     return image
@@ -175,11 +175,11 @@ def write_sources(folder: Path, count: int = 12) -> dict[str, str]:
     images.mkdir(parents=True)
     captions = [f"{CAPTIONS[i % 5]} and {i} more" for i in range(count)]
     for i in range(count):
-        picture(i).save(images / f"{i}.jpg")
+        drawn_image(i).save(images / f"{i}.jpg")
     aligned = folder / "cc_sbu_align"
     (aligned / "image").mkdir(parents=True)
     for i in range(count):
-        picture(i).save(aligned / "image" / f"{i}.jpg")
+        drawn_image(i).save(aligned / "image" / f"{i}.jpg")
     annotations = [{"image_id": str(i), "caption": captions[i]} for i in range(count)]
     (aligned / "filter_cap.json").write_text(json.dumps({"annotations": annotations}))
     turns = [

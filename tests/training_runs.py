@@ -14,7 +14,7 @@ import torch
 from datasets import Dataset
 from golden_model import ALPHA
 from safetensors.torch import load_file
-from tiny_models import picture, save_blip2, save_llava, save_minigpt4, save_modern, write_sources
+from tiny_models import drawn_image, save_blip2, save_llava, save_minigpt4, save_modern, write_sources
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from transformers_minigpt4.training.arguments import StageConfig
@@ -88,10 +88,10 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def rows(count: int = 16, mixed: bool = False) -> Dataset:
-    """Captions of drawn pictures; mixed, every second row has no picture."""
+    """Captions of drawn images; mixed, every second row has no image."""
     made = []
     for i in range(count):
-        prompt, images = "<ImageHere>", [picture(i)]
+        prompt, images = "<ImageHere>", [drawn_image(i)]
         if mixed and i % 2:
             prompt, images = "###Human: Hi. ###Assistant: ", []
         made.append({"images": images, "prompt": prompt, "completion": f"a small dog and {i} more\n"})

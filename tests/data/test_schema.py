@@ -15,7 +15,7 @@ TURN = {"images": [IMAGE], "prompt": "<ImageHere>", "completion": "a dog\n"}
 
 GOOD = {
     "one turn": TURN,
-    "no picture": {"images": [], "prompt": "Hello", "completion": "Hi"},
+    "no image": {"images": [], "prompt": "Hello", "completion": "Hi"},
     "two images": {"images": [IMAGE] * 2, "prompt": "<ImageHere> and <ImageHere>", "completion": "x"},
     "undecoded": {**TURN, "images": [{"bytes": b"x", "path": None}]},
     "a path": {**TURN, "images": [{"bytes": None, "path": "a.jpg"}]},
@@ -35,7 +35,7 @@ BAD = {
     "number": ({**TURN, "completion": 3}, "are strings"),
     "empty": ({**TURN, "completion": " \n"}, "nothing to learn"),
     "no place": ({**TURN, "prompt": "Describe"}, "holds 0 <ImageHere> for 1 images"),
-    "no picture for a place": ({**TURN, "images": []}, "holds 1 <ImageHere> for 0 images"),
+    "a placeholder without an image": ({**TURN, "images": []}, "holds 1 <ImageHere> for 0 images"),
     "place in the answer": ({**TURN, "completion": "<ImageHere>"}, "a text contains"),
     "no messages": ({"images": [], "messages": []}, "a list of turns"),
     "string content": ({"images": [], "messages": [{"role": "user", "content": "a"}]}, "with a list as content"),

@@ -33,7 +33,7 @@ def llava(folder):
     return f"llava:{folder}/chat.json::images={folder}/images"
 
 
-def llava_beside(folder):
+def llava_next_to_images(folder):
     image_files(folder, range(3))
     return f"llava:{write_lines(folder / 'chat.jsonl', map(conversation, range(3)))}"
 
@@ -105,7 +105,7 @@ def webdataset(folder):
 
 FORMATS = [
     llava,
-    llava_beside,
+    llava_next_to_images,
     align,
     narratives,
     coco,
@@ -161,7 +161,7 @@ class TestLlava:
             ("assistant", [text("Yes.")]),
         ]
 
-    def test_text_alone(self, tmp_path):
+    def test_text_only(self, tmp_path):
         record = conversation(1, "Hello", "Hi")
         del record["image"]
         found, _ = self.read(tmp_path, [record])

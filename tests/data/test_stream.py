@@ -140,7 +140,7 @@ class TestSplit:
     SOURCES = {
         "as many shards as readers": (lambda folder: shards(folder, 4, 5), {}),
         "shards that do not divide": (lambda folder: shards(folder, 7, 3), {}),
-        "one shard in parts": (lambda folder: shards(folder, 1, 20), {"min_shards": 4}),
+        "one shard in pieces": (lambda folder: shards(folder, 1, 20), {"min_shards": 4}),
         "a list": (lambda folder: table(folder, 21), {}),
         "parquet": (lambda folder: parquets(folder, 20, 4), {}),
     }

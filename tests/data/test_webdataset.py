@@ -1,4 +1,4 @@
-"""Shards: damage of every kind is found, what is whole is still read, and patterns name what they should."""
+"""Shards: damage of every kind is found, what is intact is still read, and patterns match what they should."""
 
 import gzip
 import json
@@ -32,12 +32,12 @@ class TestDamage:
         """Two shards of four rows, the first of which gets damaged."""
         return shards(tmp_path, 2, 4), tmp_path / "00000.tar"
 
-    def test_cut_inside_a_picture(self, source):
+    def test_cut_inside_an_image(self, source):
         pattern, path = source
-        path.write_bytes(path.read_bytes()[: ends(path)[4] - 10])  # the third sample's picture
+        path.write_bytes(path.read_bytes()[: ends(path)[4] - 10])  # the third sample's image
         assert read(pattern) == ([0, 1, 4, 5, 6, 7], {"shard": 1})
 
-    def test_cut_between_picture_and_text(self, source):
+    def test_cut_between_image_and_text(self, source):
         pattern, path = source
         path.write_bytes(path.read_bytes()[: -(-ends(path)[4] // 512) * 512])
         assert read(pattern) == ([0, 1, 4, 5, 6, 7], {"shard": 1})
@@ -140,7 +140,7 @@ class TestPatterns:
         assert find_shards(str(odd)) == find_shards(str(odd / "00000.tar")) == [str(odd / "00000.tar")]
 
     def test_remote(self, tmp_path):
-        """Another file system of fsspec stands for the Hub's, `hf://`."""
+        """Another file system of fsspec takes the place of the Hub's, `hf://`."""
         shards(tmp_path, 2, 3)
         memory = fsspec.filesystem("memory")
         for place in range(2):

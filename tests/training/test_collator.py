@@ -32,7 +32,7 @@ CASES = {
 
 
 def golden_rows(golden, name, pictures):
-    """The rows that stand for a case of the golden files, and the images in reading order."""
+    """The rows of a case of the golden files, and the images in reading order."""
     case = golden["cases"][name]
     shared = case.get("prompt_list") or [None]
     prompts = case.get("instruction_input") or [shared[0]] * len(case["rows"])
@@ -169,7 +169,7 @@ def test_messages_learn_all_answers_and_nothing_else(processor, pictures):
 
 
 def test_a_mixed_batch(model, processor, pictures):
-    """Pairs and conversations, with and without pictures, in one batch: each row as it would be alone."""
+    """Pairs and conversations, with and without images, in one batch: each row as in a batch by itself."""
     rows = [
         {
             "images": [pictures[0]],

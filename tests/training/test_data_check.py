@@ -39,7 +39,7 @@ def test_the_report(tmp_path):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_the_loader_alone(tmp_path, workers):
+def test_the_loader_by_itself(tmp_path, workers):
     done = run(table(tmp_path), "--throughput", 0.1, "--workers", workers)
     found = re.search(
         rf"loader   (\d+) rows/s, decoded and resized to 224 x 224, {workers} worker processes", done.output

@@ -9,7 +9,7 @@ import weakref
 import pytest
 import torch
 import torch.distributed as dist
-from tiny_models import picture
+from tiny_models import drawn_image
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from training_runs import SMALL, curve, launch, model_folder, rows, run_main, sources, trainer_on
@@ -56,7 +56,7 @@ def fsdp2_losses(base):
         for i in (2 * step, 2 * step + 1):
             shown = not (i % 2 and step % 2)
             prompt = "<ImageHere>" if shown else "###Human: Hi. ###Assistant: "
-            images = [picture(i)] if shown else []
+            images = [drawn_image(i)] if shown else []
             batch.append({"images": images, "prompt": prompt, "completion": f"a dog and {i}\n"})
         count = sum((collate([row])["labels"][:, 1:] != -100).sum().item() for row in batch)
         mine = batch if world == 1 else batch[rank : rank + 1]
@@ -108,18 +108,18 @@ def test_a_stream_on_two_processes_resumes(tmp_path):
     cache = ("--feature_cache", str(tmp_path / "cache"))
     assert build_features(*parse_recipe([*arguments, *cache]))["encoded"] == 30
     arguments += [*cache, "--pack_rows", "true", "--ddp_backend", "gloo"]
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    complete, resumed = tmp_path / "complete", tmp_path / "resumed"
     # What `accelerate launch` does on GPUs; the other processes take a shorter way into the same function.
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     command += ["-m", "transformers_minigpt4.training.sft"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command += [*arguments, "--output_dir", str(whole)]
+    command += [*arguments, "--output_dir", str(complete)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
     assert done.returncode == 0, done.stderr[-4000:]
-    resume = ["--output_dir", str(parts), "--resume_from_checkpoint", str(whole / "checkpoint-3")]
+    resume = ["--output_dir", str(resumed), "--resume_from_checkpoint", str(complete / "checkpoint-3")]
     launch(2, tmp_path, run_main, [*arguments, *resume])
-    assert len(curve(whole)) == 6 and curve(parts) == curve(whole)
-    assert json.loads((whole / "run.json").read_text())["world_size"] == 2
+    assert len(curve(complete)) == 6 and curve(resumed) == curve(complete)
+    assert json.loads((complete / "run.json").read_text())["world_size"] == 2
 
 
 def test_the_wrapped_model_goes_before_the_process_group(tmp_path):

@@ -29,11 +29,11 @@ from transformers_minigpt4.training.stages import prepare_stage
 
 @pytest.fixture
 def encoded(pictures):
-    """Pictures as sources give them: undecoded."""
+    """Images as sources give them: undecoded."""
     files = []
-    for picture in pictures:
+    for image in pictures:
         file = io.BytesIO()
-        picture.save(file, "PNG")
+        image.save(file, "PNG")
         files.append({"bytes": file.getvalue(), "path": None})
     return files
 
@@ -139,12 +139,12 @@ def test_an_interrupted_build_resumes(model, processor, encoded, tmp_path, monke
         return encode(*args)
 
     monkeypatch.setattr(feature_building, "_encode", stopping)
-    pictures = [*encoded, *more]
+    images = [*encoded, *more]
     with pytest.raises(KeyboardInterrupt):
-        build_feature_cache(model, processor.image_processor, pictures, tmp_path, batch_size=2, shard_size=3)
+        build_feature_cache(model, processor.image_processor, images, tmp_path, batch_size=2, shard_size=3)
     held = sum(load_file(path)["keys"].shape[0] for path in tmp_path.glob("features-*"))
     assert held == 4  # a complete file, and what was encoded when it was interrupted
-    counts = build_feature_cache(model, processor.image_processor, pictures, tmp_path, batch_size=2, shard_size=3)
+    counts = build_feature_cache(model, processor.image_processor, images, tmp_path, batch_size=2, shard_size=3)
     assert counts == {"encoded": 4, "present": 4, "broken": 0}
     assert not list(tmp_path.glob(".*"))
     cache = FeatureCache(tmp_path, feature_fingerprint(model, processor.image_processor))
@@ -152,16 +152,16 @@ def test_an_interrupted_build_resumes(model, processor, encoded, tmp_path, monke
     with torch.no_grad():
         pixels = processor.image_processor(more, return_tensors="pt")["pixel_values"]
         expected = model.get_image_features(pixels).qformer_last_hidden_state
-    for picture, features in zip(more, expected):
+    for image, features in zip(more, expected):
         # 8 bits, and batches of other sizes
-        torch.testing.assert_close(cache[image_key(picture)].float(), features, atol=1e-4, rtol=2**-7)
-    again = build_feature_cache(model, processor.image_processor, [*pictures, *pictures], tmp_path)
+        torch.testing.assert_close(cache[image_key(image)].float(), features, atol=1e-4, rtol=2**-7)
+    again = build_feature_cache(model, processor.image_processor, [*images, *images], tmp_path)
     assert again == {"encoded": 0, "present": 16, "broken": 0}
 
 
-def test_broken_pictures_are_counted(model, processor, encoded, tmp_path):
-    pictures = [encoded[0], {"bytes": b"none", "path": None}, {"bytes": None, "path": str(tmp_path / "lost.png")}]
-    counts = build_feature_cache(model, processor.image_processor, pictures, tmp_path / "cache")
+def test_broken_images_are_counted(model, processor, encoded, tmp_path):
+    images = [encoded[0], {"bytes": b"none", "path": None}, {"bytes": None, "path": str(tmp_path / "lost.png")}]
+    counts = build_feature_cache(model, processor.image_processor, images, tmp_path / "cache")
     assert counts == {"encoded": 1, "present": 0, "broken": 2}
 
 
@@ -237,9 +237,9 @@ def test_models_whose_features_change_are_refused(model, processor, tmp_path):
 
 
 def test_image_keys(encoded, pictures, tmp_path):
-    file = tmp_path / "picture.png"
+    file = tmp_path / "image.png"
     file.write_bytes(encoded[0]["bytes"])
     assert image_key({"bytes": None, "path": str(file)}) == image_key(encoded[0]) != image_key(encoded[1])
     assert image_key(pictures[0]) == image_key(pictures[0].copy()) != image_key(pictures[0].convert("L"))
     with pytest.raises(DataError, match="not str"):
-        image_key("picture.png")
+        image_key("image.png")

@@ -36,7 +36,7 @@ def build(recipe, cache, model, source, *more):
 
 @pytest.fixture(scope="module")
 def cached(tmp_path_factory):
-    """Features of the tiny MiniGPT-4, whose pictures all its sources share."""
+    """Features of the tiny MiniGPT-4, whose images all its sources share."""
     cache = tmp_path_factory.mktemp("features") / "cache"
     counts = build("minigpt4_stage1", cache, model_folder("minigpt4"), sources()["wds"])
     assert counts == {"encoded": 30, "present": 0, "broken": 0}
@@ -68,7 +68,7 @@ def test_packed_rows_train_as_padded_ones(plain, tmp_path, more):
 
 
 def test_cached_features_train_as_the_tower_does(cached, plain, tmp_path):
-    """To the eight bits of bf16; and stage 2 goes on from there with the same cache, which its base fits."""
+    """To the eight bits of bf16; and stage 2 continues from there with the same cache, which its base fits."""
     options = (*STEPS, "--feature_cache", str(cached), "--dataloader_num_workers", "1")
     folder = run("minigpt4_stage1", tmp_path / "1", model_folder("minigpt4"), sources()["wds"], *options)
     check_equal(folder, plain, 1e-3)
@@ -144,7 +144,7 @@ def test_a_copy_of_the_model_only_has_to_be_shown_once(cached, tmp_path):
     run(*given, "--feature_cache", str(cache))
 
 
-def test_images_that_the_cache_lacks(cached, tmp_path):
+def test_images_missing_from_the_cache(cached, tmp_path):
     """A new one stops the run; a broken one is skipped, as it is without a cache."""
     source = write_sources(tmp_path, 32)["cc_sbu_align"]
     (tmp_path / "cc_sbu_align" / "image" / "3.jpg").write_bytes(b"not an image")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from datasets import Dataset
 from test_collator import CASES, check_gradients, golden_rows
-from tiny_models import LLAVA_TEMPLATE, picture, save_llava, save_minigpt4
+from tiny_models import LLAVA_TEMPLATE, drawn_image, save_llava, save_minigpt4
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 from trl.trainer.utils import add_fused_lm_head
 
@@ -29,7 +29,7 @@ def prompt(images: int, text: str, token: str = "<ImageHere>") -> str:
 
 @pytest.fixture
 def mixed(pictures):
-    """Rows of different lengths with no, one and two pictures."""
+    """Rows of different lengths with no, one and two images."""
     return [
         {"images": pictures[:1], "prompt": prompt(1, "What?"), "completion": "A teacher near the river.###"},
         {"images": [], "prompt": prompt(0, "Hi."), "completion": "Hello.###"},
@@ -84,7 +84,7 @@ def test_golden_batches_packed(model, processor, golden, golden_tensors, picture
 
 
 class WithPixels:
-    """A collator whose pictures are the golden ones."""
+    """A collator whose pixels are the golden ones."""
 
     def __init__(self, collator, pixels):
         self.collator, self.pixels = collator, pixels
@@ -108,7 +108,7 @@ def test_mixed_rows_packed(model, processor, mixed, max_tokens, fused):
     keep_labelled(model)
     check_equal(loss_and_gradients(model, LabelledCollator(packed)(mixed), fused), expected)
     check_equal(loss_and_gradients(model, LabelledCollator(collator)(mixed), fused), expected)
-    check_equal(loss_and_gradients(model, collator(mixed), fused), expected)  # other batches pass as they are
+    check_equal(loss_and_gradients(model, collator(mixed), fused), expected)  # other batches are left unchanged
 
 
 @pytest.mark.parametrize("fused", [False, True])
@@ -116,9 +116,9 @@ def test_mixed_rows_packed(model, processor, mixed, max_tokens, fused):
 def test_llava_packed(llava, max_tokens, fused):
     model, processor = llava
     rows = [
-        {"images": [picture(1)], "prompt": prompt(1, "What?", "<image>"), "completion": "A teacher.</s>"},
+        {"images": [drawn_image(1)], "prompt": prompt(1, "What?", "<image>"), "completion": "A teacher.</s>"},
         {"images": [], "prompt": prompt(0, "Hi."), "completion": "Hello there, you.</s>"},
-        {"images": [picture(2), picture(3)], "prompt": prompt(2, "And?", "<image>"), "completion": "Two.</s>"},
+        {"images": [drawn_image(2), drawn_image(3)], "prompt": prompt(2, "And?", "<image>"), "completion": "Two.</s>"},
     ]
     collator = ImageTextCollator(processor)
     prepare_stage(model, ["projector", "language_model"])

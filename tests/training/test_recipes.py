@@ -22,9 +22,9 @@ from transformers_minigpt4.training.recipe_files import find_recipe, recipe_name
 def model_of(name: str) -> str | None:
     if name.startswith("tiny"):
         return None
-    for part in ("no_qformer", "three_layers", "llama2", "modern", "llava_", "blip2"):
-        if part in name:
-            return part.rstrip("_")
+    for variant in ("no_qformer", "three_layers", "llama2", "modern", "llava_", "blip2"):
+        if variant in name:
+            return variant.rstrip("_")
     return "minigpt4"
 
 
@@ -52,19 +52,19 @@ def test_a_recipe_trains(name, tmp_path):
     more = ["--model_name_or_path", str(start)] if model is None and start is not None else []
     folder = run(name, tmp_path / "out", None if model is None else start, source, *more)
     record = json.loads((folder / "checkpoint-2" / "run.json").read_text())
-    parts = recipe["trainable_modules"]
+    modules = recipe["trainable_modules"]
     trained = record["trainable_parameters"]
-    for part, words in (
+    for module, words in (
         ("projector", "projec"),
         ("qformer", "qformer."),
         ("language_model", "language_model.layers"),
     ):
-        assert any(words in name and "lora" not in name for name in trained) == (part in parts), part
-    assert any("lora_" in name for name in trained) == ("lora" in parts)
+        assert any(words in name and "lora" not in name for name in trained) == (module in modules), module
+    assert any("lora_" in name for name in trained) == ("lora" in modules)
     losses = curve(folder / "checkpoint-2")
     assert len(losses) == 2 and all(0 < loss < 20 for loss in losses)
     assert (folder / "checkpoint-2" / "loss.png").stat().st_size > 0
-    if "lora" not in parts:
+    if "lora" not in modules:
         saved = weights(folder / "checkpoint-2")
         assert set(saved) == set(trained)
         loaded = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).state_dict()

@@ -40,7 +40,7 @@ def command(folder, *more):
 @pytest.mark.parametrize("workers", ["0", "2"])
 def test_sigkill_and_resume_give_the_same_bits(base, tmp_path, workers):
     more = ("--dataloader_num_workers", workers)
-    run_main(command(tmp_path / "whole", *more))
+    run_main(command(tmp_path / "complete", *more))
     folder, log = tmp_path / "killed", tmp_path / "log"
     process = start(log, run_main, command(folder, *more))
     goal = random.Random(os.getpid()).randint(2, STEPS - 3)
@@ -56,33 +56,33 @@ def test_sigkill_and_resume_give_the_same_bits(base, tmp_path, workers):
         assert (folder / f"checkpoint-{step}" / "trainer_state.json").is_file()
         load_file(folder / f"checkpoint-{step}" / "model.safetensors")
     run_main(command(folder, *more, "--resume_from_checkpoint", "true"))
-    check_same(folder, tmp_path / "whole")
+    check_same(folder, tmp_path / "complete")
     started = load_file(base / "model.safetensors")
     assert all(not torch.equal(started[name], value) for name, value in weights(folder).items())
 
 
-def check_same(folder, whole):
+def check_same(folder, complete):
     """The same bits, and the same curve."""
-    found, wanted = weights(folder), weights(whole)
+    found, wanted = weights(folder), weights(complete)
     assert found.keys() == wanted.keys() and found
     for name, value in wanted.items():
         assert torch.equal(found[name], value), name
     rates = [
         [row["learning_rate"] for row in map(json.loads, (path / "loss.jsonl").read_text().splitlines())]
-        for path in (folder, whole)
+        for path in (folder, complete)
     ]
-    assert curve(folder) == curve(whole) and rates[0] == rates[1] and len(rates[0]) == STEPS
+    assert curve(folder) == curve(complete) and rates[0] == rates[1] and len(rates[0]) == STEPS
 
 
 def test_adapters_resume_to_the_same_bits(tmp_path):
     """LoRA with its dropout, and the projector."""
     more = ["--use_peft", "true", "--trainable_modules", "projector", "lora", "--lora_r", "4", "--lora_dropout", "0.2"]
     more += ["--lora_target_modules", "q_proj", "v_proj", "--save_steps", str(STEPS // 2)]
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    run_main(command(whole, *more))
-    run_main(command(parts, *more, "--resume_from_checkpoint", str(whole / f"checkpoint-{STEPS // 2}")))
-    check_same(parts, whole)
-    names = weights(whole)
+    complete, resumed = tmp_path / "complete", tmp_path / "resumed"
+    run_main(command(complete, *more))
+    run_main(command(resumed, *more, "--resume_from_checkpoint", str(complete / f"checkpoint-{STEPS // 2}")))
+    check_same(resumed, complete)
+    names = weights(complete)
     assert any("lora_B" in name and value.any() for name, value in names.items())
     assert any("multi_modal_projector" in name for name in names)
 
@@ -92,12 +92,12 @@ def projector(trainer):
 
 
 def test_lists_resume_too(base, tmp_path):
-    whole = trainer_on(base, tmp_path, rows())
-    whole.train()
+    complete = trainer_on(base, tmp_path, rows())
+    complete.train()
     shutil.rmtree(tmp_path / "checkpoint-4")
     second = trainer_on(base, tmp_path, rows())
     second.train(resume_from_checkpoint=True)
-    assert second.state.global_step == 4 and torch.equal(projector(whole), projector(second))
+    assert second.state.global_step == 4 and torch.equal(projector(complete), projector(second))
 
 
 def test_all_trainers_share_one_path(base, tmp_path):
@@ -237,12 +237,12 @@ def take(stream, count):
 
 
 def test_a_stream_resumes_with_the_next_row():
-    whole = [n for n, _ in take(PositionedStream(stream_rows(), 2), 50)]
-    assert sorted(whole[:20]) == list(range(20)) == sorted(whole[20:40])
+    complete = [n for n, _ in take(PositionedStream(stream_rows(), 2), 50)]
+    assert sorted(complete[:20]) == list(range(20)) == sorted(complete[20:40])
     for stop in (2, 6, 18, 20, 22, 38):
         position = take(PositionedStream(stream_rows(), 2), stop)[-1][1]
         resumed = [n for n, _ in take(PositionedStream(stream_rows(), 2, start={0: position}), 50)]
-        assert resumed[:stop] == [None] * stop and resumed[stop:] == whole[stop:]
+        assert resumed[:stop] == [None] * stop and resumed[stop:] == complete[stop:]
 
 
 @pytest.mark.parametrize(("world", "shards"), [(2, 4), (3, 4), (4, 2)])

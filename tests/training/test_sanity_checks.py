@@ -57,7 +57,7 @@ def test_a_stream_needs_an_end(base, tmp_path):
 
 
 class Masked:
-    """A collator of someone else's, which masks everything."""
+    """A foreign collator that masks everything."""
 
     def __init__(self, collator):
         self.collator = collator

@@ -82,7 +82,7 @@ def test_activation_checkpointing_works_in_frozen_layers(model, batch):
     torch.testing.assert_close(model.model.multi_modal_projector.linear_1.weight.grad, plain)
 
 
-def test_text_alone_gives_a_zero_gradient(model, processor):
+def test_text_only_gives_a_zero_gradient(model, processor):
     prepare_stage(model, ["projector", "qformer"])
     row = {"images": [], "prompt": "###Human: Hi. ###Assistant: ", "completion": "Hello.###"}
     batch = ImageTextCollator(processor)([row])
@@ -100,7 +100,7 @@ def test_text_alone_gives_a_zero_gradient(model, processor):
 
 
 @pytest.mark.parametrize("whole_tower", [False, True])
-def test_text_alone_through_llava(tmp_path, whole_tower):
+def test_text_only_through_llava(tmp_path, whole_tower):
     save_llava(tmp_path)
     model = AutoModelForImageTextToText.from_pretrained(tmp_path)
     prepare_stage(model)

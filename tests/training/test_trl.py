@@ -41,7 +41,7 @@ def test_collator_gives_the_authors_batch(model, processor, golden, golden_tenso
     assert model(**batch).loss.item() == pytest.approx(case["loss"], abs=1e-5)
 
 
-def test_a_step_of_sft_moves_the_projection_alone(model, processor, golden, pictures, tmp_path):
+def test_a_step_of_sft_moves_only_the_projector(model, processor, golden, pictures, tmp_path):
     model.requires_grad_(False)
     model.model.multi_modal_projector.requires_grad_(True)
     before = copy.deepcopy(model.state_dict())
