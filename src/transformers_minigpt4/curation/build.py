@@ -7,8 +7,13 @@ import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from datasets import Dataset, DatasetDict, Features, Value
+from datasets import Image as ImageFeature
+from datasets.table import embed_table_storage
+
+from transformers_minigpt4.hub.cards import dataset_card
+from transformers_minigpt4.hub.cc_sbu_align import write_cc_sbu_align
 from transformers_minigpt4.utils.file_names import RUN_FILE
 from transformers_minigpt4.utils.files import JsonObject, atomic_folder
 from transformers_minigpt4.utils.versions import package_versions
@@ -20,10 +25,6 @@ from .records import PASSING, Pair, now
 from .review import ReviewQueue
 from .status import STEP_WORDS, passed_on
 from .store import Project
-
-
-if TYPE_CHECKING:
-    from datasets import Dataset
 
 
 BUILD = "build"  # the folder in the project's folder
@@ -128,8 +129,6 @@ def _make(
     progress: bool,
 ) -> tuple[int, int, dict[str, str]]:
     """Writes everything to `folder`; returns the number of rows, of unreviewed ones, and the pairs left out."""
-    from transformers_minigpt4.hub.cc_sbu_align import write_cc_sbu_align
-
     images = folder / "images"
     images.mkdir(parents=True)
     rows, skipped = [], {}
@@ -177,12 +176,8 @@ def _copied(project: Project, pair: Pair, folder: Path) -> Path:
     return copy
 
 
-def _dataset(rows: Iterable[tuple[Path, str, str]], cache: Path) -> "Dataset":
+def _dataset(rows: Iterable[tuple[Path, str, str]], cache: Path) -> Dataset:
     """Columns `image` (the files' own bytes), `image_id` and `caption`."""
-    from datasets import Dataset, Features, Value
-    from datasets import Image as ImageFeature
-    from datasets.table import embed_table_storage
-
     files, ids, texts = zip(*rows)
     features = Features({"image": ImageFeature(), "image_id": Value("string"), "caption": Value("string")})
     columns = {"image": [str(file) for file in files], "image_id": list(ids), "caption": list(texts)}
@@ -191,11 +186,7 @@ def _dataset(rows: Iterable[tuple[Path, str, str]], cache: Path) -> "Dataset":
     return dataset.map(embed_table_storage, batched=True, batch_size=100, cache_file_name=str(cache)).with_format(None)
 
 
-def _describe(dataset: "Dataset", folder: Path, loads: str, record: JsonObject) -> None:
-    from datasets import DatasetDict
-
-    from transformers_minigpt4.hub.cards import dataset_card
-
+def _describe(dataset: Dataset, folder: Path, loads: str, record: JsonObject) -> None:
     card = dataset_card(DatasetDict({"train": dataset}), None, None, record=record, local=loads)
     (folder / CARD_FILE).write_text(str(card), encoding="utf-8")
     (folder / RUN_FILE).write_text(json.dumps(record, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")

@@ -125,25 +125,8 @@ _QUOTED = re.compile(r'"[^"]*"')
 # Between two capitalized words these are part of a name.
 _PARTICLES = frozenset(
     (
-        "de",
-        "la",
-        "los",
-        "las",
-        "del",
-        "von",
-        "van",
-        "der",
-        "den",
-        "di",
-        "da",
-        "du",
-        "le",
-        "el",
-        "al",
-        "y",
-        "e",
-        "des",
-        "dos",
+        *("de", "la", "los", "las", "del", "von", "van", "der", "den", "di"),
+        *("da", "du", "le", "el", "al", "y", "e", "des", "dos"),
     )
 )
 # Endings far more frequent in English than elsewhere; they indicate English if nothing else does.

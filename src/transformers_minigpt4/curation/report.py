@@ -10,6 +10,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
 from transformers_minigpt4.processing.image_utils_minigpt4 import ImageLoadError, load_image
 from transformers_minigpt4.utils.files import JsonObject, write_atomically
 from transformers_minigpt4.web.html import is_hidden
@@ -54,8 +56,6 @@ def run_report(project: Project, config: CurationConfig, path: str | os.PathLike
     Returns:
         `Path`: of the report.
     """
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
     path = Path(path) if path is not None else project.folder / REPORT_FILE
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined, finalize=_shown

@@ -1,20 +1,16 @@
 """A chat model at any OpenAI-compatible endpoint: retries, pace, time-outs, and errors that say what to do."""
 
-import json
 import os
 import random
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
-from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any
 
-from .budget import Reservation
 from .cache import AnswerCache
 from .client import ChatModel, Key
+from .responses import read_completion, retry_after_seconds, used_tokens
 from .types import ChatAnswer, ChatError, ChatSettings, Message, Usage, checked_messages
 
 
@@ -185,10 +181,10 @@ class EndpointChatModel(ChatModel):
             self._gate.pass_through(stop)
             sent = True
             payload = self._send(messages)
-            completion = _read(payload)
+            completion = read_completion(payload)
             if completion is None:
                 raise self._garbage(payload)
-            used = _tokens(completion, reservation)
+            used = used_tokens(completion, reservation)
             if not completion.text and completion.finish_reason != "content_filter":
                 raise _empty(completion.finish_reason, used)
         except _Fault as fault:
@@ -297,7 +293,7 @@ class EndpointChatModel(ChatModel):
                 fatal=True,
             )
         if status in (408, 409, 429) or status >= 500:
-            return self._passing(status, said, _retry_after(error.response.headers))
+            return self._passing(status, said, retry_after_seconds(error.response.headers))
         if error.param == "max_tokens" and "max_completion_tokens" in said and self._limit_name == "max_tokens":
             self._limit_name = "max_completion_tokens"
             return _Fault("server", "requires max_completion_tokens", "run again", retry_after=0.0)
@@ -371,62 +367,7 @@ def _result(future: Future[ChatAnswer]) -> ChatAnswer | ChatError:
         return error
 
 
-@dataclass(frozen=True)
-class _Completion:
-    text: str
-    finish_reason: str
-    usage: object
-
-
-def _read(payload: bytes) -> _Completion | None:
-    """The first choice of a chat completion; `None` if the bytes are not one."""
-    try:
-        completion = json.loads(payload)
-        choice = completion["choices"][0]
-        text, finish_reason = choice["message"]["content"], choice.get("finish_reason")
-        usage = completion.get("usage")
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
-        return None
-    if not isinstance(text, str | None):
-        return None
-    # JSON can hold half a surrogate pair, which no file can.
-    text = (text or "").encode("utf-8", "replace").decode().strip()
-    return _Completion(text, finish_reason if isinstance(finish_reason, str) else "stop", usage)
-
-
-def _tokens(completion: _Completion, reservation: Reservation) -> tuple[int, int]:
-    """(prompt, answer) tokens as the endpoint reports them; without a usable report, the most that they can be."""
-    said = completion.usage if isinstance(completion.usage, dict) else {}
-    longest = min(reservation.completion_tokens, len(completion.text.encode()))
-    prompt, answer = (
-        count if isinstance(count, int) and not isinstance(count, bool) and count >= 0 else bound
-        for count, bound in (
-            (said.get("prompt_tokens"), reservation.prompt_tokens),
-            (said.get("completion_tokens"), longest),
-        )
-    )
-    return prompt, answer
-
-
 def _empty(finish_reason: str, used: tuple[int, int]) -> _Fault:
     why = " before its limit of tokens" if finish_reason == "length" else ""
     remedy = "try another model or prompt, or raise max_tokens for a model that thinks first"
     return _Fault("empty", f"gave an empty answer{why}", remedy, used=used)
-
-
-def _retry_after(headers: Mapping[str, str]) -> float | None:
-    """Seconds to wait by the header `Retry-After`, which is a number or a date; `None` without a usable one."""
-    value = headers.get("retry-after")
-    if value is None:
-        return None
-    try:
-        seconds = float(value)
-    except ValueError:
-        try:
-            when = parsedate_to_datetime(value)
-        except (TypeError, ValueError, OverflowError):
-            return None
-        if when.tzinfo is None:  # "-0000", by RFC 5322: UTC without a time zone
-            when = when.replace(tzinfo=UTC)
-        seconds = (when - datetime.now(UTC)).total_seconds()
-    return max(0.0, seconds) if seconds == seconds else None

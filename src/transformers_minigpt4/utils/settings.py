@@ -1,23 +1,23 @@
 """Checks of settings that come from a file or a command line against the types of a dataclass's fields."""
 
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import Field, fields
 from types import UnionType
-from typing import TYPE_CHECKING, Any, get_origin
+from typing import Any, ClassVar, Protocol, get_origin
 
 
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
+class Dataclass(Protocol):
+    """Any class that `dataclasses.dataclass` has made."""
+
+    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
 
 
-def field_names(settings: "type[DataclassInstance]", prefix: str = "") -> list[str]:
+def field_names(settings: type[Dataclass], prefix: str = "") -> list[str]:
     """The names under which the fields of a dataclass stand among flat settings."""
     return [prefix + field.name for field in fields(settings)]
 
 
-def field_values(
-    settings: "type[DataclassInstance]", values: Mapping[str, object], prefix: str = ""
-) -> dict[str, Any]:
+def field_values(settings: type[Dataclass], values: Mapping[str, object], prefix: str = "") -> dict[str, Any]:
     """
     Keyword arguments for a dataclass, taken from flat settings.
 

@@ -1,0 +1,66 @@
+"""Reads what an OpenAI-compatible endpoint answers: the text, the tokens used, and how long to wait."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+
+from .budget import Reservation
+
+
+@dataclass(frozen=True)
+class Completion:
+    """The first choice of a chat completion; `usage` is what the endpoint says of the tokens, unchecked."""
+
+    text: str
+    finish_reason: str
+    usage: object
+
+
+def read_completion(payload: bytes) -> Completion | None:
+    """The first choice of a chat completion; `None` if the bytes are not one."""
+    try:
+        completion = json.loads(payload)
+        choice = completion["choices"][0]
+        text, finish_reason = choice["message"]["content"], choice.get("finish_reason")
+        usage = completion.get("usage")
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
+        return None
+    if not isinstance(text, str | None):
+        return None
+    # JSON can hold half a surrogate pair, which no file can.
+    text = (text or "").encode("utf-8", "replace").decode().strip()
+    return Completion(text, finish_reason if isinstance(finish_reason, str) else "stop", usage)
+
+
+def used_tokens(completion: Completion, reservation: Reservation) -> tuple[int, int]:
+    """(prompt, answer) tokens as the endpoint reports them; without a usable report, the most that they can be."""
+    said = completion.usage if isinstance(completion.usage, dict) else {}
+    longest = min(reservation.completion_tokens, len(completion.text.encode()))
+    prompt, answer = (
+        count if isinstance(count, int) and not isinstance(count, bool) and count >= 0 else bound
+        for count, bound in (
+            (said.get("prompt_tokens"), reservation.prompt_tokens),
+            (said.get("completion_tokens"), longest),
+        )
+    )
+    return prompt, answer
+
+
+def retry_after_seconds(headers: Mapping[str, str]) -> float | None:
+    """Seconds to wait by the header `Retry-After`, which is a number or a date; `None` without a usable one."""
+    value = headers.get("retry-after")
+    if value is None:
+        return None
+    try:
+        seconds = float(value)
+    except ValueError:
+        try:
+            when = parsedate_to_datetime(value)
+        except (TypeError, ValueError, OverflowError):
+            return None
+        if when.tzinfo is None:  # "-0000", by RFC 5322: UTC without a time zone
+            when = when.replace(tzinfo=UTC)
+        seconds = (when - datetime.now(UTC)).total_seconds()
+    return max(0.0, seconds) if seconds == seconds else None
