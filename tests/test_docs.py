@@ -85,6 +85,15 @@ def test_pages_that_the_code_names_exist():
                 assert (ROOT / name).is_file(), f"{path.name} names {name}"
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_files_that_a_page_names_exist(page):
+    text = page.read_text(encoding="utf-8")
+    for name in re.findall(r"\b(?:examples|benchmarks|tests|docs)/[\w/-]+\.(?:py|ipynb|md|png)\b", text):
+        assert any((ROOT / base / name).is_file() for base in ("", "docs")), name
+    for name in re.findall(r"`((?:modeling|processing|training|conversion|curation|utils)/\w+\.py)`", text):
+        assert (ROOT / "src" / "transformers_minigpt4" / name).is_file(), name
+
+
 # British spellings, and words for which the package has others: image, projector, dataset, resume, complete.
 OTHER_WORDS = re.compile(
     r"\b(pictures?|projections?|data sets?|licences?|colours?|neighbours?|(?:tokenis|normalis|quantis)\w*|learnt"
