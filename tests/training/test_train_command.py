@@ -119,7 +119,7 @@ def test_dry_run_of_the_toy_world(tmp_path, monkeypatch):
     row, _, counts, parameters = result.stdout.splitlines()
     assert row.startswith("<s> <ImageHere> x 8 ") and row.endswith("<0x0A>]") and row.count("[") == 1
     learned = row[row.index("[") + 1 : -1].split()
-    assert f"{len(learned)} of them learned (in brackets)" in counts
+    assert counts == f"{1 + 8 + len(learned)} tokens, {len(learned)} of them learned (in brackets)"
     assert parameters == "12,416 of 1,518,528 parameters are trained"
     assert list(tmp_path.iterdir()) == []
 

@@ -5,15 +5,17 @@ import tempfile
 from dataclasses import dataclass
 from itertools import groupby
 
-import torch
 from rich.console import Console
 from rich.text import Text
 from transformers import ProcessorMixin
 from trl import ModelConfig
 
+from transformers_minigpt4.utils.families import family_of
+
 from .arguments import StageArguments, StageConfig
-from .collator import IGNORED
+from .collator import IGNORED, Batch
 from .loading import load_model, load_rows
+from .loss import POSITIONS
 from .setup import make_trainer
 
 
@@ -46,18 +48,22 @@ def first_row(stage: StageArguments, config: StageConfig, model_args: ModelConfi
         trainer = make_trainer(stage, config, model_args, model, processor, rows)
         batch = trainer.data_collator([next(iter(rows.dataset))])
         sizes = [(value.numel(), value.requires_grad) for value in trainer.model.parameters()]
-    return TokenizedRow(
-        _tokens(batch, processor), sum(size for size, learns in sizes if learns), sum(size for size, _ in sizes)
-    )
+    tokens = _tokens(batch, processor, family_of(model.config).encoder_decoder)
+    return TokenizedRow(tokens, sum(size for size, learns in sizes if learns), sum(size for size, _ in sizes))
 
 
-def _tokens(batch: dict[str, torch.Tensor], processor: ProcessorMixin) -> list[tuple[str, bool]]:
+def _tokens(batch: Batch, processor: ProcessorMixin, encoder_decoder: bool) -> list[tuple[str, bool]]:
     ids, labels = batch["input_ids"][0].tolist(), batch["labels"][0].tolist()
-    marks = [label != IGNORED for label in labels]
-    if len(ids) != len(labels):  # an encoder reads the prompt, a decoder writes the answer
+    if encoder_decoder:  # the encoder reads the prompt, the decoder writes the answer
         answer = [label for label in labels if label != IGNORED]
-        ids, marks = [*ids, *answer], [False] * len(ids) + [True] * len(answer)
-    return list(zip(processor.tokenizer.convert_ids_to_tokens(ids), marks))
+        ids, learned = [*ids, *answer], [False] * len(ids) + [True] * len(answer)
+    elif POSITIONS in batch:  # labels are kept only where they are, each predicted by the position before it
+        learned = [False] * len(ids)
+        for position in batch[POSITIONS][:-1].tolist():
+            learned[position + 1] = True
+    else:
+        learned = [label != IGNORED for label in labels]
+    return list(zip(processor.tokenizer.convert_ids_to_tokens(ids), learned))
 
 
 def print_row(row: TokenizedRow) -> None:
