@@ -5,12 +5,16 @@ import importlib
 import re
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 from command_lines import parse
+from trl import SFTConfig
 
 from transformers_minigpt4.evaluation.tasks.advanced import CRITERIA
+from transformers_minigpt4.training.arguments import StageArguments, StageConfig
+from transformers_minigpt4.training.recipe_files import recipe_names
 
 
 ROOT = Path(__file__).parent.parent
@@ -83,6 +87,14 @@ def test_pages_that_the_code_names_exist():
         if path.suffix in (".py", ".yaml", ".jinja"):
             for name in re.findall(r"\bdocs/[\w/-]+\.md\b", path.read_text(encoding="utf-8")):
                 assert (ROOT / name).is_file(), f"{path.name} names {name}"
+
+
+def test_the_page_of_recipe_keys_is_complete():
+    page = (ROOT / "docs" / "reference" / "recipes.md").read_text(encoding="utf-8")
+    inherited = {field.name for field in fields(SFTConfig)}
+    own = {field.name for group in (StageArguments, StageConfig) for field in fields(group)} - inherited
+    assert [name for name in sorted(own) if f"| `{name}` |" not in page] == []
+    assert [name for name in recipe_names() if f"`{name}`" not in page] == []
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
