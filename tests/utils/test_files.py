@@ -142,10 +142,10 @@ import os, signal, sys, time
 from transformers_minigpt4.utils.files import folder_lock
 with folder_lock(sys.argv[1], "taken by {owner}"):
     if os.fork() == 0:  # a data worker, which outlives its killed parent by seconds
-        os.write(1, b"worker\n")  # in one piece
+        os.write(1, b"worker\\n")  # in one piece
         time.sleep(20)
         os._exit(0)
-    os.write(1, b"held\n")
+    os.write(1, b"held\\n")
     time.sleep(60)
 """
 
