@@ -171,6 +171,10 @@ class TestDescribe:
         with pytest.raises(ValueError, match="num_return_sequences"):
             list(describe([folder / "0.png"], *loaded, num_return_sequences=2, do_sample=True, max_new_tokens=2))
 
+    def test_more_than_the_answers_is_refused(self, loaded, folder):
+        with pytest.raises(ValueError, match="leave out return_dict_in_generate"):
+            list(describe([folder / "0.png"], *loaded, return_dict_in_generate=True, **GREEDY))
+
 
 def tiny_llava(tokenizer, image_processor):
     tokenizer.add_tokens("<image>", special_tokens=True)
