@@ -13,15 +13,15 @@ from datasets import Image, IterableDataset
 from .schema import DataError, Message, UndecodedImage
 
 
-# As many rows as the authors' `wds.shuffle(1000)` holds. It empties at the end of each shard, so that a shard can be
-# read again from its start and give the same order.
+# As many rows as the authors' `wds.shuffle(1000)` holds. It is emptied at the end of each shard, so that a shard that
+# is read again from its start gives the same order.
 SHUFFLE_BUFFER = 1000
 _TABLE_SHARDS = 256  # slices of a table, for as many data workers of all processes
 _CAPTION_COLUMNS = ("caption", "text")
 
 
 class RawRow(NamedTuple):
-    """A row as its source has it. `image` is `{"bytes", "path"}`; `caption` is `None` for several turns."""
+    """A row as its source has it; `caption` is `None` for several turns."""
 
     key: str
     images: list[UndecodedImage]
@@ -41,7 +41,7 @@ Entry = RawRow | BadRow
 
 
 class Reader(Protocol):
-    """Reads one source, shard by shard. What is wrong with a row comes as a `BadRow`, never as an exception."""
+    """Reads one source, shard by shard. Bad rows are given as `BadRow`, never raised as exceptions."""
 
     @property
     def num_shards(self) -> int: ...
@@ -63,7 +63,7 @@ def caption_row(key: str, images: list[UndecodedImage], caption: object) -> Entr
 
 
 def shuffled(entries: Iterator[Entry], seed: list[int] | None, size: int = SHUFFLE_BUFFER) -> Iterator[Entry]:
-    """Entries in an order drawn with a buffer of `size`; as they come without a seed."""
+    """Entries in random order, drawn with a buffer of `size`; in their own order without a seed."""
     if seed is None:
         yield from entries
         return
@@ -180,5 +180,5 @@ class DatasetReader:
 
 
 def image_file(folder: Path, name: str) -> list[UndecodedImage]:
-    """The images of a row whose image is a file."""
+    """The images of a row that has one, as a file."""
     return [{"bytes": None, "path": str(folder / name)}]

@@ -13,17 +13,17 @@ from .schema import DataError
 
 logger = logging.getLogger(__name__)
 
-# What can be wrong with a row, and what each word means.
+# What can be wrong with a row, and what each kind means.
 KINDS = {
     "shard": "a file of many rows that cannot be opened or read to its end",
-    "entry": "an entry that is not of the source's format",
+    "entry": "an entry that is not in the source's format",
     "image": "no image is named or stored with the text",
     "unreadable_image": "an image that is missing on the disk or cannot be decoded",
     "caption": "no caption, or an empty one",
     "prompt_format": "a row that does not fit the requested prompt format",
 }
 _COLUMNS = ("rows", "shards", *KINDS)
-_SLOTS = 64  # data workers that count apart, so that no two write into one place
+_SLOTS = 64  # data workers that count separately, so that no two write to the same place
 _LOGGED = 10  # of one kind, source and process; the others are only counted
 _EXAMPLES = 5
 # Below these numbers an error rate says nothing yet.
@@ -40,15 +40,10 @@ class SkippedRows:
     Args:
         sources: The sources' names.
         max_error_rate: Fraction of a source's rows, or of its shards, above which reading stops; `None` for no limit.
-        log: Whether to warn of them too.
+        log: Whether to log skipped rows as warnings.
     """
 
-    def __init__(
-        self,
-        sources: list[str],
-        max_error_rate: float | None = 0.05,
-        log: bool = True,
-    ) -> None:
+    def __init__(self, sources: list[str], max_error_rate: float | None = 0.05, log: bool = True) -> None:
         if max_error_rate is not None and not 0 <= max_error_rate <= 1:
             raise DataError(f"max_error_rate must be between 0 and 1, not {max_error_rate}")
         self.sources = sources

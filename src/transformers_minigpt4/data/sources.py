@@ -213,7 +213,7 @@ def open_rows(
             of rows at different steps. With a number and several sources, the stream ends when each has been read.
         decode: Whether rows hold PIL images, decoded where the row is read, or `{"bytes", "path"}`.
         min_shards: Processes times data workers, so that each has something to read. A source with fewer shards is
-            then read several times in parallel, each reader keeping its slice.
+            then read several times in parallel, each reader keeping its piece.
         max_error_rate: Fraction of a source's rows, or shards, that may be bad; above it, reading raises.
         features: Rows then have undecoded images; of images without features, broken ones are skipped like any bad
             row, and an intact one stops reading.
@@ -293,6 +293,6 @@ def _mix(streams: list[IterableDataset], chosen: list[Source], seed: int, epochs
         streams,
         probabilities=[weight / sum(weights) for weight in weights],
         seed=seed,
-        # An endless source never runs out; otherwise every row is to come at least once.
+        # An endless source never runs out; otherwise every row must occur at least once.
         stopping_strategy="first_exhausted" if epochs is None else "all_exhausted",
     )

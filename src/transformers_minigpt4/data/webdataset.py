@@ -126,8 +126,8 @@ def find_shards(pattern: str) -> list[str]:
     """
     The tar files that a pattern names, sorted.
 
-    A plain name in a range of braces need not exist: the run counts missing shards. Of a dataset on
-    the Hub named without a pattern, the shards with `train` in their names are taken if there are any.
+    A plain name in a range of braces need not exist: the run counts missing shards. Of a dataset on the Hub that is
+    named without a pattern, the shards with `train` in their names are taken if there are any.
     """
     if not _REMOTE.match(pattern) and not os.path.exists(pattern) and _HUB_ID.fullmatch(pattern):
         try:

@@ -28,8 +28,8 @@ def save_trained(
     model: PreTrainedModel | PeftModel, folder: PathLike, state_dict: dict[str, torch.Tensor] | None = None
 ) -> None:
     """
-    Writes what trains: PEFT's adapters, MiniGPT-4's trained modules with a record of their base, or, for other models
-    and for sharded ones, only the tensors and the config.
+    Writes what was trained: PEFT's adapters, MiniGPT-4's trained modules with a record of their base, or, for other
+    models and for sharded ones, only the tensors and the config.
 
     Args:
         model: The unwrapped model.
@@ -122,8 +122,8 @@ def resolve_resume(folder: PathLike, resume: str | bool | None) -> str | None:
         return resume
     if last is not None:
         raise ValueError(
-            f"{folder} holds {os.path.basename(last)} of an earlier run. Resume with --resume-from-checkpoint true, "
-            "or choose another output_dir."
+            f"{folder} contains {os.path.basename(last)} of an earlier run. Resume with --resume-from-checkpoint "
+            "true, or choose another output_dir."
         )
     return None
 
