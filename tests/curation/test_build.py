@@ -73,7 +73,7 @@ def test_rows_and_images(project):
     assert (summary.folder / "cc_sbu_align" / "image" / "00001.jpg").read_bytes() == image_bytes(project, 1)
 
 
-def test_it_stands_alone(project):
+def test_it_is_self_contained(project):
     """Neither the data set nor the folder needs the project's images."""
     folder = build(project).folder
     assert str(project.folder) not in (folder / "dataset" / "run.json").read_text()
@@ -126,7 +126,7 @@ def test_the_card_tells_all(tmp_path):
 
 
 class TestUnreviewed:
-    def test_only_on_demand_and_told(self, project):
+    def test_only_on_request_and_reported(self, project):
         summary = build(project, unreviewed=True)
         assert summary.pairs == 4 and summary.unreviewed == 1
         assert "1 of them have not been reviewed" in str(summary)
@@ -155,7 +155,7 @@ class TestUnreviewed:
 
 
 class TestImages:
-    def test_gone_and_changed_ones_are_left_out_and_told(self, project):
+    def test_missing_and_changed_ones_are_left_out_and_reported(self, project):
         (project.folder / "images" / "00000.jpg").unlink()
         (project.folder / "images" / "00001.jpg").write_bytes(jpeg(photograph(99)))
         summary = build(project)

@@ -18,7 +18,7 @@ def shingles(text: str) -> set[tuple[str, ...]]:
 
 
 def exact(texts: list[str], similarity: float) -> dict[int, int]:
-    """What `similar_texts` finds, by comparing every text with every earlier one that is no duplicate."""
+    """What `similar_texts` finds, by comparing every text with every earlier one that is not a duplicate."""
     found: dict[int, int] = {}
     sets = [shingles(text) for text in texts]
     for place, one in enumerate(sets):
@@ -136,7 +136,7 @@ class TestImages:
         assert {place: duplicate.of for place, duplicate in found.items()} == expected
         assert 100 < len(expected) < 1190
 
-    def test_the_demos_things_are_told_apart(self, tmp_path):
+    def test_the_toy_worlds_scenes_are_distinguished(self, tmp_path):
         """One shape on a plain ground: another color, shape, size or place is another image."""
         scenes, rng = all_scenes()[::9], random.Random(0)
         found = similar_images(hashes(tmp_path, *(draw(scene, rng) for scene in scenes)), 4, 24)

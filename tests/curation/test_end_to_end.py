@@ -1,4 +1,4 @@
-"""The whole way on the small world, as docs/guides/curate.md shows it: from stage 1 to a better stage 2."""
+"""The complete pipeline on the toy world, as docs/guides/curate.md shows it: from stage 1 to a better stage 2."""
 
 import threading
 

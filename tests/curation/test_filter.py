@@ -102,7 +102,7 @@ def test_what_a_dropped_original_leaves(project):
     assert changed.written == 5
 
 
-def test_broken_off_it_goes_on(project, monkeypatch):
+def test_after_an_error_it_resumes(project, monkeypatch):
     from transformers_minigpt4.curation import filter as module
 
     monkeypatch.setattr(module, "_BATCH", 4)

@@ -132,7 +132,7 @@ def texts(project):
     return {pair.key: text for pair, text in project.texts("filter")}
 
 
-def test_a_stopped_run_goes_on_with_the_batch_it_was_at(settings, tmp_path, monkeypatch):
+def test_a_stopped_run_resumes_with_the_batch_it_was_at(settings, tmp_path, monkeypatch):
     with Project.create(tmp_path / "whole", settings) as project:
         assert "7 images sampled, 7 of them now\n7 described" in str(run_generate(project, settings, False))
         whole = texts(project)
@@ -167,7 +167,7 @@ def test_a_changed_prompt_touches_all_and_a_changed_batch_size_none(settings, tm
         assert [step for step, _ in history(project, pair.id)] == ["generate", "generate"]
 
 
-def test_a_checkpoint_trained_anew_in_place_is_another_one(settings, tmp_path):
+def test_a_retrained_checkpoint_in_place_is_another_one(settings, tmp_path):
     copy = tmp_path / "checkpoint"
     shutil.copytree(settings.checkpoint, copy)
     before = generate.generate_settings(replace(settings, checkpoint=str(copy)))
@@ -178,7 +178,7 @@ def test_a_checkpoint_trained_anew_in_place_is_another_one(settings, tmp_path):
     assert generate.generate_settings(replace(settings, checkpoint=str(copy))) != before
 
 
-def test_an_image_deleted_or_spoilt_between_the_steps(settings, tmp_path):
+def test_an_image_deleted_or_damaged_between_the_steps(settings, tmp_path):
     with Project.create(tmp_path / "project", settings) as project:
         generate.sample_images(project, settings, False)
         first, second, *_ = project.pairs()

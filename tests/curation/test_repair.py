@@ -202,7 +202,7 @@ def test_a_kill_at_any_moment_loses_no_answer_that_was_paid_for(tmp_path):
 
 
 def test_a_local_model_repairs_too(tmp_path):
-    """This one writes of other images, which does not stay unnoticed."""
+    """This one writes of other images, which is noticed."""
     with ScriptedEndpoint() as endpoint:
         project, config = make_project(tmp_path / "p", endpoint, ["A small star.", "A large ring."])
         model = save_chat_model(tmp_path / "model")

@@ -137,7 +137,7 @@ class TestStatus:
 
 
 class TestReport:
-    def test_it_is_one_whole_page(self, page):
+    def test_it_is_one_complete_page(self, page):
         assert page.unclosed == [] and page.open == []
         assert {tag for tag, _ in page.elements} <= {
             *("html", "head", "meta", "title", "style", "body", "h1", "h2", "h3", "p", "table", "tr", "th", "td"),

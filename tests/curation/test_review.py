@@ -93,7 +93,7 @@ def test_a_decision_is_on_the_disk_for_other_processes_at_once(queue, project):
     "action,text,told",
     [("loved", None, "not an action"), ("edited", None, "needs its text"), ("edited", " \n", "text")],
 )
-def test_what_is_no_decision_is_refused(queue, action, text, told):
+def test_an_invalid_decision_is_refused(queue, action, text, told):
     pair = queue.next("anna")
     with pytest.raises(CurationError, match=told):
         queue.decide("anna", pair.id, pair.text_id, action, text)
@@ -190,7 +190,7 @@ def test_undo_leaves_the_other_s_decision(queue_for_two):
 # --- two reviewers for a share of the pairs ---
 
 
-def test_the_share_for_two_is_drawn_by_key():
+def test_the_share_for_two_depends_on_the_keys():
     drawn = [wants_two(f"key {i}", 0.1) for i in range(5000)]
     assert 400 < sum(drawn) < 600  # 10 % +- 5 standard deviations
     assert drawn == [wants_two(f"key {i}", 0.1) for i in range(5000)]
@@ -278,7 +278,7 @@ def test_a_pair_that_the_filter_drops_meanwhile_is_no_more_shown(queue, project)
     assert pair is None and "dropped" in told
 
 
-def test_a_pair_without_its_image_is_passed_over_and_counted(queue, project):
+def test_a_pair_without_its_image_is_skipped_and_counted(queue, project):
     pair = decide(queue, "anna", "accepted")
     for key in ("00000", "00001"):
         (project.folder / "images" / f"{key}.png").unlink()
@@ -287,7 +287,7 @@ def test_a_pair_without_its_image_is_passed_over_and_counted(queue, project):
     assert queue.undo("anna") == (None, f"Undone. The image of {pair.key} is missing, so the pair cannot be shown.")
 
 
-def test_why_the_repair_wants_a_close_look_is_told(queue, project):
+def test_why_the_repair_asks_for_a_close_look_is_shown(queue, project):
     set_texts(project, {1: "It grew."}, flag="much longer")
     assert queue.next("anna").flag == "much longer"
 
@@ -397,14 +397,14 @@ def test_the_line_is_right_behind_texts_of_several_lines(project, tmp_path):
         ("a.txt", b"", r"neither \.csv nor \.jsonl"),
     ],
 )
-def test_a_file_that_is_none_is_told_in_one_line(project, tmp_path, name, content, told):
+def test_an_invalid_file_is_reported_in_one_line(project, tmp_path, name, content, told):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(CurationError, match=told) as caught:
         import_decisions(project, tmp_path / name, "anna")
     assert "\n" not in str(caught.value)
 
 
-def test_paths_that_lead_nowhere_are_told(project, tmp_path):
+def test_paths_that_do_not_exist_are_reported(project, tmp_path):
     with pytest.raises(CurationError, match=r"no file .*a\.csv; write one with --export"):
         import_decisions(project, tmp_path / "a.csv", "anna")
     with pytest.raises(CurationError, match="no folder for"):
@@ -429,7 +429,7 @@ def test_a_corrected_file_takes_the_place_of_what_it_said_before(project, tmp_pa
     assert outcomes(project)["00000"] == ("rejected", None)
 
 
-def test_cells_that_spreadsheets_would_run_are_text_and_come_back_whole(tmp_path):
+def test_cells_that_spreadsheets_would_run_are_text_and_come_back_unchanged(tmp_path):
     texts = ["=1+1", "+a", "-b", "@SUM(A1)", "'quoted", "plain"]
     with make_project(tmp_path / "project", [(text, text) for text in texts]) as project:
         path = tmp_path / "pairs.csv"

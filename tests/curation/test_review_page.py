@@ -255,7 +255,7 @@ def test_accepting_a_changed_text_and_saving_an_empty_one_wait_for_the_person(op
     assert window.number == 0 and decisions(project) == []
 
 
-def test_an_image_deleted_meanwhile_is_passed_over_and_told(open_window, project):
+def test_an_image_deleted_meanwhile_is_skipped_and_counted(open_window, project):
     window = open_window("Anna")
     image = project.folder / "images" / "00001.png"
     image.unlink()
@@ -266,7 +266,7 @@ def test_an_image_deleted_meanwhile_is_passed_over_and_told(open_window, project
         image.hardlink_to(image.with_name("first.png"))
 
 
-def test_a_name_that_is_none_is_told(open_window):
+def test_an_invalid_name_is_reported(open_window):
     window = open_window()
     window.page.click("#start")
     window.wait_for_status("Give your name")
@@ -275,7 +275,7 @@ def test_a_name_that_is_none_is_told(open_window):
     window.wait_for_status("too long")
 
 
-def test_the_end_is_told(tmp_path, browser):
+def test_the_end_is_announced(tmp_path, browser):
     with make_project(tmp_path / "project", TEXTS[:2]) as project, serve_review(project) as server:
         other = ReviewQueue(project).next("bert")
         window = Window(browser, server.url)
@@ -378,13 +378,13 @@ def test_a_disk_that_fills_leaves_the_pair_where_it_is(project):
     assert reviewing.accept("anna", screen.shown, screen.text).status.endswith("></div>")
 
 
-def test_a_missing_gradio_is_told_in_one_line(monkeypatch):
+def test_a_missing_gradio_is_reported_in_one_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "gradio", None)
     with pytest.raises(ValueError, match=r'pip install "transformers_minigpt4\[evaluation\]"'):
         import_gradio("evaluation")
 
 
-def test_a_taken_port_is_told(served, tmp_path):
+def test_a_taken_port_is_reported(served, tmp_path):
     port = httpx.URL(served[1].url).port
     with (
         make_project(tmp_path / "project", TEXTS[:1]) as project,

@@ -53,7 +53,7 @@ def run_all(project):
 
 
 def in_child(action):
-    """Runs `action` in a process of its own; returns what it says at its end, and its status."""
+    """Runs `action` in another process; returns its last words, and its status."""
     reader, writer = os.pipe()
     child = os.fork()
     if not child:
@@ -169,7 +169,7 @@ def test_odd_texts_come_back_as_they_were(tmp_path):
     assert text_hash("\ud800")  # no valid Unicode
 
 
-def test_a_kill_leaves_whole_transactions(tmp_path):
+def test_a_kill_leaves_complete_transactions(tmp_path):
     make(tmp_path, 60).close()
 
     def work():
@@ -252,7 +252,7 @@ def test_threads_have_connections_of_their_own(tmp_path):
 
 
 @pytest.mark.parametrize(("version", "age"), [(SCHEMA_VERSION - 1, "an older"), (SCHEMA_VERSION + 1, "a newer")])
-def test_other_schema_versions_are_told(tmp_path, version, age):
+def test_other_schema_versions_are_reported(tmp_path, version, age):
     make(tmp_path).close()
     connection = sqlite3.connect(tmp_path / DATABASE)
     connection.execute(f"PRAGMA user_version = {version}")
@@ -262,7 +262,7 @@ def test_other_schema_versions_are_told(tmp_path, version, age):
             opening(tmp_path, CONFIG)
 
 
-def test_files_that_are_no_project(tmp_path):
+def test_files_that_are_not_a_project(tmp_path):
     with pytest.raises(CurationError, match=r"holds no curation.sqlite yet; run `minigpt4 curate generate`"):
         Project.open(tmp_path, CONFIG)
     with pytest.raises(CurationError, match=r"there is no .*curation.yaml; create a project"):
@@ -295,7 +295,7 @@ def test_files_that_are_no_project(tmp_path):
         ("source: x\ncheckpoint: y\nprompt: Describe it.", "write `continue_prompt: Continue`"),
     ],
 )
-def test_bad_settings_are_told(tmp_path, text, message):
+def test_bad_settings_are_reported(tmp_path, text, message):
     path = tmp_path / CONFIG_FILE
     path.write_text(text)
     with pytest.raises(CurationError, match=message):

@@ -89,7 +89,7 @@ def test_two_processes_share_one_file(tmp_path):
     cache.close()
 
 
-def test_files_that_are_no_cache(tmp_path):
+def test_files_that_are_not_a_cache(tmp_path):
     text, folder, later = tmp_path / "text", tmp_path / "folder", tmp_path / "later"
     text.write_text("not a database, but long enough to be one" * 100)
     folder.mkdir()

@@ -64,7 +64,7 @@ def test_a_local_server_gets_no_key():
         assert "authorization" not in endpoint.headers[0]
 
 
-def test_the_key_may_stand_in_another_variable(monkeypatch):
+def test_the_key_may_be_in_another_variable(monkeypatch):
     monkeypatch.setenv("JUDGE_KEY", KEY)
     with (
         ScriptedEndpoint(key=KEY) as endpoint,
@@ -73,7 +73,7 @@ def test_the_key_may_stand_in_another_variable(monkeypatch):
         assert model.complete(ask("?")).text == "Yes."
 
 
-def test_many_in_flight_but_no_more_than_asked_for_and_drawn_lazily():
+def test_many_in_flight_but_no_more_than_asked_for_and_taken_lazily():
     drawn = []
 
     def questions():
