@@ -10,7 +10,7 @@ from transformers_minigpt4.data.prompt_formats import (
     INSTRUCTIONS,
     LLAMA2,
     draw_instruction,
-    normalise_caption,
+    normalize_caption,
     render,
     stage1_row,
     stage2_row,
@@ -23,12 +23,12 @@ BLIP = json.loads((GOLDEN / "extras.json").read_text())["blip_caption"]
 
 @pytest.mark.parametrize("raw,expected", BLIP["cases"])
 def test_captions_are_those_of_blip(raw, expected):
-    assert normalise_caption(raw) == expected
+    assert normalize_caption(raw) == expected
 
 
 @pytest.mark.parametrize("raw,expected", [("a\n", "a"), ("\ta", "\ta"), ("a \n", "a"), (" . ", ""), ("a\tb", "a\tb")])
 def test_which_whitespace_goes(raw, expected):
-    assert normalise_caption(raw) == expected
+    assert normalize_caption(raw) == expected
 
 
 def test_stage_1_has_no_prompt(golden, pictures):

@@ -160,8 +160,8 @@ def test_messages_learn_all_answers_and_nothing_else(processor, pictures):
         ],
     }
     batch = ImageTextCollator(processor)([row])
-    learnt = batch["input_ids"][batch["labels"] != -100]
-    assert processor.tokenizer.decode(learnt).replace(" ", "") == "Acar.###No.###"
+    learned = batch["input_ids"][batch["labels"] != -100]
+    assert processor.tokenizer.decode(learned).replace(" ", "") == "Acar.###No.###"
     assert (batch["input_ids"] == processor.tokenizer.bos_token_id).sum() == 1
     cut = ImageTextCollator(processor, max_completion_length=2)([row])
     assert (cut["labels"] != -100).sum() == 4

@@ -115,7 +115,7 @@ def test_a_recipes_header_is_complete(name):
         (["--trainable_modules", "eyes"], "eyes"),
         (["--prompt-format", "stage9"], "stage9"),
         (["--use_peft", "true"], "contradict"),
-        (["--load_in_4bit", "true", "--trainable_modules", "language_model"], "quantised weights cannot learn"),
+        (["--load_in_4bit", "true", "--trainable_modules", "language_model"], "quantized weights cannot learn"),
         (["--min_lr", "1.0"], r"outside of 0 … learning_rate=0\.0001"),
         (["--max_steps", "-1"], "set max_steps"),
         (["--learning_rat", "1e-4"], "Unknown .* --learning_rat 1e-4. Did you mean learning_rate?"),

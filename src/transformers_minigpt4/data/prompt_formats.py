@@ -35,7 +35,7 @@ MAX_CAPTION_WORDS = 50
 _BLANKED = str.maketrans(dict.fromkeys('.!"()*#:;~', " "))
 
 
-def normalise_caption(caption: str) -> str:
+def normalize_caption(caption: str) -> str:
     """
     A caption as stage 1 learns it.
 
@@ -48,8 +48,8 @@ def normalise_caption(caption: str) -> str:
 
 
 def stage1_row(images: list[RowImage], caption: str) -> Row:
-    """The row of stage 1: no words before the image, then the normalised caption and a newline."""
-    return {"images": images, "prompt": IMAGE_PLACEHOLDER, "completion": normalise_caption(caption) + "\n"}
+    """The row of stage 1: no words before the image, then the normalized caption and a newline."""
+    return {"images": images, "prompt": IMAGE_PLACEHOLDER, "completion": normalize_caption(caption) + "\n"}
 
 
 def stage2_row(images: list[RowImage], caption: str, instruction: str, template: Template = VICUNA) -> Row:
@@ -101,8 +101,8 @@ def render(
     if len(images) != 1:
         raise DataError(f"a caption with {len(images)} images does not fit the prompt format {prompt_format!r}")
     if prompt_format == "stage1":
-        if not normalise_caption(caption):
-            raise DataError(f"nothing is left of the caption {caption!r:.80} when it is normalised")
+        if not normalize_caption(caption):
+            raise DataError(f"nothing is left of the caption {caption!r:.80} when it is normalized")
         return stage1_row(images, caption)
     if prompt_format == "stage2":
         return stage2_row(images, caption, instruction)

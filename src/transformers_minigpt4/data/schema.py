@@ -145,7 +145,7 @@ def message_text(message: Message) -> str:
 
 
 def answer_text(row: Row) -> str:
-    """What is learnt from a row: its completion, or everything that the assistant says in its messages."""
+    """What is learned from a row: its completion, or everything that the assistant says in its messages."""
     if "completion" in row:
         return row["completion"]
     return " ".join(message_text(message) for message in row["messages"] if message["role"] == "assistant")

@@ -29,10 +29,10 @@ class ImageTextCollator:
     Collates rows for vision-language models with a decoder, for `SFTTrainer` and `Trainer` alike.
 
     A row has `images` (a list, which may be empty) or `image`, and either `prompt` and `completion`, or `messages`.
-    Prompt, image and padding positions have the label -100; answers are learnt, with the stop strings that end them in
-    the row. Prompt and answer are tokenised separately, as the authors do, with a single `<s>` in front. MiniGPT-4's
-    conversations are split into their turns likewise; those of other models are tokenised in one piece, with assistant
-    masks.
+    Prompt, image and padding positions have the label -100; answers are learned, with the stop strings that end them
+    in the row. Prompt and answer are tokenized separately, as the authors do, with a single `<s>` in front.
+    MiniGPT-4's conversations are split into their turns likewise; those of other models are tokenized in one piece,
+    with assistant masks.
 
     Args:
         processor (`ProcessorMixin`): The model's processor.
@@ -123,7 +123,7 @@ class ImageTextCollator:
                 f"{type(self.processor).__name__} has no chat template, so conversations cannot be told from answers. "
                 "Set processor.chat_template to one with {% generation %} tags, or give prompts and completions."
             )
-        if not hasattr(self.processor, "image_seq_length"):  # not MiniGPT-4's: tokenised in one piece
+        if not hasattr(self.processor, "image_seq_length"):  # not MiniGPT-4's: tokenized in one piece
             return self._tokenize_conversations(rows, template)
         turns = [self._tokenize_turns(row, template) for row in rows]
         images = [row["images"] for row in rows if row["images"]]
@@ -172,7 +172,7 @@ class ImageTextCollator:
         return ids, labels
 
     def _cut(self, ids: list[int], labels: list[int]) -> Tokens:
-        """Drops what exceeds `max_completion_length` from every run of learnt tokens."""
+        """Drops what exceeds `max_completion_length` from every run of learned tokens."""
         if self.max_completion_length is None:
             return ids, labels
         run, kept = 0, []

@@ -65,7 +65,7 @@ def source_digest(
         name (`str`): Folder or Hub id.
         config (`PreTrainedConfig`): The checkpoint's config.
         image_processor (`BaseImageProcessor`): The model's own.
-        how (`dict`): Everything else that decides on the weights in memory, such as dtype and quantisation.
+        how (`dict`): Everything else that decides on the weights in memory, such as dtype and quantization.
         revision (`str`, *optional*): Of the Hub.
 
     Raises:

@@ -145,7 +145,7 @@ def _quantization(config: StageConfig, model_args: ModelConfig) -> dict[str, Any
     quantization.llm_int8_skip_modules = ["model.vision_tower", "lm_head"]
     keywords: dict[str, Any] = {"quantization_config": quantization}
     if config.device.type == "cuda":
-        keywords["device_map"] = {"": config.local_process_index}  # quantised weights cannot be moved later
+        keywords["device_map"] = {"": config.local_process_index}  # quantized weights cannot be moved later
     return keywords
 
 

@@ -33,9 +33,9 @@ class LabelledCollator:
     def __call__(self, examples: list[Row]) -> Batch:
         batch = dict(self.collator(examples))
         labels = batch["labels"]
-        learnt = torch.zeros_like(labels, dtype=torch.bool)
-        learnt[:, :-1] = labels[:, 1:] != IGNORED
-        positions = learnt.flatten().nonzero()[:, 0]
+        learned = torch.zeros_like(labels, dtype=torch.bool)
+        learned[:, :-1] = labels[:, 1:] != IGNORED
+        positions = learned.flatten().nonzero()[:, 0]
         found = labels.flatten()[positions + 1]
         batch["labels"] = torch.cat([found.new_full((1,), IGNORED), found])[None]
         batch[POSITIONS] = torch.cat([positions, positions[-1:]])

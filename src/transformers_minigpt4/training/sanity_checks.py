@@ -62,7 +62,7 @@ class SanityCheckCallback(TrainerCallback):
         self.started_at = state.global_step
         self.learning = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
         if not self.learning:
-            raise TrainingError("No parameter requires gradients, so nothing would be learnt. Prepare a stage first.")
+            raise TrainingError("No parameter requires gradients, so nothing would be learned. Prepare a stage first.")
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         gradients = []

@@ -36,7 +36,7 @@ def check_modules(names: list[str], quantized: bool = False) -> None:
 
     Args:
         names (`list[str]`): Out of `TRAINABLE_MODULES`.
-        quantized (`bool`, *optional*, defaults to `False`): Whether the language model is quantised.
+        quantized (`bool`, *optional*, defaults to `False`): Whether the language model is quantized.
 
     Raises:
         ValueError: for no name or an unknown one, and for modules that cannot train together or at all.
@@ -56,7 +56,7 @@ def check_modules(names: list[str], quantized: bool = False) -> None:
         )
     if quantized and LANGUAGE_MODEL in names:
         raise ValueError(
-            "trainable_modules: language_model and a quantised language model exclude each other, because quantised "
+            "trainable_modules: language_model and a quantized language model exclude each other, because quantized "
             "weights cannot learn. Train lora instead."
         )
 

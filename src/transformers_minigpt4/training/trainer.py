@@ -232,7 +232,7 @@ class StageSFTTrainer(StageTrainerMixin, SFTTrainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        # TRL converts all trainable parameters of quantised models to bf16, but a projector's small steps need fp32.
+        # TRL converts all trainable parameters of quantized models to bf16, but a projector's small steps need fp32.
         for name, parameter in self.model.named_parameters():
             if parameter.requires_grad and "modules_to_save" in name:
                 parameter.data = parameter.data.float()
