@@ -1,1 +1,1 @@
-"""Makes a stage-2 set: raw captions, repaired, filtered, reviewed by people, and built into a data set."""
+"""Builds a stage-2 dataset: captions that are generated, repaired, filtered and reviewed by people."""

@@ -32,7 +32,7 @@ def init(
     checkpoint: Annotated[
         str, typer.Option(metavar="CHECKPOINT", help="Folder or Hub id of the model that describes them.")
     ],
-    images: Annotated[int, typer.Option(min=1, help="Number of images to draw.")] = 5000,
+    images: Annotated[int, typer.Option(min=1, help="Number of images to sample.")] = 5000,
     seed: Seed = 42,
     repair_model: Annotated[
         str | None,
@@ -77,7 +77,7 @@ def init(
 
 def generate(project: ProjectPath) -> None:
     """
-    Draw images and describe them with the checkpoint.
+    Sample images and describe them with the checkpoint.
 
     Examples:
         minigpt4 curate generate my-curation
