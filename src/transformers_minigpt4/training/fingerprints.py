@@ -3,7 +3,6 @@
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import BaseImageProcessor, PreTrainedConfig, PreTrainedModel
@@ -101,7 +100,7 @@ def _image_tensors(files: list[Path], prefixes: dict[str, str]) -> dict[str, tup
     return found
 
 
-def _preparation(config: PreTrainedConfig, image_processor: BaseImageProcessor) -> dict[str, object]:
+def _preparation(config: PreTrainedConfig, image_processor: BaseImageProcessor) -> object:
     """What features depend on besides weights: the config of the image modules, and the preparation of images."""
     frozen = {
         key: value for key, value in config.to_dict().items() if key.startswith("vision") or key == "qformer_config"
@@ -109,11 +108,11 @@ def _preparation(config: PreTrainedConfig, image_processor: BaseImageProcessor) 
     return _relevant({"format": FORMAT, "image_processor": image_processor.to_dict(), "config": frozen})
 
 
-def _described(facts: dict[str, object]) -> bytes:
+def _described(facts: object) -> bytes:
     return json.dumps(facts, sort_keys=True, default=str).encode()
 
 
-def _relevant(value: Any) -> Any:
+def _relevant(value: object) -> object:
     if isinstance(value, dict):
         return {key: _relevant(entry) for key, entry in value.items() if key not in _IRRELEVANT}
     return [_relevant(entry) for entry in value] if isinstance(value, (list, tuple)) else value

@@ -99,7 +99,7 @@ def load_model(
     if stage.feature_cache is None:
         return AutoModelForImageTextToText.from_pretrained(source.name, **source.keywords), source.processor
     FeatureCache(stage.feature_cache, source=source.digest)
-    return load_towerless(str(source.config.model_type), source.name, **source.keywords), source.processor
+    return load_towerless(source.config, source.name, **source.keywords), source.processor
 
 
 def find_model(stage: StageArguments, config: StageConfig, model_args: ModelConfig) -> ModelSource:

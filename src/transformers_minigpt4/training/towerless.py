@@ -4,13 +4,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import LlavaConfig, LlavaForConditionalGeneration, PreTrainedModel
+from transformers import LlavaConfig, LlavaForConditionalGeneration, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
     register_checkpoint_conversion_mapping,
 )
 
 from transformers_minigpt4.modeling.modeling_minigpt4 import MiniGPT4ForConditionalGeneration
+from transformers_minigpt4.utils.families import LLAVA, family_of
 
 
 REMOVABLE = ("vision_tower", "qformer")
@@ -47,16 +48,16 @@ class TowerlessLlava(LlavaForConditionalGeneration):
 register_checkpoint_conversion_mapping(TowerlessLlava.__name__, get_checkpoint_conversion_mapping("llava"))
 
 
-def load_towerless(model_type: str, name: str, **keywords: Any) -> PreTrainedModel:
+def load_towerless(config: PreTrainedConfig, name: str, **keywords: Any) -> PreTrainedModel:
     """
     `from_pretrained` without vision tower and Q-Former, whose weights are not read.
 
     Args:
-        model_type (`str`): `"minigpt4"` or `"llava"`.
+        config (`PreTrainedConfig`): Config of a MiniGPT-4 or of a LLaVA.
         name (`str`): Folder or Hub id.
         keywords: For `from_pretrained`.
     """
-    if model_type == "llava":
+    if family_of(config) is LLAVA:
         return TowerlessLlava.from_pretrained(name, **keywords)
     model = MiniGPT4ForConditionalGeneration.from_pretrained(name, image_modules=False, **keywords)
     remove_tower(model)
