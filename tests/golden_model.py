@@ -8,7 +8,7 @@ from transformers import AutoConfig
 from transformers_minigpt4 import MiniGPT4Config, MiniGPT4ForConditionalGeneration
 from transformers_minigpt4.conversion.compose import mapped
 from transformers_minigpt4.conversion.key_maps import EMBEDDING, HEAD, LANGUAGE_MODEL
-from transformers_minigpt4.conversion.sources import Part, open_projector, open_qformer, open_vision_tower
+from transformers_minigpt4.conversion.sources import SubModel, open_projector, open_qformer, open_vision_tower
 from transformers_minigpt4.conversion.weights import open_weights
 
 
@@ -16,12 +16,12 @@ GOLDEN = Path(__file__).parent / "golden"
 ALPHA = GOLDEN / "alpha"
 
 
-def _vision_tower(raw: dict) -> Part:
+def _vision_tower(raw: dict) -> SubModel:
     heads = {"num_attention_heads": raw["vit"]["num_heads"]}
     return open_vision_tower(str(ALPHA / "eva_vit_g.pth"), None, heads)
 
 
-def _qformer(raw: dict) -> Part:
+def _qformer(raw: dict) -> SubModel:
     heads = {"num_attention_heads": raw["qformer"]["num_attention_heads"]}
     return open_qformer(str(ALPHA / "blip2_pretrained_flant5xxl.pth"), raw["vit"]["embed_dim"], heads, seed=0)[0]
 

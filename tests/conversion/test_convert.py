@@ -32,7 +32,8 @@ from transformers_minigpt4 import MiniGPT4ForConditionalGeneration, MiniGPT4Proc
 from transformers_minigpt4.conversion import key_maps
 from transformers_minigpt4.conversion.convert import convert_checkpoint
 from transformers_minigpt4.conversion.sources import open_vision_tower
-from transformers_minigpt4.conversion.weights import Entry, Weights
+from transformers_minigpt4.conversion.tensor_files import Block
+from transformers_minigpt4.conversion.weights import Weights
 
 
 @pytest.fixture(scope="module")
@@ -476,7 +477,7 @@ def test_fresh_parts_are_drawn_by_the_seed(tmp_path):
     assert load(tmp_path / "0").config.image_seq_length == 32
 
 
-def test_projection_without_qformer(golden, blip2, tmp_path):
+def test_projector_without_qformer(golden, blip2, tmp_path):
     """Variant (a): `ln_vision` was never loaded there, whatever the source holds (golden/README.md, trap 5)."""
 
     def without_qformer(state):
@@ -498,7 +499,7 @@ def test_projection_without_qformer(golden, blip2, tmp_path):
         assert_same(model.model.vision_tower.encoder.state_dict(), reference.encoder.state_dict())
 
 
-def test_projection_with_a_trained_qformer(tmp_path):
+def test_projector_with_a_trained_qformer(tmp_path):
     """Variant (c): the Q-Former that trained stands in the authors' checkpoint, and before the pretrained one."""
     pretrained = torch.load(ORIGINAL["qformer"], weights_only=True)["model"]
     trained = {
@@ -540,7 +541,7 @@ def test_vit_g_takes_39_blocks(monkeypatch, blocks):
     shapes = {"cls_token": (1, 1, width), "pos_embed": (1, 257, width), "patch_embed.proj.weight": (width, 3, 14, 14)}
     shapes["patch_embed.proj.bias"] = (width,)
     shapes.update({f"blocks.{n}.{name}": shape for n in range(blocks) for name, shape in block.items()})
-    entries = {name: Entry(torch.float16, shape, Path("eva_vit_g.pth"), 0) for name, shape in shapes.items()}
+    entries = {name: Block(torch.float16, shape, Path("eva_vit_g.pth"), 0) for name, shape in shapes.items()}
     monkeypatch.setattr(
         "transformers_minigpt4.conversion.sources.open_weights",
         lambda *args, **kwargs: Weights("eva_vit_g.pth", entries),
@@ -572,11 +573,11 @@ def test_every_key_of_the_released_files_is_known():
 
 
 def test_keys_that_no_map_knows_stop_with_a_list():
-    with pytest.raises(ValueError, match=r"file holds 2 tensors that are not known.*blocks\.0\.gamma, extra"):
+    with pytest.raises(ValueError, match=r"file contains 2 tensors that are not known.*blocks\.0\.gamma, extra"):
         key_maps.EVA_VIT.apply(["cls_token", "extra", "blocks.0.gamma"], "file")
 
 
 def test_two_keys_for_one_place_stop():
     two = key_maps.KeyMap("a format", {"a": "x", "b": "x"})
-    with pytest.raises(ValueError, match="several tensors for the same place: x"):
+    with pytest.raises(ValueError, match="several tensors for the same name: x"):
         two.apply(["a", "b"], "file")

@@ -58,14 +58,19 @@ def test_truncated_shard(blip2_shards, tmp_path):
     folder = shutil.copytree(blip2_shards, tmp_path / "blip2")
     shard = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]["query_tokens"]
     os.truncate(folder / shard, (folder / shard).stat().st_size - 100)
-    refuse(tmp_path, OSError, f"{shard} is no whole safetensors file.*download or copy", **transformers_blip2(folder))
+    refuse(
+        tmp_path,
+        OSError,
+        f"{shard} is not a complete safetensors file.*download or copy",
+        **transformers_blip2(folder),
+    )
 
 
 @pytest.mark.parametrize("name", ["vision", "qformer", "projector"])
 def test_truncated_pickle(tmp_path, name):
     file = Path(shutil.copyfile(ORIGINAL[name], tmp_path / "file.pth"))
     os.truncate(file, file.stat().st_size // 2)
-    refuse(tmp_path, OSError, "file.pth is no whole PyTorch file", **{name: str(file)})
+    refuse(tmp_path, OSError, "file.pth is not a complete PyTorch file", **{name: str(file)})
 
 
 def test_a_web_page_instead_of_weights(tmp_path):
@@ -75,7 +80,7 @@ def test_a_web_page_instead_of_weights(tmp_path):
     refuse(tmp_path, (OSError, ValueError), "eva_vit_g.pth is", vision=str(file))
 
 
-def test_projection_of_another_width(tmp_path):
+def test_projector_of_another_width(tmp_path):
     def widen(state):
         state["llama_proj.weight"], state["llama_proj.bias"] = torch.zeros(80, 48), torch.zeros(80)
 
@@ -83,7 +88,7 @@ def test_projection_of_another_width(tmp_path):
     refuse(tmp_path, ValueError, "language model that is 80 wide, but llm is 64 wide", projector=str(file))
 
 
-def test_projection_without_qformer_on_a_model_with_one(tmp_path):
+def test_projector_without_qformer_on_a_model_with_one(tmp_path):
     def widen(state):
         state["llama_proj.weight"] = torch.zeros(64, 256)
 
@@ -91,17 +96,17 @@ def test_projection_without_qformer_on_a_model_with_one(tmp_path):
     refuse(tmp_path, ValueError, "takes features that are 256 wide, but gets 48", projector=str(file))
 
 
-def test_projection_with_qformer_on_a_model_without(tmp_path):
+def test_projector_with_qformer_on_a_model_without(tmp_path):
     refuse(tmp_path, ValueError, "takes features that are 48 wide, but gets 256", qformer="none")
 
 
-def test_llama_projection_on_another_language_model(tmp_path):
+def test_llama_projector_on_another_language_model(tmp_path):
     """The widths agree here, as they do for Vicuna-7B and Qwen3-8B."""
     save_modern_language_model(tmp_path / "qwen")
-    refuse(tmp_path, ValueError, "speaks to Vicuna.*'qwen3' model", language_model=str(tmp_path / "qwen"))
+    refuse(tmp_path, ValueError, "trained with Vicuna.*'qwen3' model", language_model=str(tmp_path / "qwen"))
 
 
-def test_llama_projection_on_a_llama_with_another_tokenizer(tmp_path):
+def test_llama_projector_on_a_llama_with_another_tokenizer(tmp_path):
     folder = copy_llm(tmp_path / "llama-3")
     for path in folder.glob("*token*"):
         path.unlink()
@@ -111,7 +116,7 @@ def test_llama_projection_on_a_llama_with_another_tokenizer(tmp_path):
     refuse(tmp_path, ValueError, "'llama' model with another tokenizer", language_model=str(folder))
 
 
-def test_projection_on_a_tower_that_is_not_blip2s(tmp_path):
+def test_projector_on_a_tower_that_is_not_blip2s(tmp_path):
     save_t5(tmp_path / "t5")
     refuse(tmp_path, ValueError, "trained on BLIP-2's ViT-g, but .* is a 't5' model", vision=str(tmp_path / "t5"))
 
@@ -153,7 +158,9 @@ def test_poisoned_pickle(tmp_path, form):
         torch.save(state, file)
     else:
         file.write_bytes(pickle.dumps(state))
-    refuse(tmp_path, ValueError, "poisoned.pth is a pickle that holds more than weights.*refused", projector=str(file))
+    refuse(
+        tmp_path, ValueError, "poisoned.pth is a pickle that contains more than weights.*refused", projector=str(file)
+    )
     assert not victim.exists()
 
 
@@ -161,7 +168,7 @@ def test_poisoned_language_model(tmp_path):
     folder = copy_llm(tmp_path / "llm")
     to_pickles(folder)
     torch.save({"model.embed_tokens.weight": Poison(str(tmp_path / "victim"))}, folder / "pytorch_model.bin")
-    refuse(tmp_path, ValueError, "pytorch_model.bin is a pickle that holds more", language_model=str(folder))
+    refuse(tmp_path, ValueError, "pytorch_model.bin is a pickle that contains more", language_model=str(folder))
     assert not (tmp_path / "victim").exists()
 
 
@@ -176,18 +183,18 @@ UNKNOWN = {
 def test_unknown_tensors_are_listed(tmp_path, name):
     file = edit_pickle(Path(ORIGINAL[name]), tmp_path / "file.pth", UNKNOWN[name])
     listed = {"vision": r"blocks\.0\.attn\.rel_pos, gamma", "qformer": "gamma", "projector": "lora_A"}
-    refuse(tmp_path, ValueError, rf"file\.pth holds [12] tensors .* not known.*{listed[name]}", **{name: str(file)})
+    refuse(tmp_path, ValueError, rf"file\.pth contains [12] tensors .* not known.*{listed[name]}", **{name: str(file)})
 
 
 def test_unknown_tensors_of_a_language_model(tmp_path):
     folder = copy_llm(tmp_path / "llm")
     edit_tensors(folder / "model.safetensors", lambda state: state.update({"score.weight": torch.zeros(2)}))
-    refuse(tmp_path, ValueError, "llm holds 1 tensors that are not known.*score.weight", language_model=str(folder))
+    refuse(tmp_path, ValueError, "llm contains 1 tensors that are not known.*score.weight", language_model=str(folder))
 
 
 def test_tensors_that_the_config_has_no_place_for(tmp_path):
     folder = copy_llm(tmp_path / "llm", num_hidden_layers=1)
-    refuse(tmp_path, ValueError, r"have no place in the model.*layers\.1\.", language_model=str(folder))
+    refuse(tmp_path, ValueError, r"do not belong to the model.*layers\.1\.", language_model=str(folder))
 
 
 def test_missing_tensors(tmp_path):
@@ -220,7 +227,7 @@ def test_head_counts_cannot_be_guessed(tmp_path):
 def test_optimizer_file(tmp_path):
     file = tmp_path / "training.pth"
     torch.save({"model": {"llama_proj.weight": torch.zeros(1)}, "sampler": {}}, file)
-    refuse(tmp_path, ValueError, 'holds sampler beside "model"', projector=str(file))
+    refuse(tmp_path, ValueError, 'contains sampler in addition to "model"', projector=str(file))
 
 
 def test_names_that_lead_nowhere(tmp_path):
@@ -232,13 +239,16 @@ def test_names_that_lead_nowhere(tmp_path):
     shutil.copy(ALPHA / "llm" / "config.json", tmp_path / "meta")
     (tmp_path / "meta" / "consolidated.00.pth").touch()
     refuse(
-        tmp_path, OSError, "meta holds no weights in a format of transformers", language_model=str(tmp_path / "meta")
+        tmp_path,
+        OSError,
+        "meta contains no weights in a format of transformers",
+        language_model=str(tmp_path / "meta"),
     )
 
 
 def test_quantised_language_model(tmp_path):
     folder = copy_llm(tmp_path / "llm", quantization_config={"quant_method": "gptq", "bits": 4})
-    refuse(tmp_path, ValueError, "is quantised", language_model=str(folder))
+    refuse(tmp_path, ValueError, "is quantized", language_model=str(folder))
 
 
 def test_delta_without_base(tmp_path):
@@ -333,7 +343,7 @@ def test_output_that_is_a_file_or_a_source(tmp_path):
     with pytest.raises(FileExistsError, match="is a file"):
         convert_checkpoint(tmp_path / "file", **ORIGINAL)
     folder = copy_llm(tmp_path / "llm")
-    with pytest.raises(ValueError, match="lies in, the output folder"):
+    with pytest.raises(ValueError, match="is inside, the output folder"):
         convert_checkpoint(folder, overwrite=True, **{**ORIGINAL, "language_model": str(folder)})
     assert (folder / "model.safetensors").exists()
 

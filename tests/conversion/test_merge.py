@@ -11,18 +11,18 @@ from transformers_minigpt4.conversion.merge import merge_checkpoint
 
 
 @pytest.fixture
-def parts(tiny_checkpoint, processor, tmp_path):
+def trained(tiny_checkpoint, processor, tmp_path):
     model = AutoModelForImageTextToText.from_pretrained(tiny_checkpoint).requires_grad_(False)
     projector = model.model.multi_modal_projector.requires_grad_(True)
     with torch.no_grad():
         projector.linear_1.weight.mul_(1.5)
-    model.save_pretrained(tmp_path / "parts", trained_only=True)
-    processor.save_pretrained(tmp_path / "parts")
-    return tmp_path / "parts", model
+    model.save_pretrained(tmp_path / "trained", trained_only=True)
+    processor.save_pretrained(tmp_path / "trained")
+    return tmp_path / "trained", model
 
 
-def test_trained_parts(parts, tmp_path):
-    folder, model = parts
+def test_trained_modules(trained, tmp_path):
+    folder, model = trained
     merged = merge_checkpoint(folder, tmp_path / "deep" / "merged")
     again = AutoModelForImageTextToText.from_pretrained(merged)
     assert again.config.base_checkpoints is None and AutoProcessor.from_pretrained(merged).image_seq_length == 8
@@ -30,8 +30,8 @@ def test_trained_parts(parts, tmp_path):
     assert [path.name for path in merged.parent.iterdir()] == ["merged"]
 
 
-def test_adapter(parts, tmp_path, pictures, processor):
-    folder, _ = parts
+def test_adapter(trained, tmp_path, pictures, processor):
+    folder, _ = trained
     model = AutoModelForImageTextToText.from_pretrained(folder)
     lora = get_peft_model(model, LoraConfig(r=2, target_modules=r".*language_model.*q_proj", init_lora_weights=False))
     lora.save_pretrained(tmp_path / "lora")
@@ -41,22 +41,22 @@ def test_adapter(parts, tmp_path, pictures, processor):
     torch.testing.assert_close(merged(**inputs).logits, expected, atol=1e-5, rtol=0)
 
 
-def test_refusals_leave_nothing(parts, tiny_checkpoint, tmp_path):
-    with pytest.raises(ValueError, match="full checkpoint already"):
+def test_refusals_leave_nothing(trained, tiny_checkpoint, tmp_path):
+    with pytest.raises(ValueError, match="complete checkpoint already"):
         merge_checkpoint(tiny_checkpoint, tmp_path / "merged")
-    with pytest.raises(FileExistsError, match=r"exists\. Name a new folder"):
-        merge_checkpoint(parts[0], parts[0])
+    with pytest.raises(FileExistsError, match=r"exists and is not empty"):
+        merge_checkpoint(trained[0], trained[0])
     with pytest.raises(OSError, match="missing"):
         merge_checkpoint(tmp_path / "missing", tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
     with pytest.raises(ValueError, match="is needed to load the checkpoint"):
-        merge_checkpoint(parts[0], parts[0], overwrite=True)
+        merge_checkpoint(trained[0], trained[0], overwrite=True)
 
 
 def test_overwrite_on_the_command_line(parts, tmp_path):
     (tmp_path / "merged").mkdir()
     (tmp_path / "merged" / "old").touch()
-    words = ["merge", str(parts[0]), "--output", str(tmp_path / "merged")]
+    words = ["merge", str(trained[0]), "--output", str(tmp_path / "merged")]
     refused = CliRunner().invoke(app, words)
     assert refused.exit_code == 1 and "replace it with --overwrite" in refused.stderr
     done = CliRunner().invoke(app, [*words, "--overwrite", "--dtype", "bfloat16"])

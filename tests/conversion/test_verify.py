@@ -23,7 +23,7 @@ from transformers_minigpt4.demo.texts import detailed_description
 from transformers_minigpt4.demo.world import training_scenes
 
 
-PARTS = Path(__file__).parents[2] / "src" / "transformers_minigpt4" / "demo" / "base"
+BASE = Path(__file__).parents[2] / "src" / "transformers_minigpt4" / "demo" / "base"
 CHECKS = [
     *("dtype", "vocabulary", "special tokens", "end of answers"),
     *("finite weights", "language model", "first loss", "image features"),
@@ -32,7 +32,7 @@ CHECKS = [
 
 @pytest.fixture(scope="module")
 def language() -> list[str]:
-    """Sentences that the demo's language model was trained on the like of, since it speaks no ordinary English."""
+    """Sentences like those that the demo's language model was trained on; it does not know ordinary English."""
     rng = random.Random(5)
     return [detailed_description(rng.choice(training_scenes()), rng) for _ in range(6)]
 
@@ -43,7 +43,7 @@ def good(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("good")
     sources = {key: ORIGINAL[key] for key in ("vision", "qformer", "vision_config", "qformer_config")}
     return convert_checkpoint(
-        folder / "checkpoint", language_model=str(PARTS / "language_model"), dtype="float32", **sources
+        folder / "checkpoint", language_model=str(BASE / "language_model"), dtype="float32", **sources
     )
 
 
@@ -69,8 +69,8 @@ def test_a_good_checkpoint(good, language):
 
 
 def test_perplexity_is_that_of_transformers(good, language):
-    model = LlamaForCausalLM.from_pretrained(PARTS / "language_model", dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(PARTS / "language_model")
+    model = LlamaForCausalLM.from_pretrained(BASE / "language_model", dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(BASE / "language_model")
     total = count = 0
     for sentence in language:
         ids = torch.tensor([[1, *tokenizer.encode(sentence, add_special_tokens=False)]])
@@ -78,7 +78,7 @@ def test_perplexity_is_that_of_transformers(good, language):
             loss = model(input_ids=ids, labels=ids).loss.item()
         total, count = total + loss * (ids.shape[1] - 1), count + ids.shape[1] - 1
     detail = found(verify_checkpoint(good, sentences=language), "language model").detail
-    assert detail.startswith(f"perplexity {math.exp(total / count):,.0f} on 6 sentences; knowing nothing is 735")
+    assert detail.startswith(f"perplexity {math.exp(total / count):,.0f} on 6 sentences; guessing gives 735")
 
 
 def test_random_weights_fail(tiny_checkpoint):
@@ -149,14 +149,14 @@ def test_another_image_token(checkpoint, language):
     assert statuses(report).keys() == set(CHECKS) - {"language model", "first loss"}
 
 
-def test_projection_in_fewer_bits(checkpoint, language):
+def test_projector_in_fewer_bits(checkpoint, language):
     def halve(state):
         for name in state:
             state[name] = state[name].bfloat16()
 
     edit_tensors(checkpoint / "model.safetensors", halve)
     check = found(verify_checkpoint(checkpoint, sentences=language), "dtype")
-    assert check.status == "warn" and "projection in bfloat16" in check.detail
+    assert check.status == "warn" and "projector in bfloat16" in check.detail
 
 
 @pytest.mark.parametrize("damage", ["truncated", "missing", "no checkpoint"])
@@ -173,13 +173,13 @@ def test_a_checkpoint_that_does_not_load(checkpoint, damage):
     assert "\n" not in report.checks[-1].detail
 
 
-def test_trained_parts(good, tmp_path, language):
-    """A checkpoint of the projection alone is checked together with its base."""
+def test_trained_modules(good, tmp_path, language):
+    """A checkpoint of only the projector is checked together with its base."""
     model = MiniGPT4ForConditionalGeneration.from_pretrained(good)
     model.requires_grad_(False).model.multi_modal_projector.requires_grad_(True)
-    model.save_pretrained(tmp_path / "parts", trained_only=True)
-    MiniGPT4Processor.from_pretrained(good).save_pretrained(tmp_path / "parts")
-    assert verify_checkpoint(tmp_path / "parts", sentences=language).ok
+    model.save_pretrained(tmp_path / "trained", trained_only=True)
+    MiniGPT4Processor.from_pretrained(good).save_pretrained(tmp_path / "trained")
+    assert verify_checkpoint(tmp_path / "trained", sentences=language).ok
 
 
 # On the command line

@@ -9,7 +9,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from transformers_minigpt4.conversion.compose import constant
-from transformers_minigpt4.conversion.weights import DTYPES, Weights, open_weights, read_file, save_pieces
+from transformers_minigpt4.conversion.tensor_files import DTYPES, read_file
+from transformers_minigpt4.conversion.weights import Weights, open_weights, save_pieces
 
 
 @pytest.fixture
@@ -64,8 +65,8 @@ def test_writing(state, tmp_path):
     counted = []
     save_pieces(tmp_path, pieces, dtypes, "5GB", counted.append)
     assert os.listdir(tmp_path) == ["model.safetensors"]
-    loaded = load_file(tmp_path / "model.safetensors")
-    assert_equal(Weights("memory", loaded), state)
+    assert_equal(Weights("file", read_file(tmp_path / "model.safetensors")), state)
+    assert load_file(tmp_path / "model.safetensors").keys() == state.keys()
     assert sum(counted) == sum(tensor.nbytes for tensor in state.values())
     with safe_open(tmp_path / "model.safetensors", "pt") as file:
         assert file.metadata() == {"format": "pt"}
@@ -86,7 +87,7 @@ def test_shards_with_an_index(tmp_path):
 
 def test_converting_while_writing(tmp_path, monkeypatch):
     """In parts, each of them as the whole would be."""
-    monkeypatch.setattr("transformers_minigpt4.conversion.weights._CHUNK_BYTES", 1000)
+    monkeypatch.setattr("transformers_minigpt4.conversion.tensor_files._CHUNK_BYTES", 1000)
     tensor = torch.randn(100, 33, generator=torch.Generator().manual_seed(0))
     save_pieces(tmp_path, {"a": constant(tensor)}, {"a": torch.bfloat16}, "5GB")
     assert torch.equal(load_file(tmp_path / "model.safetensors")["a"], tensor.bfloat16())
@@ -104,7 +105,8 @@ def test_digest_is_of_the_tensors_read(state, tmp_path):
     second.read("empty")
     assert first.digest() != second.digest()
     state["half"][3] = 2
-    third = Weights("memory", state)
+    save_file(state, tmp_path / "other.safetensors")
+    third = Weights("file", read_file(tmp_path / "other.safetensors"))
     for name in ("half", "scalar"):
         third.read(name)
     assert third.digest() != first.digest()
@@ -114,20 +116,20 @@ def test_index_that_names_what_no_shard_holds(tmp_path):
     save_file({"a": torch.zeros(1)}, tmp_path / "model-00001-of-00001.safetensors")
     weight_map = {"a": "model-00001-of-00001.safetensors", "b": "model-00001-of-00001.safetensors"}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    with pytest.raises(OSError, match="names b, which no shard holds"):
+    with pytest.raises(OSError, match="names b, which no shard contains"):
         open_weights(str(tmp_path))
 
 
 def test_quantised_types_are_refused(tmp_path):
     save_file({"a": torch.zeros(4).to(torch.float8_e4m3fn)}, tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match=r"F8_E4M3.*quantised"):
+    with pytest.raises(ValueError, match=r"F8_E4M3.*quantized"):
         read_file(tmp_path / "model.safetensors")
 
 
 @pytest.mark.parametrize("content", [[1, 2], {"a": 3}, {}])
 def test_pickles_without_weights(tmp_path, content):
     torch.save(content, tmp_path / "model.pth")
-    with pytest.raises(ValueError, match=r"holds (no weights|entries that are no tensors)"):
+    with pytest.raises(ValueError, match=r"contains (no weights|entries that are not tensors)"):
         read_file(tmp_path / "model.pth")
 
 
@@ -138,3 +140,22 @@ def test_a_compressed_archive_is_no_pytorch_file(tmp_path):
         archive.writestr("data.pkl", b"x" * 1000)
     with pytest.raises(OSError, match="compressed zip archive"):
         read_file(tmp_path / "weights.pth")
+
+
+def test_a_pytorch_file_is_mapped_anew_so_that_its_pages_do_not_stay(tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers_minigpt4.conversion.tensor_files._MAPPED_BYTES", 1000)
+    state = {f"layer.{i}": torch.full((16, 16), float(i)) for i in range(5)}  # 1 KiB each
+    torch.save(state, tmp_path / "model.bin")
+    entries = read_file(tmp_path / "model.bin")
+    mappings = set()
+    for name, tensor in state.items():
+        assert torch.equal(torch.cat(list(entries[name].parts())), tensor.reshape(-1))
+        mappings.add(id(entries[name].file.state))
+    assert len(mappings) > 1
+
+
+def test_a_tensor_that_was_read_can_be_changed(tmp_path):
+    torch.save({"a": torch.zeros(4)}, tmp_path / "model.bin")
+    entry = read_file(tmp_path / "model.bin")["a"]
+    entry.read().add_(1)
+    assert not entry.read().any()

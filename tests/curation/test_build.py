@@ -17,7 +17,7 @@ from transformers_minigpt4.curation.build import run_build
 from transformers_minigpt4.curation.config import PROMPT, CurationConfig, CurationError
 from transformers_minigpt4.curation.filter import run_filter
 from transformers_minigpt4.curation.store import Project
-from transformers_minigpt4.hub.cards import Licence
+from transformers_minigpt4.hub.cards import License
 from transformers_minigpt4.hub.cc_sbu_align import read_cc_sbu_align
 from transformers_minigpt4.hub.publish import push_to_hub
 from transformers_minigpt4.llm.types import ChatSettings
@@ -232,7 +232,7 @@ def test_push(project, hub, tmp_path):
         module.built_dataset(project)
     build(project)
     folder = module.built_dataset(project)
-    push_to_hub(folder, "somebody/captions", licence=Licence("cc-by-4.0"))
+    push_to_hub(folder, "somebody/captions", license=License("cc-by-4.0"))
     content = {name: blob.content for name, blob in hub.main("somebody/captions", "datasets").items()}
     assert set(content) == {"README.md", "data/train-00000-of-00001.parquet"}
     card = DatasetCard(content["README.md"].decode())

@@ -36,7 +36,7 @@ from transformers_minigpt4.evaluation.evaluator import Question
 from transformers_minigpt4.evaluation.results import checkpoint_fingerprint, data_fingerprint, read_results
 from transformers_minigpt4.evaluation.run import evaluate
 from transformers_minigpt4.evaluation.tasks import load_task
-from transformers_minigpt4.hub.cards import Licence
+from transformers_minigpt4.hub.cards import License
 from transformers_minigpt4.hub.publish import prepare
 from transformers_minigpt4.inference.loading import load_model_and_processor
 from transformers_minigpt4.llm.opening import open_chat_model
@@ -453,7 +453,7 @@ def test_every_task_runs(tiny_checkpoint, tmp_path):
 def test_results_reach_the_model_card(tiny_checkpoint, data, tmp_path):
     checkpoint = Path(shutil.copytree(tiny_checkpoint, tmp_path / "model"))
     entry = evaluate(str(checkpoint), [Letters()], data, checkpoint)["tasks"]["letters"]
-    publication = prepare(checkpoint, "me/model", tmp_path / "scratch", licence=Licence("apache-2.0"))
+    publication = prepare(checkpoint, "me/model", tmp_path / "scratch", license=License("apache-2.0"))
     accuracy, (low, high) = entry["metrics"]["accuracy"], entry["intervals"]["accuracy"]
     line = next(line for line in publication.card.splitlines() if "| accuracy |" in line)
     assert f"{low:.4g} to {high:.4g}" in line and f"{accuracy:.4g}" in line and "letters" in line

@@ -1,4 +1,4 @@
-"""Cards: valid metadata, facts of the records and nothing beside them, licences derived or asked for."""
+"""Cards: valid metadata, facts of the records and nothing beside them, licenses derived or asked for."""
 
 import json
 import shutil
@@ -8,7 +8,7 @@ import pytest
 from huggingface_hub import ModelCard
 from huggingface_hub.utils import yaml_dump
 
-from transformers_minigpt4.hub.cards import Licence, derive_licence, read_sources
+from transformers_minigpt4.hub.cards import License, derive_license, read_sources
 from transformers_minigpt4.hub.publish import prepare
 
 
@@ -52,10 +52,10 @@ def checkpoint(tiny_checkpoint, tmp_path) -> Path:
     return Path(shutil.copytree(tiny_checkpoint, tmp_path / "checkpoint"))
 
 
-def card(checkpoint: Path, scratch: Path, licence: Licence | None = Licence("mit"), **records) -> ModelCard:  # noqa: B008
+def card(checkpoint: Path, scratch: Path, license: License | None = License("mit"), **records) -> ModelCard:  # noqa: B008
     for name, record in records.items():
         (checkpoint / f"{name}.json").write_text(json.dumps(record))
-    return ModelCard(prepare(checkpoint, REPO, scratch, licence=licence).card)
+    return ModelCard(prepare(checkpoint, REPO, scratch, license=license).card)
 
 
 def test_without_records(checkpoint, tmp_path):
@@ -70,7 +70,7 @@ def test_without_records(checkpoint, tmp_path):
     }
     for heading in ("Where the weights come from", "Training", "Evaluation"):
         assert f"## {heading}" not in made.text
-    for heading in ("Use", "The network", "Limitations", "Licence", "Citation"):
+    for heading in ("Use", "The network", "Limitations", "License", "Citation"):
         assert f"## {heading}" in made.text
     assert "None" not in made.text and "{{" not in made.text and "\n\n\n" not in made.text
     assert "holds the whole model" in made.text and "547,621 parameters, F32" in made.text
@@ -114,7 +114,7 @@ def test_every_table_row_has_as_many_cells_as_its_head(checkpoint, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("licences", "derived"),
+    ("licenses", "derived"),
     [
         (["mit"], "mit"),
         (["apache-2.0", "apache-2.0"], "apache-2.0"),
@@ -126,26 +126,26 @@ def test_every_table_row_has_as_many_cells_as_its_head(checkpoint, tmp_path):
         (["mit", "other"], None),
     ],
 )
-def test_derived_licence(licences, derived):
-    sources = [{"id": f"a/{number}", "revision": "r", "license": licence} for number, licence in enumerate(licences)]
+def test_derived_license(licenses, derived):
+    sources = [{"id": f"a/{number}", "revision": "r", "license": license} for number, license in enumerate(licenses)]
     if derived is not None:
-        assert derive_licence(sources) == Licence(derived)
+        assert derive_license(sources) == License(derived)
         return
     with pytest.raises(ValueError, match="--license") as refused:
-        derive_licence(sources)
-    assert all(f"a/{number}: {licence or 'unknown'}" in str(refused.value) for number, licence in enumerate(licences))
+        derive_license(sources)
+    assert all(f"a/{number}: {license or 'unknown'}" in str(refused.value) for number, license in enumerate(licenses))
 
 
-@pytest.mark.parametrize("licence", ["", "MIT", "my licence", "a/b"])
-def test_bad_licence(licence):
-    with pytest.raises(ValueError, match="no identifier of the Hub"):
-        Licence(licence)
+@pytest.mark.parametrize("license", ["", "MIT", "my license", "a/b"])
+def test_bad_license(license):
+    with pytest.raises(ValueError, match="not an identifier of the Hub"):
+        License(license)
 
 
-def test_other_licence_needs_name_and_link():
+def test_other_license_needs_name_and_link():
     with pytest.raises(ValueError, match="--license-name"):
-        Licence("other", name="mine")
-    assert yaml_dump(Licence("other", "mine", "LICENSE").metadata).count("\n") == 3
+        License("other", name="mine")
+    assert yaml_dump(License("other", "mine", "LICENSE").metadata).count("\n") == 3
 
 
 @pytest.mark.parametrize(

@@ -23,13 +23,13 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from typer.testing import CliRunner
 
 from transformers_minigpt4.hub import upload
-from transformers_minigpt4.hub.cards import Licence
+from transformers_minigpt4.hub.cards import License
 from transformers_minigpt4.hub.commands import push
 from transformers_minigpt4.hub.publish import prepare, push_to_hub
 from transformers_minigpt4.hub.upload import publish
 
 
-MIT = Licence("mit")
+MIT = License("mit")
 REPO = "somebody/tiny-minigpt4"
 GREEDY = {"do_sample": False, "max_new_tokens": 8, "min_new_tokens": 8}
 
@@ -139,14 +139,14 @@ print("RESULT" + json.dumps(result))
         return model.generate(**inputs, **GREEDY).tolist()
 
     def test_from_pretrained_without_this_package(self, hub, checkpoint, tmp_path):
-        push_to_hub(checkpoint, REPO, licence=MIT)
+        push_to_hub(checkpoint, REPO, license=MIT)
         result = self.load(hub, tmp_path, REPO)
         assert result["ids"] == self.expected(checkpoint, tmp_path)
         assert result["task"] == "image-text-to-text" and result["pipe"] == "MiniGPT4ImageToTextPipeline"
         assert result["text"][0]["generated_text"]
 
     def test_the_code_of_the_card_runs(self, hub, checkpoint, tmp_path):
-        push_to_hub(checkpoint, REPO, licence=MIT)
+        push_to_hub(checkpoint, REPO, license=MIT)
         Image.new("RGB", (90, 60), (200, 30, 30)).save(tmp_path / "picture.jpg")
         card = contents(hub)["README.md"].decode()
         blocks = [part.split("```")[0] for part in card.split("```python\n")[1:]]
@@ -154,30 +154,30 @@ print("RESULT" + json.dumps(result))
         for block in blocks:
             assert run_elsewhere(block, hub, tmp_path).strip()
 
-    def test_trained_parts_and_their_base(self, hub, checkpoint, tmp_path, processor):
+    def test_trained_modules_and_their_base(self, hub, checkpoint, tmp_path, processor):
         model = AutoModelForImageTextToText.from_pretrained(checkpoint).requires_grad_(False)
         projector = model.model.multi_modal_projector.requires_grad_(True)
         with torch.no_grad():
             for parameter in projector.parameters():
                 parameter.add_(0.05)
-        parts = tmp_path / "parts"
-        model.save_pretrained(parts, trained_only=True)
-        processor.save_pretrained(parts)
-        before = (parts / "config.json").read_bytes()
-        with pytest.raises(ValueError, match="stand on a folder of this computer"):
-            push_to_hub(parts, "somebody/parts", licence=MIT)
-        base = push_to_hub(checkpoint, REPO, licence=MIT)
-        push_to_hub(parts, "somebody/parts", licence=MIT, base=f"{REPO}@{base.commit}")
+        trained = tmp_path / "trained"
+        model.save_pretrained(trained, trained_only=True)
+        processor.save_pretrained(trained)
+        before = (trained / "config.json").read_bytes()
+        with pytest.raises(ValueError, match="is a folder on this computer"):
+            push_to_hub(trained, "somebody/trained", license=MIT)
+        base = push_to_hub(checkpoint, REPO, license=MIT)
+        push_to_hub(trained, "somebody/trained", license=MIT, base=f"{REPO}@{base.commit}")
 
-        assert (parts / "config.json").read_bytes() == before
-        (record,) = json.loads(contents(hub, "somebody/parts")["config.json"])["base_checkpoints"]
+        assert (trained / "config.json").read_bytes() == before
+        (record,) = json.loads(contents(hub, "somebody/trained")["config.json"])["base_checkpoints"]
         assert (record["name_or_path"], record["revision"]) == (REPO, base.commit)
-        card = contents(hub, "somebody/parts")["README.md"].decode()
+        card = contents(hub, "somebody/trained")["README.md"].decode()
         assert f"base_model:\n- {REPO}\n" in card and "base_model_relation: adapter" in card
-        assert "the trained parts alone" in card
+        assert "only the trained modules" in card
         assert str(tmp_path) not in card
         shutil.rmtree(checkpoint)  # nothing may come from here
-        assert self.load(hub, tmp_path, "somebody/parts")["ids"] == model.generate(
+        assert self.load(hub, tmp_path, "somebody/trained")["ids"] == model.generate(
             **processor(
                 images=Image.open(tmp_path / "picture.jpg"),
                 text="###Human: <Img><ImageHere></Img> Describe this image in detail. ###Assistant: ",
@@ -194,13 +194,13 @@ print("RESULT" + json.dumps(result))
         result = self.load(hub, tmp_path, REPO, task="image-to-text")
         assert result["ids"] == self.expected(checkpoint, tmp_path)
 
-    def test_trained_parts_record_the_commit_of_their_base(self, hub, checkpoint, tmp_path, monkeypatch):
+    def test_trained_modules_record_the_commit_of_their_base(self, hub, checkpoint, tmp_path, monkeypatch):
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
         AutoModelForImageTextToText.from_pretrained(checkpoint).push_to_hub(REPO)
         model = AutoModelForImageTextToText.from_pretrained(REPO, cache_dir=tmp_path / "cache").requires_grad_(False)
         model.model.multi_modal_projector.requires_grad_(True)
-        model.save_pretrained(tmp_path / "parts", trained_only=True)
-        (record,) = json.loads((tmp_path / "parts" / "config.json").read_text())["base_checkpoints"]
+        model.save_pretrained(tmp_path / "trained", trained_only=True)
+        (record,) = json.loads((tmp_path / "trained" / "config.json").read_text())["base_checkpoints"]
         assert record["name_or_path"] == REPO and re.fullmatch("[0-9a-f]{40}", record["revision"])
 
 
@@ -225,7 +225,7 @@ FAULTS = [
 class TestFaults:
     @pytest.mark.parametrize(("method", "path", "kind"), FAULTS, ids=lambda value: value.strip("/").replace("/", "-"))
     def test_one_fault_is_got_over(self, hub, checkpoint, tmp_path, method, path, kind):
-        publication = prepare(checkpoint, REPO, tmp_path, licence=MIT)
+        publication = prepare(checkpoint, REPO, tmp_path, license=MIT)
         hub.faults.append(fault := Fault(method, path, kind))
         started = time.monotonic()
         publish(publication, timeout=0.5)
@@ -241,10 +241,10 @@ class TestFaults:
     def test_giving_up_and_going_on(self, hub, checkpoint, monkeypatch):
         monkeypatch.setattr(upload, "TRIES", 2)
         hub.faults.append(Fault("POST", "/commit/", "500", times=2))
-        with pytest.raises(OSError, match=r"gave up after 2 tries .*500.* run the command again to go on"):
-            push_to_hub(checkpoint, REPO, licence=MIT)
+        with pytest.raises(OSError, match=r"gave up after 2 tries .*500.* run the command again to resume"):
+            push_to_hub(checkpoint, REPO, license=MIT)
         assert contents(hub) == {} and len(hub.uploads) == 1
-        push_to_hub(checkpoint, REPO, licence=MIT)
+        push_to_hub(checkpoint, REPO, license=MIT)
         assert "model.safetensors" in contents(hub) and len(hub.uploads) == 1
 
     @pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
@@ -266,7 +266,7 @@ class TestFaults:
         if by == signal.SIGINT:
             assert process.returncode == 130 and "rerun the same command to resume" in stderr
         assert contents(hub) == {} and len(hub.uploads) == 1
-        push_to_hub(checkpoint, REPO, licence=MIT)
+        push_to_hub(checkpoint, REPO, license=MIT)
         assert {"model.safetensors", "another.safetensors"} <= set(contents(hub))
         assert len(hub.uploads) == len(set(hub.uploads)) == 2
 
@@ -274,7 +274,7 @@ class TestFaults:
         repository = hub.create("models", REPO)
         files = {**repository.files("main"), "notes.md": Blob(b"theirs", False)}
         hub.faults.append(Fault("POST", "/preupload/", lambda: hub.commit(repository, "main", files, "theirs")))
-        push_to_hub(checkpoint, REPO, licence=MIT)
+        push_to_hub(checkpoint, REPO, license=MIT)
         assert {"notes.md", "model.safetensors"} <= set(contents(hub))
         assert repository.messages[1] == "theirs"
         assert sum("/commit/" in path for _, path in hub.requests) == 2  # the first was refused
@@ -282,18 +282,18 @@ class TestFaults:
     def test_offline(self, hub, checkpoint, monkeypatch):
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
         with pytest.raises(OSError, match="HF_HUB_OFFLINE is set"):
-            push_to_hub(checkpoint, REPO, licence=MIT)
+            push_to_hub(checkpoint, REPO, license=MIT)
         assert hub.repositories == {}
 
     def test_without_a_token(self, hub, checkpoint):
         with pytest.raises(OSError, match="hf auth login"):
-            push_to_hub(checkpoint, REPO, licence=MIT, token="hf_wrongwrongwrongwrong")
+            push_to_hub(checkpoint, REPO, license=MIT, token="hf_wrongwrongwrongwrong")
 
 
 class TestRepository:
     def test_second_push_sends_nothing(self, hub, checkpoint):
-        first = push_to_hub(checkpoint, REPO, licence=MIT)
-        second = push_to_hub(checkpoint, REPO, licence=MIT)
+        first = push_to_hub(checkpoint, REPO, license=MIT)
+        second = push_to_hub(checkpoint, REPO, license=MIT)
         assert second.commit == first.commit and len(hub.uploads) == 1
         assert sum("/commit/" in path for _, path in hub.requests) == 1
 
@@ -303,7 +303,7 @@ class TestRepository:
         (checkpoint / "model.safetensors").unlink()
         model.save_pretrained(checkpoint, max_shard_size="500KB")
         assert (checkpoint / "model.safetensors.index.json").is_file()
-        push_to_hub(checkpoint, REPO, licence=MIT)
+        push_to_hub(checkpoint, REPO, license=MIT)
         old = frozenset(contents(hub))
         repository = hub.repositories["models", REPO]
         hub.commit(repository, "main", {**repository.files("main"), "picture.png": Blob(b"", False)}, "a picture")
@@ -312,30 +312,30 @@ class TestRepository:
             shard.unlink()
         save_file(tensors, checkpoint / "model.safetensors", metadata={"format": "pt"})
         hub.states.clear()
-        published = push_to_hub(checkpoint, REPO, licence=MIT)
+        published = push_to_hub(checkpoint, REPO, license=MIT)
         assert set(published.removed) == {name for name in old if name.startswith("model-") or "index" in name}
         new = frozenset(contents(hub))
         assert "picture.png" in new and not any(name.startswith("model-") for name in new)
         assert set(hub.states) <= {old | {"picture.png"}, new}
 
     def test_branch(self, hub, checkpoint):
-        push_to_hub(checkpoint, REPO, licence=MIT, revision="v1", commit_message="First")
+        push_to_hub(checkpoint, REPO, license=MIT, revision="v1", commit_message="First")
         repository = hub.repositories["models", REPO]
         assert "model.safetensors" in repository.files("v1") and repository.messages[-1] == "First"
         assert contents(hub) == {}
-        push_to_hub(checkpoint, REPO, licence=MIT, revision="v1")
+        push_to_hub(checkpoint, REPO, license=MIT, revision="v1")
         assert sum("/commit/" in path for _, path in hub.requests) == 1
 
     def test_private(self, hub, checkpoint):
-        push_to_hub(checkpoint, REPO, licence=MIT, private=True)
+        push_to_hub(checkpoint, REPO, license=MIT, private=True)
         assert hub.repositories["models", REPO].private
-        push_to_hub(checkpoint, REPO, licence=MIT, private=True)
+        push_to_hub(checkpoint, REPO, license=MIT, private=True)
 
     def test_a_public_repository_is_no_private_one(self, hub, checkpoint):
-        push_to_hub(checkpoint, REPO, licence=MIT)
+        push_to_hub(checkpoint, REPO, license=MIT)
         (checkpoint / "config.json").write_text((checkpoint / "config.json").read_text() + "\n")
         with pytest.raises(ValueError, match="exists and is public"):
-            push_to_hub(checkpoint, REPO, licence=MIT, private=True)
+            push_to_hub(checkpoint, REPO, license=MIT, private=True)
         assert sum("/commit/" in path for _, path in hub.requests) == 1
 
 
@@ -347,7 +347,7 @@ class TestSecrets:
         caplog.set_level(logging.DEBUG)
         caplog.set_level(logging.DEBUG, logger="huggingface_hub")
         hub.faults.append(Fault("POST", "/commit/", "500"))
-        push_to_hub(checkpoint, REPO, licence=MIT)
+        push_to_hub(checkpoint, REPO, license=MIT)
         logged = caplog.text
         assert "/commit/" in logged and "500" in logged  # the libraries did log their requests
         caplog.clear()
@@ -356,7 +356,7 @@ class TestSecrets:
         (checkpoint / "config.json").write_text((checkpoint / "config.json").read_text() + "\n")
         hub.faults.append(Fault("POST", "/commit/", "echo"))
         with pytest.raises(OSError, match="may not write") as refused:
-            push_to_hub(checkpoint, REPO, licence=MIT)
+            push_to_hub(checkpoint, REPO, license=MIT)
         assert "<TOKEN>" in str(refused.value) and refused.value.__suppress_context__
         printed = capfd.readouterr()
         ours = [record.getMessage() for record in caplog.records if "minigpt4" in record.name]
@@ -378,8 +378,8 @@ class TestSecrets:
     )
     def test_a_secret_in_a_file_is_refused(self, hub, checkpoint, text, kind):
         (checkpoint / "run.json").write_text(json.dumps({"environment": {"KEY": text}}))
-        with pytest.raises(ValueError, match=f"run.json holds what looks like .*{kind}") as refused:
-            push_to_hub(checkpoint, REPO, licence=MIT, token="an-own-token-of-another-form")
+        with pytest.raises(ValueError, match=f"run.json contains what looks like .*{kind}") as refused:
+            push_to_hub(checkpoint, REPO, license=MIT, token="an-own-token-of-another-form")
         assert text not in str(refused.value)
         assert hub.requests == []
 
@@ -393,7 +393,7 @@ class TestSecrets:
             (checkpoint / name / "model.safetensors").write_bytes(b"")
         (checkpoint / "LICENSE").write_text("mine")
         (checkpoint / "added_tokens.json").write_text("{}")
-        publication = prepare(checkpoint, REPO, tmp_path, licence=MIT)
+        publication = prepare(checkpoint, REPO, tmp_path, license=MIT)
         assert set(publication.left_out) == {*strays, "checkpoint-5/", ".git/"}
         assert {"LICENSE", "added_tokens.json", "tokenizer.json", "chat_template.jinja"} <= set(publication.files)
         assert publication.read("README.md") != b"{}"
@@ -427,7 +427,7 @@ class TestCommand:
         assert result.exit_code == 0, result.exception
         assert contents(hub)["README.md"] == (tmp_path / "card.md").read_bytes()
 
-    def test_other_licence(self, hub, checkpoint):
+    def test_other_license(self, hub, checkpoint):
         arguments = (checkpoint, REPO, "--license", "other", "--license-name", "llama-1", "--dry-run")
         assert "--license-link" in str(minigpt4_push(*arguments).exception)
         result = minigpt4_push(*arguments, "--license-link", "https://example.org/l", "--language", "de")
@@ -440,7 +440,7 @@ class TestCommand:
 class TestErrors:
     def refusal(self, source, tmp_path, repo_id=REPO, **options) -> str:
         with pytest.raises((ValueError, OSError)) as refused:
-            prepare(source, repo_id, tmp_path, **{"licence": MIT, **options})
+            prepare(source, repo_id, tmp_path, **{"license": MIT, **options})
         assert "\n" not in str(refused.value)
         return str(refused.value)
 
@@ -459,8 +459,8 @@ class TestErrors:
         (tmp_path / "empty").mkdir()
         assert "no config.json" in self.refusal(tmp_path / "empty", tmp_path)
 
-    def test_unknown_licence(self, checkpoint, tmp_path):
-        assert "--license" in self.refusal(checkpoint, tmp_path, licence=None)
+    def test_unknown_license(self, checkpoint, tmp_path):
+        assert "--license" in self.refusal(checkpoint, tmp_path, license=None)
 
     def test_missing_shard(self, checkpoint, tmp_path):
         index = {"weight_map": {"a": "model-00001-of-00002.safetensors"}}
@@ -498,8 +498,8 @@ class TestErrors:
         assert "leave it out" in self.refusal(checkpoint, tmp_path, base="a/b")
 
     def test_missing_code_comes_from_the_package(self, checkpoint, tmp_path):
-        with_code = set(prepare(checkpoint, REPO, tmp_path, licence=MIT).files)
+        with_code = set(prepare(checkpoint, REPO, tmp_path, license=MIT).files)
         for path in checkpoint.glob("*.py"):
             path.unlink()
-        assert set(prepare(checkpoint, REPO, tmp_path, licence=MIT).files) == with_code
+        assert set(prepare(checkpoint, REPO, tmp_path, license=MIT).files) == with_code
         assert "chat_templates_minigpt4.py" in with_code  # found through an import alone

@@ -12,12 +12,12 @@ from PIL import Image
 from test_publish import contents, hub, minigpt4_push, run_elsewhere  # noqa: F401  hub is a fixture
 
 from transformers_minigpt4.hub import publish as publish_module
-from transformers_minigpt4.hub.cards import Licence
+from transformers_minigpt4.hub.cards import License
 from transformers_minigpt4.hub.cc_sbu_align import read_cc_sbu_align, write_cc_sbu_align
 from transformers_minigpt4.hub.publish import prepare, push_to_hub
 
 
-CC_BY = Licence("cc-by-4.0")
+CC_BY = License("cc-by-4.0")
 REPO = "somebody/cc_sbu_align"
 
 
@@ -62,14 +62,14 @@ class TestFolder:
         assert read_cc_sbu_align(align)["image_id"][0] == "2"
 
     BAD = {
-        "a missing picture": (lambda rows: rows[1].update(image_id="11"), "annotation 1: there is no picture"),
-        "an id twice": (lambda rows: rows.append(rows[0]), "annotation 5: the id '2' comes twice"),
-        "one number in two forms": (lambda rows: rows.append({**rows[0], "image_id": 2}), "comes twice"),
+        "a missing image": (lambda rows: rows[1].update(image_id="11"), "annotation 1: there is no image"),
+        "an id twice": (lambda rows: rows.append(rows[0]), "annotation 5: the id '2' occurs twice"),
+        "one number in two formats": (lambda rows: rows.append({**rows[0], "image_id": 2}), "occurs twice"),
         "an empty caption": (lambda rows: rows[2].update(caption=" \n"), "caption of image '3' is empty"),
         "no caption": (lambda rows: rows[2].pop("caption"), "caption of image '3' is empty"),
         "a way out": (lambda rows: rows[0].update(image_id="../image/2"), "cannot be an image_id"),
         "no id": (lambda rows: rows[0].pop("image_id"), "cannot be an image_id"),
-        "a list": (lambda rows: rows.append([1]), "annotation 5 is no object"),
+        "a list": (lambda rows: rows.append([1]), "annotation 5 is not an object"),
         "nothing": (lambda rows: rows.clear(), 'no list "annotations"'),
     }
 
@@ -85,18 +85,18 @@ class TestFolder:
         with pytest.raises(ValueError, match="is not JSON"):
             read_cc_sbu_align(align)
         (align / "filter_cap.json").unlink()
-        with pytest.raises(ValueError, match=r"holds no filter_cap\.json"):
+        with pytest.raises(ValueError, match=r"contains no filter_cap\.json"):
             read_cc_sbu_align(align)
 
-    def test_no_picture(self, align):
-        (align / "image" / "3.jpg").write_text("no picture")
-        with pytest.raises(ValueError, match=r"annotation 2: .*3\.jpg is no picture"):
+    def test_not_an_image(self, align):
+        (align / "image" / "3.jpg").write_text("not an image")
+        with pytest.raises(ValueError, match=r"annotation 2: .*3\.jpg is not a readable image"):
             read_cc_sbu_align(align)
 
     @pytest.mark.parametrize(
         ("rows", "message"),
         [
-            ({"image_id": ["1", "1"], "caption": ["a", "b"]}, "row 1: the id '1' comes twice"),
+            ({"image_id": ["1", "1"], "caption": ["a", "b"]}, "row 1: the id '1' occurs twice"),
             ({"image_id": ["1", "../2"], "caption": ["a", "b"]}, "row 1: '../2' cannot be"),
             ({"image_id": ["1", "2"], "caption": ["a", ""]}, "row 1: the caption"),
             ({"caption": ["a", "b"]}, "lacks image_id"),
@@ -119,7 +119,7 @@ class TestFolder:
 
 class TestPush:
     def test_published_data_loads_and_exports_bit_for_bit(self, hub, align, tmp_path):  # noqa: F811
-        push_to_hub(align, REPO, licence=CC_BY)
+        push_to_hub(align, REPO, license=CC_BY)
         assert set(contents(hub, REPO, "datasets")) == {"README.md", "data/train-00000-of-00001.parquet"}
         original = pictures(align)
         shutil.rmtree(align)  # the shards hold the pictures themselves
@@ -130,19 +130,19 @@ class TestPush:
         assert pictures(tmp_path / "cc_sbu_align") == original
 
     def test_same_data_same_files(self, hub, align):  # noqa: F811
-        first = push_to_hub(align, REPO, licence=CC_BY)
-        second = push_to_hub(read_cc_sbu_align(align), REPO, licence=CC_BY)
+        first = push_to_hub(align, REPO, license=CC_BY)
+        second = push_to_hub(read_cc_sbu_align(align), REPO, license=CC_BY)
         assert second.commit == first.commit and len(hub.uploads) == 1
 
     def test_shards_are_replaced_in_one_commit(self, hub, align, monkeypatch):  # noqa: F811
         with monkeypatch.context() as patch:
             patch.setattr(publish_module, "SHARD_BYTES", 1000)
-            push_to_hub(align, REPO, licence=CC_BY)
+            push_to_hub(align, REPO, license=CC_BY)
         many = frozenset(contents(hub, REPO, "datasets"))
         assert len(many) > 3
         hub.faults.append(Fault("POST", "/commit/", "500"))
         hub.states.clear()
-        published = push_to_hub(align, REPO, licence=CC_BY)
+        published = push_to_hub(align, REPO, license=CC_BY)
         one = frozenset(contents(hub, REPO, "datasets"))
         assert one == {"README.md", "data/train-00000-of-00001.parquet"}
         assert set(published.removed) == many - one and set(hub.states) <= {many, one}
@@ -151,7 +151,7 @@ class TestPush:
         dataset = read_cc_sbu_align(align)
         splits = DatasetDict({"train": dataset.select(range(3)), "test": dataset.select([3, 4])})
         splits.save_to_disk(tmp_path / "saved")
-        push_to_hub(tmp_path / "saved", REPO, licence=CC_BY)
+        push_to_hub(tmp_path / "saved", REPO, license=CC_BY)
         files = contents(hub, REPO, "datasets")
         assert {"data/train-00000-of-00001.parquet", "data/test-00000-of-00001.parquet"} <= set(files)
         for name, content in files.items():
@@ -170,11 +170,11 @@ class TestPush:
         assert "dataset_info:" in result.stdout
 
     def test_refusals(self, align, tmp_path):
-        with pytest.raises(ValueError, match="give the licence of the data set"):
+        with pytest.raises(ValueError, match="give the license of the dataset"):
             prepare(align, REPO, tmp_path)
-        with pytest.raises(ValueError, match="stands on no base"):
-            prepare(align, REPO, tmp_path, licence=CC_BY, base="a/b")
-        with pytest.raises(ValueError, match="0 columns of pictures"):
-            prepare(Dataset.from_dict({"caption": ["a"]}), REPO, tmp_path, licence=CC_BY)
+        with pytest.raises(ValueError, match="has no base"):
+            prepare(align, REPO, tmp_path, license=CC_BY, base="a/b")
+        with pytest.raises(ValueError, match="0 columns of images"):
+            prepare(Dataset.from_dict({"caption": ["a"]}), REPO, tmp_path, license=CC_BY)
         with pytest.raises(ValueError, match="0 rows"):
-            prepare(read_cc_sbu_align(align).select([]), REPO, tmp_path, licence=CC_BY)
+            prepare(read_cc_sbu_align(align).select([]), REPO, tmp_path, license=CC_BY)

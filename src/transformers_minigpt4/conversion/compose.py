@@ -1,4 +1,4 @@
-"""Puts tensors of several sources together: fused biases, deltas, one more token; and checks names and shapes."""
+"""Combines tensors of several sources: fused biases, deltas, one more token; and checks names and shapes."""
 
 from collections.abc import Callable, Mapping
 
@@ -26,7 +26,7 @@ def mapped(weights: Weights, key_map: KeyMap) -> dict[str, Piece]:
 
 
 def _fused(found: Mapping[str, Piece]) -> Piece:
-    """Query, key and value one above the other; a third that lacks is zero."""
+    """Query, key and value stacked; a missing third is zero."""
     sample = next(iter(found.values()))
     rows = sample.shape[0]
 
@@ -51,7 +51,7 @@ def add_delta(base: Mapping[str, Piece], delta: Mapping[str, Piece], labels: tup
     Base plus delta, in the delta's dtype, as FastChat's `apply_delta` adds them.
 
     Vicuna v0 had one token more than LLaMA. FastChat gave the base rows of zeros for it, so the rows of embedding and
-    head that the delta has beyond the base's are the result's as they stand.
+    head that the delta has beyond the base's are the result's unchanged.
 
     Args:
         base: Tensors of the base, LLaMA.
@@ -63,7 +63,7 @@ def add_delta(base: Mapping[str, Piece], delta: Mapping[str, Piece], labels: tup
     """
     if base.keys() != delta.keys():
         raise ValueError(
-            f"{labels[1]} is no delta for {labels[0]}: only one of them has "
+            f"{labels[1]} is not a delta for {labels[0]}: only one of them has "
             f"{shorten(sorted(base.keys() ^ delta.keys()), 6)}."
         )
     for name in base:
@@ -71,7 +71,7 @@ def add_delta(base: Mapping[str, Piece], delta: Mapping[str, Piece], labels: tup
         grows = name in (EMBEDDING, HEAD) and new[0] >= old[0] and new[1:] == old[1:]
         if old != new and not grows:
             raise ValueError(
-                f"{labels[1]} is no delta for {labels[0]}: {name} has shape {list(new)} and {list(old)}. Take the "
+                f"{labels[1]} is not a delta for {labels[0]}: {name} has shape {list(new)} and {list(old)}. Use the "
                 "base of the delta's own size and kind."
             )
     return {name: _sum(base[name], delta[name]) for name in base}
@@ -88,10 +88,10 @@ def _sum(base: Piece, delta: Piece) -> Piece:
 
 def add_image_token(pieces: dict[str, Piece]) -> None:
     """
-    Gives embedding and head one more row, for the image token.
+    Adds one row to embedding and head, for the image token.
 
     The head's row is zeros: its logit is then 0, far below the words', for programs that put their own head on the
-    model; ours masks it (docs/architecture.md). The embedding's row is the mean of the others. Images take its place
+    model; ours masks it (docs/architecture.md). The embedding's row is the mean of the others. Images replace it
     before anything reads it, but `inputs_embeds` without ids are searched for it, and zeros there are padding. Tied
     embeddings have one matrix for both and get the mean.
     """
@@ -117,7 +117,7 @@ def _mean_row(tensor: torch.Tensor) -> torch.Tensor:
 
 def check_projector(pieces: Mapping[str, Piece], label: str, in_features: int, language: str, width: int) -> None:
     """
-    Compares the projection of a released checkpoint with what stands on either side of it.
+    Compares the projector of a released checkpoint with the modules on either side of it.
 
     Args:
         pieces: Tensors of the checkpoint.
@@ -127,21 +127,21 @@ def check_projector(pieces: Mapping[str, Piece], label: str, in_features: int, l
         width: Its hidden size.
 
     Raises:
-        ValueError: for a projection that is missing or of other widths.
+        ValueError: for a projector that is missing or has other widths.
     """
     missing = [part for part in ("weight", "bias") if f"{PROJECTOR}linear_1.{part}" not in pieces]
     if missing:
-        raise ValueError(f"{label} has no llama_proj.{' and no llama_proj.'.join(missing)}: it holds no projection.")
+        raise ValueError(f"{label} has no llama_proj.{' and no llama_proj.'.join(missing)}: it contains no projector.")
     out_width, in_width = pieces[f"{PROJECTOR}linear_1.weight"].shape
     if out_width != width:
         raise ValueError(
-            f"The projection in {label} was trained for a language model that is {out_width} wide, but {language} is "
-            f"{width} wide. Vicuna 7B and LLaMA-2 7B are 4096 wide, Vicuna 13B is 5120: take the one it was trained "
+            f"The projector in {label} was trained for a language model that is {out_width} wide, but {language} is "
+            f"{width} wide. Vicuna 7B and LLaMA-2 7B are 4096 wide, Vicuna 13B is 5120: use the one it was trained "
             "with."
         )
     if in_width != in_features:
         raise ValueError(
-            f"The projection in {label} takes features that are {in_width} wide, but gets {in_features}. With "
+            f"The projector in {label} takes features that are {in_width} wide, but gets {in_features}. With "
             "Q-Former they are 768 wide, without (--qformer none) 5632, four patches of ViT-g: choose what it was "
             "trained with."
         )
@@ -149,10 +149,10 @@ def check_projector(pieces: Mapping[str, Piece], label: str, in_features: int, l
 
 def check_complete(pieces: Mapping[str, Piece], expected: Mapping[str, torch.Size]) -> None:
     """
-    Compares the tensors that are at hand with those that the model has.
+    Compares the tensors found with those of the model.
 
     Raises:
-        ValueError: for tensors that lack, are too many, or have another shape.
+        ValueError: for missing tensors, superfluous ones, and wrong shapes.
     """
     missing = sorted(expected.keys() - pieces.keys())
     if missing:
@@ -160,8 +160,8 @@ def check_complete(pieces: Mapping[str, Piece], expected: Mapping[str, torch.Siz
     foreign = sorted(pieces.keys() - expected.keys())
     if foreign:
         raise ValueError(
-            f"{len(foreign)} tensors have no place in the model that the configs describe: {shorten(foreign)}. Config "
-            "and weights of a source do not belong together."
+            f"{len(foreign)} tensors do not belong to the model that the configs describe: {shorten(foreign)}. Config "
+            "and weights of a source do not match."
         )
     wrong = [
         f"{name} is {list(piece.shape)}, not {list(expected[name])}"

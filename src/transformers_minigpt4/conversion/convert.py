@@ -1,20 +1,21 @@
-"""Makes a MiniGPT-4 checkpoint of released parts: vision tower, Q-Former, language model, projector."""
+"""Composes a MiniGPT-4 checkpoint from released weights: vision tower, Q-Former, language model, projector."""
 
 import copy
 import json
 import os
-import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
-from tqdm.auto import tqdm
-from transformers import Blip2VisionConfig, GenerationConfig
-from transformers.core_model_loading import build_glob_alternation, revert_weight_conversion
-from transformers.dynamic_module_utils import custom_object_save
-from transformers.modeling_utils import PreTrainedModel
+from transformers import (
+    Blip2VisionConfig,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.core_model_loading import revert_weight_conversion
 
 from transformers_minigpt4.modeling.configuration_minigpt4 import PATCHES_PER_TOKEN, MiniGPT4Config
 from transformers_minigpt4.modeling.modeling_minigpt4 import (
@@ -23,14 +24,16 @@ from transformers_minigpt4.modeling.modeling_minigpt4 import (
 )
 from transformers_minigpt4.processing.chat_templates_minigpt4 import CHAT_TEMPLATES
 from transformers_minigpt4.processing.processing_minigpt4 import MiniGPT4Processor
-from transformers_minigpt4.utils.file_names import SOURCES_FILE
 
 from . import key_maps
 from .compose import add_image_token, check_complete, check_projector, constant
+from .output import check_output, output_folder, save_checkpoint, save_sources
 from .sources import (
     FRESH,
     NONE,
-    Part,
+    ConfigValues,
+    Source,
+    SubModel,
     is_blip2,
     open_image_processor,
     open_language_model,
@@ -40,7 +43,7 @@ from .sources import (
     split_revision,
     vision_source_config,
 )
-from .weights import Piece, describe_source, find_file, flush, save_pieces
+from .weights import Piece, describe_source, find_file
 
 
 AUTO = "auto"
@@ -49,7 +52,7 @@ _VICUNA_V0_CONTEXT = 2048  # positions; LLaMA-2 has 4096
 
 
 def convert_checkpoint(
-    output: str | os.PathLike,
+    output: str | os.PathLike[str],
     *,
     vision: str,
     language_model: str,
@@ -61,8 +64,8 @@ def convert_checkpoint(
     projector_layers: int = 1,
     projector_hidden_act: str | None = None,
     seed: int = 0,
-    vision_config: Mapping[str, Any] | None = None,
-    qformer_config: Mapping[str, Any] | None = None,
+    vision_config: ConfigValues | None = None,
+    qformer_config: ConfigValues | None = None,
     max_shard_size: str | int = "5GB",
     overwrite: bool = False,
     show_progress: bool = False,
@@ -73,24 +76,24 @@ def convert_checkpoint(
     Sources are paths, or Hub ids with an optional `@revision`.
 
     Args:
-        output: Folder to make. It appears under its name only when it is complete.
+        output: Folder to create. It appears under its name only when it is complete.
         vision: A BLIP-2 in transformers format (`Salesforce/blip2-flan-t5-xxl`), `eva_vit_g.pth`, or, with a fresh
-            projector, any tower of one image size in transformers format (SigLIP, DINOv3, CLIP), also as a part of a
+            projector, any tower of one image size in transformers format (SigLIP, DINOv3, CLIP), alone or in a
             two-tower model.
         language_model: A decoder-only language model with its tokenizer; with `delta`, the LLaMA that it belongs to.
         qformer: A BLIP-2 in transformers format, `blip2_pretrained_flant5xxl.pth`, `"fresh"` or `"none"`. By default
-            that of a BLIP-2 named as `vision`, unless the projector was trained without; else none.
+            that of a BLIP-2 given as `vision`, unless the projector was trained without; otherwise none.
         projector: An authors' checkpoint, or `"fresh"` for one to be trained.
-        delta: A Vicuna delta. Its tokenizer and config are taken.
+        delta: A Vicuna delta. Its tokenizer and config are used.
         chat_template: `"vicuna_v0"`, `"llama_2"` or a Jinja template. By default the tokenizer's own, and Vicuna v0
-            where it has none. With an authors' projector: what the language model was trained with.
+            if it has none. With an authors' projector: what the language model was trained with.
         dtype: `"auto"` stores each tensor as its source does; `"bfloat16"`, `"float16"` or `"float32"`. The projector
             is always fp32, and with fp16 so are Q-Former, queries and last LayerNorm, because the model loads them so.
-        projector_layers: 1 or 3, of a fresh projector.
+        projector_layers: 1 or 3; 3 only for a fresh projector.
         projector_hidden_act: Activation between 3 layers.
-        seed: Draws what is fresh.
-        vision_config: Values in place of those found. `eva_vit_g.pth` of another size than ViT-g needs
-            `num_attention_heads`, which no tensor tells.
+        seed: For the weights that are drawn at random.
+        vision_config: Values that replace those found. `eva_vit_g.pth` of another size than ViT-g needs
+            `num_attention_heads`, which cannot be read from a tensor.
         qformer_config: The same for the Q-Former.
         max_shard_size: Largest weights file.
         overwrite: Replace an existing folder.
@@ -100,12 +103,12 @@ def convert_checkpoint(
         `Path`: `output`.
 
     Raises:
-        OSError: for sources that are missing, truncated or damaged, and a disk without room.
-        ValueError: for sources that are not what they should be or do not fit together, with the names of the tensors.
+        OSError: for sources that are missing, truncated or damaged, and a full disk.
+        ValueError: for sources that are not what they should be or do not match, with the names of the tensors.
     """
     output = Path(output).resolve()
     _check_choices(dtype, qformer, projector, projector_layers, chat_template)
-    _check_output(output, [vision, language_model, qformer, projector, delta], overwrite)
+    check_output(output, [vision, language_model, qformer, projector, delta], overwrite)
 
     source_config = vision_source_config(vision)
     trained = _open_trained(projector, vision, source_config)
@@ -130,11 +133,10 @@ def convert_checkpoint(
         "seed": seed if FRESH in (projector, qformer) else None,
     }
 
-    with appearing(output, overwrite) as folder:
-        _check_room(folder, sum(dtypes[name].itemsize * _numel(piece) for name, piece in pieces.items()))
-        _save_weights(folder, pieces, dtypes, max_shard_size, show_progress)
-        _save_rest(folder, model, processor)
-        _save_sources(folder, [part for part in (tower, bridge, language, trained) if part is not None], settings)
+    sources = [source for source in (tower, bridge, language, trained) if source is not None]
+    with output_folder(output) as folder:
+        save_checkpoint(folder, model, processor, pieces, dtypes, max_shard_size, show_progress)
+        save_sources(folder, sources, settings)
     return output
 
 
@@ -145,12 +147,11 @@ def _check_choices(
         raise ValueError(f"dtype is {dtype!r}; choose {AUTO}, {', '.join(DTYPES)}.")
     if projector != FRESH and projector_layers != 1:
         raise ValueError(
-            f"projector_layers={projector_layers} goes with a fresh projector: the authors' checkpoints have one "
-            "layer."
+            f"projector_layers={projector_layers} needs a fresh projector: the authors' checkpoints have one layer."
         )
     if projector != FRESH and qformer == FRESH:
         raise ValueError(
-            "The authors' projector goes with BLIP-2's Q-Former or with none, not with a fresh one. Take "
+            "The authors' projector works with BLIP-2's Q-Former or without one, not with a fresh one. Use "
             f"--projector {FRESH} too, or name a Q-Former."
         )
     if chat_template is not None and chat_template not in CHAT_TEMPLATES and "{" not in chat_template:
@@ -159,28 +160,16 @@ def _check_choices(
         )
 
 
-def _check_output(output: Path, sources: list[str | None], overwrite: bool) -> None:
-    if output.exists() and not output.is_dir():
-        raise FileExistsError(f"{output} is a file. Name a new folder.")
-    if output.exists() and any(output.iterdir()) and not overwrite:
-        raise FileExistsError(f"{output} exists and is not empty. Name a new folder, or overwrite it (--overwrite).")
-    for source in filter(None, sources):
-        if output.exists() and Path(source).exists() and Path(source).resolve().is_relative_to(output.resolve()):
-            raise ValueError(
-                f"{source} is, or lies in, the output folder {output}, which would be replaced. Name another."
-            )
-
-
 def _open_bridge(
     vision: str,
-    source_config: Any,
-    tower: Part,
+    source_config: PreTrainedConfig | None,
+    tower: SubModel,
     qformer: str | None,
-    trained: Part | None,
-    changes: Mapping[str, Any],
+    trained: Source | None,
+    changes: ConfigValues,
     seed: int,
-) -> tuple[Part | None, int]:
-    """The Q-Former and the number of its queries, or `None` where there is none."""
+) -> tuple[SubModel | None, int]:
+    """The Q-Former, or `None` if there is none, and the number of its queries."""
     if qformer is None:
         weight = trained.pieces.get(key_maps.PROJECTOR + "linear_1.weight") if trained is not None else None
         without = weight is not None and weight.shape[1] == PATCHES_PER_TOKEN * tower.config.hidden_size
@@ -190,56 +179,61 @@ def _open_bridge(
     return open_qformer(qformer, tower.config.hidden_size, changes, seed)
 
 
-def _open_trained(projector: str, vision: str, source_config: Any) -> Part | None:
+def _open_trained(projector: str, vision: str, source_config: PreTrainedConfig | None) -> Source | None:
     """The authors' checkpoint, or `None` for a fresh projector."""
     if projector == FRESH:
         return None
     if source_config is not None and not is_blip2(source_config):
         raise ValueError(
             f"The authors' projector was trained on BLIP-2's ViT-g, but {vision} is a {source_config.model_type!r} "
-            f"model. Name a BLIP-2 or eva_vit_g.pth, or take --projector {FRESH}."
+            f"model. Name a BLIP-2 or eva_vit_g.pth, or use --projector {FRESH}."
         )
     return open_projector(projector)
 
 
 def _check_neighbours(
-    trained: Part, tower: Part, bridge: Part | None, language_config: Any, tokenizer: Any, language_model: str
+    trained: Source,
+    tower: SubModel,
+    bridge: SubModel | None,
+    language_config: PreTrainedConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    language_model: str,
 ) -> None:
-    """Widths alone do not tell a LLaMA: Qwen3-8B and LLaMA-3-8B are as wide as Vicuna-7B."""
+    """Refuses what the authors' projector was not trained with; Qwen3-8B and LLaMA-3-8B are as wide as Vicuna-7B."""
     kind = language_config.model_type
     if kind != "llama" or tokenizer.convert_tokens_to_ids("▁") in (None, tokenizer.unk_token_id):
         raise ValueError(
-            f"The authors' projector speaks to Vicuna v0 or LLaMA-2-chat, but {language_model} is a {kind!r} model"
-            f"{' with another tokenizer' if kind == 'llama' else ''}. Take the language model that it was trained "
+            f"The authors' projector was trained with Vicuna v0 or LLaMA-2-chat, but {language_model} is a {kind!r} "
+            f"model{' with another tokenizer' if kind == 'llama' else ''}. Use the language model that it was trained "
             f"with, or --projector {FRESH}, and train it."
         )
     in_features = bridge.config.hidden_size if bridge is not None else PATCHES_PER_TOKEN * tower.config.hidden_size
-    ((_, weights, _),) = trained.sources
+    ((_, weights, _),) = trained.origins
     check_projector(
         trained.pieces, weights.label, in_features, describe_source(language_model), language_config.hidden_size
     )
 
 
-def _authors_template(config: Any, tokenizer: Any, name: str) -> str:
+def _authors_template(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, name: str) -> str:
     if tokenizer.chat_template is None and (config.max_position_embeddings or 0) <= _VICUNA_V0_CONTEXT:
         return "vicuna_v0"
     raise ValueError(
         f"{name} does not look like Vicuna v0 (it has a chat template, or more than {_VICUNA_V0_CONTEXT} positions). "
-        "Say which prompts the projector was trained with: --chat-template llama_2 for LLaMA-2-chat, vicuna_v0 for "
-        "Vicuna."
+        "Choose the prompts that the projector was trained with: --chat-template llama_2 for LLaMA-2-chat, vicuna_v0 "
+        "for Vicuna."
     )
 
 
 def _build_config(
-    tower: Part,
-    bridge: Part | None,
+    tower: SubModel,
+    bridge: SubModel | None,
     queries: int,
-    language: Part,
+    language: SubModel,
     processor: MiniGPT4Processor,
     projector_layers: int,
     projector_hidden_act: str | None,
 ) -> MiniGPT4Config:
-    """The model's config; the language model gains a row where the image token has none."""
+    """The model's config; the language model gets one more row if the image token has none."""
     text_config, tokenizer = language.config, processor.tokenizer
     rows = language.pieces[key_maps.EMBEDDING].shape[0]
     if len(tokenizer) > rows + 1:
@@ -255,11 +249,9 @@ def _build_config(
     text_config.bos_token_id = tokenizer.bos_token_id
     text_config.eos_token_id = tokenizer.eos_token_id
     text_config.pad_token_id = tokenizer.pad_token_id
-    parts = [copy.deepcopy(part) for part in (tower.config, bridge.config if bridge else None, text_config)]
-    for part in filter(None, parts):
-        part._name_or_path = ""  # a path of this machine
-        part.architectures = None
-    vision_config, qformer_config, text_config = parts
+    vision_config = _without_origin(tower.config)
+    qformer_config = _without_origin(bridge.config) if bridge is not None else None
+    text_config = _without_origin(text_config)
     return MiniGPT4Config(
         vision_config=vision_config,
         qformer_config=qformer_config,
@@ -269,6 +261,13 @@ def _build_config(
         projector_hidden_act=projector_hidden_act,
         image_token_id=processor.image_token_id,
     )
+
+
+def _without_origin(config: PreTrainedConfig) -> PreTrainedConfig:
+    config = copy.deepcopy(config)
+    config.name_or_path = ""  # a path of this machine
+    config.architectures = None
+    return config
 
 
 def _plain_layernorm(width: int) -> dict[str, Piece]:
@@ -292,13 +291,19 @@ def _saved_shapes(model: PreTrainedModel) -> dict[str, torch.Size]:
     state = dict(model.state_dict())
     if model.config.tie_word_embeddings:
         del state[key_maps.HEAD]
+    # Experts are fused in memory, and saved one by one.
     return {name: tensor.shape for name, tensor in revert_weight_conversion(model, state).items()}
 
 
 def _collect(
-    model: PreTrainedModel, tower: Part, bridge: Part | None, language: Part, trained: Part | None, seed: int
+    model: MiniGPT4ForConditionalGeneration,
+    tower: SubModel,
+    bridge: SubModel | None,
+    language: SubModel,
+    trained: Source | None,
+    seed: int,
 ) -> dict[str, Piece]:
-    """All tensors of the model, in its order; those of the authors' checkpoint stand before others."""
+    """All tensors of the model, in its order; those of the authors' checkpoint take precedence over others."""
     pieces = {**tower.pieces, **language.pieces}
     if bridge is not None:
         pieces.update(bridge.pieces)
@@ -321,11 +326,10 @@ def _choose_dtypes(model: PreTrainedModel, pieces: Mapping[str, Piece], dtype: s
     for config in (model.config, *(getattr(model.config, name) for name in model.config.sub_configs_defaults)):
         if config is not None:
             config.dtype = main
-    plan = model._get_dtype_plan(main)
-    kept = build_glob_alternation(list(plan))[0] if plan else None
+    kept = _kept_in_fp32(model, main)
     chosen = {}
     for name, piece in pieces.items():
-        in_fp32 = name.startswith(key_maps.PROJECTOR) or (kept is not None and kept.search(name) is not None)
+        in_fp32 = name.startswith(key_maps.PROJECTOR) or any(pattern.search(name) for pattern in kept)
         if not piece.dtype.is_floating_point:
             chosen[name] = piece.dtype
         elif in_fp32:
@@ -335,8 +339,16 @@ def _choose_dtypes(model: PreTrainedModel, pieces: Mapping[str, Piece], dtype: s
     return chosen
 
 
+def _kept_in_fp32(model: PreTrainedModel, dtype: torch.dtype) -> list[re.Pattern[str]]:
+    """Patterns for the names of the parameters that `from_pretrained` loads in fp32 although `dtype` is chosen."""
+    names = set(model._keep_in_fp32_modules or ()) if dtype == torch.float16 else set()
+    if dtype in (torch.float16, torch.bfloat16):
+        names |= set(model._keep_in_fp32_modules_strict or ())
+    return [re.compile(name.replace("*", ".*")) for name in sorted(names)]
+
+
 def _generation_config(processor: MiniGPT4Processor, language_model: str, delta: str | None) -> GenerationConfig:
-    """The authors' defaults; a language model that keeps its own chat template keeps the ends of its turns too."""
+    """The authors' defaults; a language model that keeps its chat template keeps its end-of-turn tokens too."""
     generation_config = processor.get_generation_config()
     if processor.chat_template in CHAT_TEMPLATES.values():
         return generation_config
@@ -350,84 +362,4 @@ def _generation_config(processor: MiniGPT4Processor, language_model: str, delta:
     return generation_config
 
 
-def _numel(piece: Piece) -> int:
-    return torch.Size(piece.shape).numel()
-
-
-def _check_room(folder: Path, size: int) -> None:
-    free = shutil.disk_usage(folder).free
-    if free < size:
-        raise OSError(
-            f"The checkpoint takes {size / 1e9:.1f} GB, but {folder.parent} has {free / 1e9:.1f} GB free. Make room, "
-            "or name a folder on another disk."
-        )
-
-
-def _save_weights(
-    folder: Path,
-    pieces: Mapping[str, Piece],
-    dtypes: Mapping[str, torch.dtype],
-    max_shard_size: str | int,
-    show_progress: bool,
-) -> None:
-    size = sum(dtypes[name].itemsize * _numel(piece) for name, piece in pieces.items())
-    # disable=None: no bar where stderr is a file.
-    with tqdm(total=size, unit="B", unit_scale=True, disable=None if show_progress else True) as bar:
-        save_pieces(folder, pieces, dtypes, max_shard_size, bar.update)
-
-
-def _save_rest(folder: Path, model: PreTrainedModel, processor: MiniGPT4Processor) -> None:
-    """Configs, processor and remote code: what `save_pretrained` of model and processor would write."""
-    config = model.config
-    config.dtype = str(config.dtype).removeprefix("torch.")
-    config.architectures = [type(model).__name__]
-    if model._auto_class is not None:
-        custom_object_save(model, folder, config=config)
-    config.save_pretrained(folder)
-    model.generation_config.save_pretrained(folder)
-    processor.tokenizer.name_or_path = ""
-    processor.save_pretrained(folder)
-
-
-def _save_sources(folder: Path, parts: list[Part], settings: Mapping[str, Any]) -> None:
-    """Where each part came from. `sha256` is that of the tensors read, see `Weights.digest`."""
-    rows = []
-    for part in parts:
-        for role, weights, licence in part.sources:
-            row = {"part": role, "id": weights.label, "revision": weights.revision, "sha256": weights.digest()}
-            rows.append({**row, "license": licence})
-    record = {"sources": rows, "settings": {key: value for key, value in settings.items() if value is not None}}
-    text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
-    (folder / SOURCES_FILE).write_text(text, encoding="utf-8")
-
-
-@contextmanager
-def appearing(output: Path, overwrite: bool) -> Iterator[Path]:
-    """A folder beside `output` that takes its name at the end, or vanishes."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    scratch = output.parent / f".{output.name}.{os.getpid()}.partial"
-    old = output.parent / f".{output.name}.{os.getpid()}.old"
-    scratch.mkdir()
-    try:
-        yield scratch
-        for path in (*scratch.iterdir(), scratch):
-            flush(path)
-        if output.exists() and overwrite and any(output.iterdir()):
-            output.rename(old)
-        try:
-            scratch.rename(output)
-        except OSError:
-            if old.exists():
-                old.rename(output)
-            raise
-        flush(output.parent)
-    except OSError as error:
-        if error.filename is None and error.errno is not None:
-            raise OSError(error.errno, f"writing {output} failed ({error.strerror}); nothing of it is left") from error
-        raise
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
-
-
-__all__ = ["appearing", "convert_checkpoint"]
+__all__ = ["convert_checkpoint"]

@@ -16,7 +16,7 @@ HEAD = "lm_head.weight"
 EMBEDDING = LANGUAGE + "embed_tokens.weight"
 POST_LAYERNORM = TOWER + "post_layernorm."
 
-# A target with such an end is one third of the rows of a fused query, key and value; a third that no source has is
+# A target with such an ending is one third of the rows of a fused query, key and value; a third that no source has is
 # zero (the ViT has no key bias).
 THIRDS = ("@q", "@k", "@v")
 
@@ -28,13 +28,13 @@ class KeyMap:
     """
     Where the tensors of one format go.
 
-    In names, `{n}` stands for a number, `{part}` for `weight` or `bias`, and `{rest}` for whatever follows. The first
-    name that fits counts, those to be ignored before those in use.
+    In names, `{n}` means a number, `{part}` `weight` or `bias`, and `{rest}` whatever follows. The first matching name
+    counts, those to be ignored before those in use.
 
     Args:
         name: The format, for error messages.
         used: Name in the source to name in a MiniGPT-4 checkpoint.
-        ignored: Names in the source that a MiniGPT-4 checkpoint has no place for.
+        ignored: Names in the source that a MiniGPT-4 checkpoint does not have.
     """
 
     name: str
@@ -55,7 +55,7 @@ class KeyMap:
 
     def apply(self, keys: Iterable[str], where: str) -> dict[str, str]:
         """
-        Sorts all keys of a source.
+        Maps all keys of a source.
 
         Args:
             keys: Names in the source.
@@ -65,26 +65,26 @@ class KeyMap:
             `dict[str, str]`: Name in the source to name in the checkpoint, of those that are used.
 
         Raises:
-            ValueError: for keys that are neither used nor to be ignored, and for two that go to one place.
+            ValueError: for keys that are neither used nor ignored, and for two with the same target.
         """
         targets = {key: self.target(key) for key in keys}
         unknown = sorted(key for key, target in targets.items() if target is None and not self.is_ignored(key))
         if unknown:
             raise ValueError(
-                f"{where} holds {len(unknown)} tensors that are not known in {self.name}: {shorten(unknown)}. Nothing "
-                "is left out silently: check that this is the right file, and of the right kind."
+                f"{where} contains {len(unknown)} tensors that are not known in {self.name}: {shorten(unknown)}. "
+                "Nothing is left out silently: check that this is the right file, and of the right kind."
             )
         used = {key: target for key, target in targets.items() if target is not None}
         twice = sorted(target for target, count in Counter(used.values()).items() if count > 1)
         if twice:
             raise ValueError(
-                f"{where} holds several tensors for the same place: {shorten(twice)}. Remove one of them."
+                f"{where} contains several tensors for the same name: {shorten(twice)}. Remove one of them."
             )
         return used
 
 
 @functools.cache
-def _regex(pattern: str) -> re.Pattern:
+def _regex(pattern: str) -> re.Pattern[str]:
     parts = re.split(r"\{(\w+)\}", pattern)
     return re.compile("".join(_FIELDS[part] if i % 2 else re.escape(part) for i, part in enumerate(parts)))
 
@@ -149,7 +149,7 @@ AUTHORS_PROJECTOR = KeyMap(
     {"llama_proj.{part}": PROJECTOR + "linear_1.{part}", **_LAVIS_QFORMER_USED},
     ("Qformer.bert.embeddings.position_ids", "llama_model.model.layers.{n}.self_attn.rotary_emb.inv_freq"),
 )
-# What stands beside "model" in a file of the authors or of LAVIS.
+# Entries next to "model" in a file of the authors or of LAVIS.
 CHECKPOINT_ENTRIES = ("model", "optimizer", "config", "scaler", "epoch")
 
 # BLIP-2 in transformers. `post_layernorm` is `ln_vision`, which BLIP-2 trained with the Q-Former.
@@ -175,7 +175,7 @@ BLIP2_QFORMER = KeyMap(
     (*_BLIP2_IGNORED, *_BLIP2_TOWER_USED, "qformer.embeddings.{rest}"),
 )
 
-# Any other tower of transformers, alone or as a part of a two-tower model such as SigLIP or CLIP.
+# Any other tower of transformers, alone or in a two-tower model such as SigLIP or CLIP.
 TWO_TOWERS = KeyMap(
     "a model with a vision and a text tower in transformers",
     {"vision_model.{rest}": TOWER + "{rest}"},
@@ -194,7 +194,7 @@ _LANGUAGE_IGNORED = ("model.layers.{n}.self_attn.rotary_emb.inv_freq", "model.ro
 LANGUAGE_MODEL = KeyMap(
     "a causal language model in transformers", {"model.{rest}": LANGUAGE + "{rest}", HEAD: HEAD}, _LANGUAGE_IGNORED
 )
-# With tied embeddings the head is the embedding, and some files hold it all the same.
+# With tied embeddings the head is the embedding, and some files contain it nevertheless.
 TIED_LANGUAGE_MODEL = KeyMap(
     "a causal language model with tied embeddings in transformers",
     {"model.{rest}": LANGUAGE + "{rest}"},

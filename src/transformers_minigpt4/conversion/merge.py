@@ -1,25 +1,26 @@
-"""Writes the full model of a checkpoint that holds trained parts or a PEFT adapter alone."""
+"""Writes the complete model of a checkpoint that contains only trained modules or a PEFT adapter."""
 
 import json
 import os
 import shutil
 from pathlib import Path
 
+from peft import PeftModel
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from transformers_minigpt4.utils.file_names import SOURCES_FILE
 
-from .convert import appearing
+from .output import check_output, output_folder
 
 
 ADAPTER_CONFIG = "adapter_config.json"
 
 
 def merge_checkpoint(
-    source: str | os.PathLike, output: str | os.PathLike, dtype: str = "auto", *, overwrite: bool = False
+    source: str | os.PathLike[str], output: str | os.PathLike[str], dtype: str = "auto", *, overwrite: bool = False
 ) -> Path:
     """
-    Puts the trained parts of a checkpoint together with the base they stand on.
+    Combines the trained modules of a checkpoint with its base.
 
     Args:
         source (`str` or `os.PathLike`):
@@ -39,12 +40,9 @@ def merge_checkpoint(
         ValueError: for a checkpoint that is full already, and an `output` that would replace it or its base.
     """
     output = Path(output).resolve()
-    if output.exists() and not overwrite:
-        raise FileExistsError(f"{output} exists. Name a new folder, or replace it with --overwrite.")
+    check_output(output, [], overwrite)
     adapter = Path(source) / ADAPTER_CONFIG
     if adapter.is_file():
-        from peft import PeftModel
-
         base = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]
         model = AutoModelForImageTextToText.from_pretrained(base, dtype=dtype)
         model = PeftModel.from_pretrained(model, source).merge_and_unload()
@@ -52,13 +50,13 @@ def merge_checkpoint(
         base = source
         model = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype)
         if not getattr(model.config, "base_checkpoints", None):
-            raise ValueError(f"{source} is a full checkpoint already: there is nothing to merge.")
-    places = source, base, *(part["name_or_path"] for part in model.config.base_checkpoints or [])
+            raise ValueError(f"{source} is a complete checkpoint already: there is nothing to merge.")
+    places = source, base, *(checkpoint["name_or_path"] for checkpoint in model.config.base_checkpoints or [])
     if any(Path(place).resolve() == output for place in places):
         raise ValueError(f"{output} is needed to load the checkpoint. Name another folder.")
     processor = AutoProcessor.from_pretrained(base)
 
-    with appearing(output, overwrite) as folder:
+    with output_folder(output) as folder:
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
         for place in places:

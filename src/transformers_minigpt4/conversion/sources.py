@@ -1,11 +1,11 @@
-"""Opens what a checkpoint is made of: vision tower, Q-Former, language model with tokenizer, projection."""
+"""Opens what a checkpoint is composed of: vision tower, Q-Former, language model with tokenizer, projector."""
 
 import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from huggingface_hub import metadata_load
@@ -19,7 +19,9 @@ from transformers import (
     BlipImageProcessorPil,
     LlamaTokenizer,
     PreTrainedConfig,
+    PreTrainedTokenizerBase,
 )
+from transformers.image_processing_utils import BaseImageProcessor
 
 from transformers_minigpt4.utils.families import BLIP2, family_of
 
@@ -30,22 +32,29 @@ from .weights import Piece, Weights, find_file, open_weights
 
 
 FRESH, NONE = "fresh", "none"
+ConfigValues: TypeAlias = Mapping[str, Any]  # of a config class, by field
 # Head counts are in no tensor. These go with the widths of ViT-g and of BERT-base.
 _VIT_G_WIDTH, _VIT_G_HEADS, _VIT_G_BLOCKS = 1408, 16, 39
 _BERT_WIDTH, _BERT_HEADS = 768, 12
 
 
 @dataclass
-class Part:
-    """One part of the model: its config, its tensors by their names in the checkpoint, and where they came from."""
+class Source:
+    """Tensors by their names in the checkpoint, and where they came from."""
 
-    config: Any
     pieces: dict[str, Piece]
-    sources: list[tuple[str, Weights, str | None]] = field(default_factory=list)  # role, weights, licence
+    origins: list[tuple[str, Weights, str | None]] = field(default_factory=list)  # role, weights, license
+
+
+@dataclass
+class SubModel(Source):
+    """A vision tower, Q-Former or language model: its tensors with its config."""
+
+    config: PreTrainedConfig = field(kw_only=True)
 
 
 def split_revision(name: str) -> tuple[str, str | None]:
-    """`namespace/name@revision` in two; a path stays whole."""
+    """`namespace/name@revision` as a pair; a path is not split."""
     if Path(name).exists() or "@" not in name:
         return name, None
     source, _, revision = name.rpartition("@")
@@ -57,12 +66,12 @@ def _open(name: str, key_map: KeyMap) -> Weights:
     return open_weights(source, revision, wanted=lambda key: key_map.target(key) is not None)
 
 
-def _licence(name: str) -> str | None:
-    """The licence in the README of a folder or repository, where it says one."""
+def _license(name: str) -> str | None:
+    """The license in the README of a folder or repository, if it names one."""
     source, revision = split_revision(name)
     readme = None if Path(source).is_file() else find_file(source, "README.md", revision)
-    licence = (metadata_load(readme) or {}).get("license") if readme is not None else None
-    return licence if isinstance(licence, str) else None
+    license_id = (metadata_load(readme) or {}).get("license") if readme is not None else None
+    return license_id if isinstance(license_id, str) else None
 
 
 def _config(name: str) -> PreTrainedConfig:
@@ -72,7 +81,7 @@ def _config(name: str) -> PreTrainedConfig:
     return AutoConfig.from_pretrained(source, revision=revision)
 
 
-def is_blip2(config: Any) -> bool:
+def is_blip2(config: PreTrainedConfig | None) -> bool:
     return family_of(config) is BLIP2
 
 
@@ -81,29 +90,29 @@ def vision_source_config(name: str) -> PreTrainedConfig | None:
     return None if Path(name).is_file() else _config(name)
 
 
-def open_vision_tower(name: str, source_config: PreTrainedConfig | None, changes: Mapping[str, Any]) -> Part:
+def open_vision_tower(name: str, source_config: PreTrainedConfig | None, changes: ConfigValues) -> SubModel:
     """
     Opens a vision tower, without the `ln_vision` that BLIP-2 trained with its Q-Former.
 
     Args:
         name: `eva_vit_g.pth`, or folder or Hub id of a BLIP-2, of a tower, or of a model with a vision tower.
         source_config: What `vision_source_config` gave.
-        changes: Values of the tower's config that stand in place of those found.
+        changes: Values of the tower's config that replace those found.
 
     Raises:
-        OSError, ValueError: for a source that cannot be read or holds no vision tower.
+        OSError, ValueError: for a source that cannot be read or contains no vision tower.
     """
     if source_config is None:
         weights = _open(name, key_maps.EVA_VIT)
-        config = _eva_config(weights, changes)
-        # The file holds one block more than the authors' code takes.
-        blocks = range(config.num_hidden_layers, _count(weights.keys, r"blocks\.(\d+)\..*"))
+        eva_config = _eva_config(weights, changes)
+        # The file has one block more than the authors' code uses.
+        blocks = range(eva_config.num_hidden_layers, _count(weights.keys, r"blocks\.(\d+)\..*"))
         key_map = KeyMap(
             key_maps.EVA_VIT.name,
             key_maps.EVA_VIT.used,
             (*key_maps.EVA_VIT.ignored, *(f"blocks.{block}.{{rest}}" for block in blocks)),
         )
-        return Part(config, mapped(weights, key_map), [("vision_tower", weights, None)])
+        return SubModel(mapped(weights, key_map), [("vision_tower", weights, None)], config=eva_config)
 
     config = getattr(source_config, "vision_config", None) or source_config
     if not hasattr(config, "patch_size") or getattr(config, "image_size", None) is None:
@@ -120,8 +129,8 @@ def open_vision_tower(name: str, source_config: PreTrainedConfig | None, changes
     weights = _open(name, key_map)
     pieces = mapped(weights, key_map)
     if not pieces:
-        raise ValueError(f"{weights.label} holds no tensors of a vision tower, although its config has one.")
-    return Part(config, pieces, [("vision_tower", weights, _licence(name))])
+        raise ValueError(f"{weights.label} contains no tensors of a vision tower, although its config has one.")
+    return SubModel(pieces, [("vision_tower", weights, _license(name))], config=config)
 
 
 def _has_prefix(name: str, prefix: str) -> bool:
@@ -135,12 +144,12 @@ def _count(keys: list[str], pattern: str) -> int:
     return 1 + max((int(match[1]) for key in keys if (match := re.fullmatch(pattern, key))), default=-1)
 
 
-def _eva_config(weights: Weights, changes: Mapping[str, Any]) -> Blip2VisionConfig:
+def _eva_config(weights: Weights, changes: ConfigValues) -> Blip2VisionConfig:
     needed = ("cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.mlp.fc1.weight")
     missing = [key for key in needed if key not in weights.entries]
     if missing:
         raise ValueError(
-            f"{weights.label} has no {shorten(missing)}: it is not EVA-CLIP's eva_vit_g.pth. Other towers are taken "
+            f"{weights.label} has no {shorten(missing)}: it is not EVA-CLIP's eva_vit_g.pth. Other towers are read "
             "from folders or Hub ids in transformers format."
         )
     shapes = {key: weights.entries[key].shape for key in needed}
@@ -151,8 +160,8 @@ def _eva_config(weights: Weights, changes: Mapping[str, Any]) -> Blip2VisionConf
         depth = _VIT_G_BLOCKS  # whether or not the fortieth was cut off
     elif "num_attention_heads" not in changes:
         raise ValueError(
-            f"{weights.label} is {width} wide, not {_VIT_G_WIDTH} like ViT-g, and no tensor tells the number of "
-            "attention heads. Pass vision_config={'num_attention_heads': …}."
+            f"{weights.label} is {width} wide, not {_VIT_G_WIDTH} like ViT-g, and no tensor shows the number "
+            "of attention heads. Pass vision_config={'num_attention_heads': …}."
         )
     values = {
         "hidden_size": width,
@@ -164,11 +173,11 @@ def _eva_config(weights: Weights, changes: Mapping[str, Any]) -> Blip2VisionConf
     }
     config = Blip2VisionConfig(**{**values, **changes})
     if config.num_hidden_layers > blocks:
-        raise ValueError(f"{weights.label} holds {blocks} blocks, but {config.num_hidden_layers} are needed.")
+        raise ValueError(f"{weights.label} contains {blocks} blocks, but {config.num_hidden_layers} are needed.")
     return config
 
 
-def open_image_processor(name: str, vision_config: Any) -> Any:
+def open_image_processor(name: str, vision_config: PreTrainedConfig) -> BaseImageProcessor:
     """
     The image processor of a tower: resizing to the square it takes, without crop, as the authors do.
 
@@ -180,23 +189,24 @@ def open_image_processor(name: str, vision_config: Any) -> Any:
     if isinstance(vision_config, Blip2VisionConfig):
         return BlipImageProcessorPil(size=shape)
     source, revision = split_revision(name)
-    return AutoImageProcessor.from_pretrained(
+    image_processor: BaseImageProcessor = AutoImageProcessor.from_pretrained(
         source, revision=revision, size=shape, crop_size=None, do_resize=True, do_center_crop=False
     )
+    return image_processor
 
 
-def open_qformer(name: str, encoder_width: int, changes: Mapping[str, Any], seed: int) -> tuple[Part, int]:
+def open_qformer(name: str, encoder_width: int, changes: ConfigValues, seed: int) -> tuple[SubModel, int]:
     """
     Opens a Q-Former with its queries and `ln_vision`.
 
     Args:
         name: `blip2_pretrained_flant5xxl.pth`, folder or Hub id of a BLIP-2 in transformers format, or `"fresh"`.
         encoder_width: Hidden size of the vision tower.
-        changes: Values of the Q-Former's config that stand in place of those found.
+        changes: Values of the Q-Former's config that replace those found.
         seed: For a fresh one.
 
     Returns:
-        `tuple[Part, int]`: The Q-Former, and the number of its queries.
+        `tuple[SubModel, int]`: The Q-Former, and the number of its queries.
     """
     if name == FRESH:
         return _fresh_qformer(encoder_width, changes, seed)
@@ -217,11 +227,12 @@ def open_qformer(name: str, encoder_width: int, changes: Mapping[str, Any], seed
         weights = _open(name, key_maps.BLIP2_QFORMER)
         pieces = mapped(weights, key_maps.BLIP2_QFORMER)
     if key_maps.QUERIES not in pieces:
-        raise ValueError(f"{weights.label} holds no query_tokens, and so no Q-Former of BLIP-2.")
-    return Part(config, pieces, [("qformer", weights, _licence(name))]), pieces[key_maps.QUERIES].shape[1]
+        raise ValueError(f"{weights.label} contains no query_tokens, and so no Q-Former of BLIP-2.")
+    source = SubModel(pieces, [("qformer", weights, _license(name))], config=config)
+    return source, pieces[key_maps.QUERIES].shape[1]
 
 
-def _lavis_qformer_config(weights: Weights, changes: Mapping[str, Any]) -> Blip2QFormerConfig:
+def _lavis_qformer_config(weights: Weights, changes: ConfigValues) -> Blip2QFormerConfig:
     layer = "Qformer.bert.encoder.layer."
     needed = ("query_tokens", layer + "0.intermediate_query.dense.weight", layer + "0.crossattention.self.key.weight")
     missing = [key for key in needed if key not in weights.entries]
@@ -232,7 +243,7 @@ def _lavis_qformer_config(weights: Weights, changes: Mapping[str, Any]) -> Blip2
     width = weights.entries["query_tokens"].shape[-1]
     if width != _BERT_WIDTH and "num_attention_heads" not in changes:
         raise ValueError(
-            f"{weights.label} is {width} wide, not {_BERT_WIDTH} like BLIP-2's Q-Former, and no tensor tells the "
+            f"{weights.label} is {width} wide, not {_BERT_WIDTH} like BLIP-2's Q-Former, and no tensor shows the "
             "number of attention heads. Pass qformer_config={'num_attention_heads': …}."
         )
     layers = _count(weights.keys, re.escape(layer) + r"(\d+)\..*")
@@ -248,7 +259,7 @@ def _lavis_qformer_config(weights: Weights, changes: Mapping[str, Any]) -> Blip2
     return Blip2QFormerConfig(**{**values, **changes})
 
 
-def _fresh_qformer(encoder_width: int, changes: Mapping[str, Any], seed: int) -> tuple[Part, int]:
+def _fresh_qformer(encoder_width: int, changes: ConfigValues, seed: int) -> tuple[SubModel, int]:
     config = Blip2QFormerConfig(**{"encoder_hidden_size": encoder_width, **changes})
     queries = 32  # BLIP-2's
     with torch.random.fork_rng(devices=[]):
@@ -256,24 +267,24 @@ def _fresh_qformer(encoder_width: int, changes: Mapping[str, Any], seed: int) ->
         model = Blip2QFormerModel(config)
         tokens = torch.empty(1, queries, config.hidden_size).normal_(0, config.initializer_range)
     pieces = {key_maps.QFORMER + name: constant(tensor) for name, tensor in model.state_dict().items()}
-    return Part(config, {**pieces, key_maps.QUERIES: constant(tokens)}), queries
+    return SubModel({**pieces, key_maps.QUERIES: constant(tokens)}, config=config), queries
 
 
-def open_language_model(name: str, delta: str | None) -> tuple[Part, Any]:
+def open_language_model(name: str, delta: str | None) -> tuple[SubModel, PreTrainedTokenizerBase]:
     """
     Opens a language model and its tokenizer.
 
     Args:
-        name: Folder or Hub id in transformers format; the base, where there is a delta.
+        name: Folder or Hub id in transformers format; the base, if there is a delta.
         delta: Folder or Hub id of a Vicuna delta.
 
     Returns:
-        `tuple[Part, tokenizer]`: Config and tokenizer are the delta's, where there is one.
+        `tuple[SubModel, PreTrainedTokenizerBase]`: Config and tokenizer are the delta's, if there is one.
     """
     if delta is None and "-delta-v" in Path(split_revision(name)[0]).name:
         raise ValueError(
-            f"{name} is a delta by its name, which is no language model before its base is added. Name the LLaMA that "
-            "it belongs to as language model and this as delta."
+            f"{name} is a delta by its name, which is not a language model until its base is added. Name the LLaMA "
+            "that it belongs to as language model and this as delta."
         )
     config = _config(delta or name)
     if config.is_encoder_decoder or not hasattr(config, "vocab_size"):
@@ -282,37 +293,38 @@ def open_language_model(name: str, delta: str | None) -> tuple[Part, Any]:
             "Qwen3."
         )
     if getattr(config, "quantization_config", None):
-        raise ValueError(f"{name} is quantised. Take the unquantised weights; quantise when loading instead.")
+        raise ValueError(f"{name} is quantized. Take the unquantized weights; quantize when loading instead.")
     key_map = key_maps.TIED_LANGUAGE_MODEL if config.tie_word_embeddings else key_maps.LANGUAGE_MODEL
     weights = _open(name, key_map)
-    part = Part(config, mapped(weights, key_map), [("language_model", weights, _licence(name))])
+    source = SubModel(mapped(weights, key_map), [("language_model", weights, _license(name))], config=config)
     if delta is not None:
         change = _open(delta, key_map)
-        part.pieces = add_delta(part.pieces, mapped(change, key_map), (weights.label, change.label))
-        part.sources.append(("language_model_delta", change, _licence(delta)))
-    if key_maps.EMBEDDING not in part.pieces:
-        raise ValueError(f"{weights.label} holds no input embeddings (model.embed_tokens.weight).")
-    return part, open_tokenizer(delta or name)
+        source.pieces = add_delta(source.pieces, mapped(change, key_map), (weights.label, change.label))
+        source.origins.append(("language_model_delta", change, _license(delta)))
+    if key_maps.EMBEDDING not in source.pieces:
+        raise ValueError(f"{weights.label} contains no input embeddings (model.embed_tokens.weight).")
+    return source, open_tokenizer(delta or name)
 
 
-def open_tokenizer(name: str) -> Any:
+def open_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """
     The tokenizer of a folder or Hub id.
 
     The first conversions of LLaMA, and the Vicunas made of them, have special tokens that are empty, or `</s>` for
-    all, or name a class that no longer exists. transformers then fails or tokenises in another way. LLaMA's own
-    special tokens take their place.
+    all, or name a class that no longer exists. transformers then fails or tokenizes in another way. LLaMA's own
+    special tokens replace them.
     """
     source, revision = split_revision(name)
     if find_file(source, "tokenizer.model", revision) is None or not _is_broken(source, revision):
-        return AutoTokenizer.from_pretrained(source, revision=revision)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, revision=revision)
+        return tokenizer
     return LlamaTokenizer.from_pretrained(
-        source, revision=revision, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+        source, revision=revision or "main", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
     )
 
 
 def _is_broken(source: str, revision: str | None) -> bool:
-    settings: dict[str, Any] = {}
+    settings: dict[str, object] = {}
     for file in ("tokenizer_config.json", "special_tokens_map.json"):
         if (path := find_file(source, file, revision)) is not None:
             settings.update(json.loads(path.read_text(encoding="utf-8")))
@@ -323,16 +335,16 @@ def _is_broken(source: str, revision: str | None) -> bool:
     return settings.get("tokenizer_class") == "LLaMATokenizer" or "" in (bos, eos) or (bos == eos == "</s>")
 
 
-def open_projector(name: str) -> Part:
+def open_projector(name: str) -> Source:
     """
-    Opens an authors' checkpoint: the projection, and the Q-Former where it was trained (variant (c)).
+    Opens an authors' checkpoint: the projector, and the Q-Former if that was trained (variant (c)).
 
     Raises:
-        OSError, ValueError: for a file that cannot be read or is none of theirs.
+        OSError, ValueError: for a file that cannot be read or is not one of theirs.
     """
     if not Path(name).is_file():
         raise OSError(
             f"There is no file {name}. Name an authors' checkpoint, such as pretrained_minigpt4_7b.pth, or {FRESH}."
         )
     weights = _open(name, key_maps.AUTHORS_PROJECTOR)
-    return Part(None, mapped(weights, key_maps.AUTHORS_PROJECTOR), [("projector", weights, None)])
+    return Source(mapped(weights, key_maps.AUTHORS_PROJECTOR), [("projector", weights, None)])

@@ -1,5 +1,4 @@
-"""Checks whether a checkpoint is put together right: tokens, weights, language, sight; and says plainly what is "
-"wrong."""
+"""Checks whether a checkpoint is composed correctly: tokens, weights, language, sight; and says what is wrong."""
 
 import gc
 import math
@@ -8,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from PIL import Image, ImageDraw
@@ -19,27 +18,28 @@ from transformers_minigpt4.modeling.trained_modules_minigpt4 import checkpoint_f
 from transformers_minigpt4.processing.chat_templates_minigpt4 import VICUNA_V0
 from transformers_minigpt4.processing.processing_minigpt4 import MiniGPT4Processor
 from transformers_minigpt4.utils.devices import usable_device
+from transformers_minigpt4.utils.text import first_line
 
 from .key_maps import PROJECTOR, shorten
-from .weights import read_file
+from .tensor_files import read_file
 
 
-# Ordinary English that any language model of the web has met the like of; written for this check.
+# Ordinary English, like much of what any language model was trained on; written for this check.
 SENTENCES = (
     "The weather was warm and sunny, so we decided to walk to the park after lunch.",
     "She opened the door, looked around the room, and asked if anyone had seen her keys.",
     "In the morning he drinks a cup of coffee and reads the news before going to work.",
     "The city is known for its old bridges, its large market, and the river that runs through it.",
 )
-# Of ln(vocabulary), the loss of a model that knows nothing. Trained models of 0.1 to 70 B parameters have 2 to 4 nats
+# Of ln(vocabulary), the loss of a model that guesses. Trained models of 0.1 to 70 B parameters have 2 to 4 nats
 # a token on such sentences, 0.2 to 0.4 of it; word frequencies alone, without any grammar, about 7 nats or 0.65.
 POOR, BROKEN = 0.45, 0.65
-# The authors' issue list knows 10.375 = ln(32000) as the first loss with broken language-model weights.
+# The authors' issues report 10.375 = ln(32000) as the first loss with broken language-model weights.
 FIRST_LOSS = 0.9
 
 _CAPTION = "a red circle on a white background"
 # Ids of ### in LLaMA's vocabulary: after a space, and after a word (demo.py of Vision-CAIR/MiniGPT-4).
-_LLAMA_ROWS, _LLAMA_MARKS = range(32000, 32004), {(835,), (2277, 29937)}
+_LLAMA_ROWS, _LLAMA_STOPS = range(32000, 32004), {(835,), (2277, 29937)}
 # Relative differences of projected features: equal up to rounding, and suspiciously alike.
 _SAME, _ALIKE = 1e-4, 1e-2
 
@@ -80,26 +80,26 @@ class Report:
 
 
 def verify_checkpoint(
-    checkpoint: str | os.PathLike,
+    checkpoint: str | os.PathLike[str],
     *,
     sentences: Sequence[str] = SENTENCES,
     dtype: str | torch.dtype = "auto",
     device: str | None = None,
 ) -> Report:
     """
-    Checks a checkpoint, whole or of trained parts.
+    Checks a checkpoint, complete or of trained modules.
 
     Args:
         checkpoint: Folder or Hub id.
-        sentences: Ordinary sentences of the language that the language model speaks, at least eight tokens each.
-        dtype: To load the weights with; by default as they are stored.
-        device: To run on, such as `"cpu"`; `"auto"` spreads the model over all GPUs. By default the first GPU, else
-            the CPU.
+        sentences: Ordinary sentences in the language of the language model, at least eight tokens each.
+        dtype: To load the weights with; by default the one they are stored with.
+        device: To run on, such as `"cpu"`; `"auto"` distributes the model over all GPUs. By default the first GPU, or
+            the CPU without one.
 
     Returns:
         [`Report`]: One check each of dtype, vocabulary, special tokens, `###`, finite weights, language model, first
-        loss and image features. Where the checkpoint does not load, or its tokenizer is another model's, those that
-        can be made.
+        loss and image features. If the checkpoint does not load, or its tokenizer belongs to another model, only
+        those that are possible.
     """
     device = usable_device(device)
     report = Report(str(checkpoint))
@@ -108,21 +108,22 @@ def verify_checkpoint(
         config = MiniGPT4Config.from_pretrained(checkpoint)
         processor = MiniGPT4Processor.from_pretrained(checkpoint)
         checks.append(_check_dtypes(config, checkpoint_files(str(checkpoint))))
-        model, info = MiniGPT4ForConditionalGeneration.from_pretrained(
-            checkpoint, dtype=dtype, device_map=device, output_loading_info=True
-        )
+        model = MiniGPT4ForConditionalGeneration.from_pretrained(checkpoint, dtype=dtype, device_map=device)
     except Exception as error:  # whatever it is, it is the finding
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         checks.append(
-            Check("loading", "fail", reason, "convert the weights again, or take config and weights of one model")
+            Check(
+                "loading",
+                "fail",
+                first_line(error),
+                "convert the weights again, or take config and weights of one model",
+            )
         )
         return report
-    del info
     model = model.eval()
     vocabulary = _check_vocabulary(config, processor)
     checks.append(vocabulary)
     checks.append(_check_special_tokens(config, model, processor))
-    checks.append(_check_stop_marks(config, model, processor))
+    checks.append(_check_stop_strings(config, model, processor))
     checks.append(_check_finite(model))
     with torch.inference_mode():
         if vocabulary.status == "ok":  # else the ids mean nothing to this model
@@ -138,7 +139,7 @@ def verify_checkpoint(
     return report
 
 
-def _name(dtype: Any) -> str:
+def _name(dtype: object) -> str:
     return str(dtype).removeprefix("torch.")
 
 
@@ -154,8 +155,8 @@ def _check_dtypes(config: MiniGPT4Config, files: Sequence[Path]) -> Check:
     detail += f"; loaded as {_name(config.dtype)}" if config.dtype is not None else ""
     if stored.get("projector", {"float32"}) != {"float32"}:
         kinds = "/".join(sorted(stored["projector"]))
-        advice = "keep the projection in float32: steps of training are lost in fewer bits; convert again"
-        return Check("dtype", "warn", f"{detail}; projection in {kinds}", advice)
+        advice = "keep the projector in float32: training steps are lost in fewer bits; convert again"
+        return Check("dtype", "warn", f"{detail}; projector in {kinds}", advice)
     language = stored.get("language model", set())
     if config.dtype is not None and language and _name(config.dtype) not in language:
         advice = f"set dtype in config.json to {'/'.join(sorted(language))}, or pass it when loading"
@@ -167,7 +168,7 @@ def _check_vocabulary(config: MiniGPT4Config, processor: MiniGPT4Processor) -> C
     tokens, rows = len(processor.tokenizer), config.text_config.vocab_size
     name, detail = "vocabulary", f"{tokens} tokens, {rows} rows, image token {config.image_token_id}"
     if tokens > rows:
-        advice = "tokenizer and language model do not belong together; convert again with both from one folder"
+        advice = "tokenizer and language model do not match; convert again with both from one folder"
         return Check(name, "fail", detail, advice)
     if processor.image_token_id != config.image_token_id:
         detail += f", but {processor.image_token} is {processor.image_token_id} in the tokenizer"
@@ -178,7 +179,9 @@ def _check_vocabulary(config: MiniGPT4Config, processor: MiniGPT4Processor) -> C
     return Check(name, "ok", detail)
 
 
-def _check_special_tokens(config: MiniGPT4Config, model: Any, processor: MiniGPT4Processor) -> Check:
+def _check_special_tokens(
+    config: MiniGPT4Config, model: MiniGPT4ForConditionalGeneration, processor: MiniGPT4Processor
+) -> Check:
     tokenizer, generation = processor.tokenizer, model.generation_config
     wrong = []
     for token in ("bos", "eos", "pad"):
@@ -193,33 +196,35 @@ def _check_special_tokens(config: MiniGPT4Config, model: Any, processor: MiniGPT
         advice = "the tokenizer is right: copy its ids, or convert again (configs of Vicuna v0 say 0, 1 and -1)"
         return Check("special tokens", "fail", "; ".join(wrong), advice)
     if tokenizer.eos_token_id is None or tokenizer.bos_token_id == tokenizer.eos_token_id:
-        advice = "the files of the tokenizer are those of a broken conversion; take it from another copy of the model"
-        return Check("special tokens", "fail", f"{ids}: begin and end of a text cannot be told apart", advice)
+        advice = "the tokenizer's files come from a broken conversion; take them from another copy of the model"
+        return Check("special tokens", "fail", f"{ids}: begin and end of a text are the same token", advice)
     return Check("special tokens", "ok", ids)
 
 
-def _check_stop_marks(config: MiniGPT4Config, model: Any, processor: MiniGPT4Processor) -> Check:
-    """Tokenises answers as the chat template frames them, and looks whether generation would stop at their marks."""
-    name, marks = "end of answers", processor.stop_strings
-    if not marks:
+def _check_stop_strings(
+    config: MiniGPT4Config, model: MiniGPT4ForConditionalGeneration, processor: MiniGPT4Processor
+) -> Check:
+    """Tokenizes answers with their stop strings, and checks that generation would stop there."""
+    name, stop_strings = "end of answers", processor.stop_strings
+    if not stop_strings:
         ends = processor.tokenizer.convert_ids_to_tokens(_as_list(model.generation_config.eos_token_id))
         return Check(name, "ok", f"this template has no ###; answers end at {', '.join(ends)}")
     stops = {(token,) for token in _as_list(model.generation_config.eos_token_id)}
     stops |= {tuple(ids) for ids in getattr(model.generation_config, "stop_sequences", None) or []}
     found: set[tuple[int, ...]] = set()
-    for mark in marks:
+    for stop_string in stop_strings:
         for text in ("A red circle.", "A red circle", "A red circle. "):
-            ids = processor.tokenizer.encode(text + mark, add_special_tokens=False)
+            ids = processor.tokenizer.encode(text + stop_string, add_special_tokens=False)
             before = processor.tokenizer.encode(text.rstrip(), add_special_tokens=False)
             found.add(tuple(ids[len(before) :]))
-    detail = f"{' '.join(marks)} is {' or '.join(str(list(ids)) for ids in sorted(found, key=len))}"
+    detail = f"{' '.join(stop_strings)} is {' or '.join(str(list(ids)) for ids in sorted(found, key=len))}"
     missed = [ids for ids in found if not any(ids[-len(stop) :] == stop for stop in stops)]
     if missed:
         advice = "save processor.get_generation_config() with the model, or convert again"
         return Check(name, "fail", f"{detail}; generation would not stop at {shorten(list(map(str, missed)))}", advice)
     is_llama = config.text_config.model_type == "llama" and config.text_config.vocab_size in _LLAMA_ROWS
-    if is_llama and processor.chat_template == VICUNA_V0 and found != _LLAMA_MARKS:
-        advice = "this is not LLaMA's tokenizer, with which Vicuna was trained; take tokenizer.model of LLaMA"
+    if is_llama and processor.chat_template == VICUNA_V0 and found != _LLAMA_STOPS:
+        advice = "this is not LLaMA's tokenizer, with which Vicuna was trained; use tokenizer.model of LLaMA"
         return Check(name, "fail", f"{detail}, but LLaMA has [835] or [2277, 29937]", advice)
     return Check(name, "ok", detail)
 
@@ -228,7 +233,7 @@ def _as_list(ids: int | list[int] | None) -> list[int]:
     return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
 
 
-def _check_finite(model: Any) -> Check:
+def _check_finite(model: MiniGPT4ForConditionalGeneration) -> Check:
     broken, empty = [], []
     for name, parameter in model.named_parameters():
         if not parameter.is_floating_point():
@@ -246,12 +251,14 @@ def _check_finite(model: Any) -> Check:
         )
         return Check("finite weights", "fail", f"{len(broken)} tensors with inf or nan: {shorten(broken, 3)}", advice)
     if empty:
-        advice = "weights that are zero all over were never loaded or trained; convert again"
+        advice = "matrices of zeros were never loaded or trained; convert again"
         return Check("finite weights", "fail", f"{len(empty)} matrices of zeros: {shorten(empty, 3)}", advice)
     return Check("finite weights", "ok", f"{count / 1e9:.2f} B parameters" if count > 1e8 else f"{count:,} parameters")
 
 
-def _check_language(model: Any, processor: MiniGPT4Processor, sentences: Sequence[str]) -> Check:
+def _check_language(
+    model: MiniGPT4ForConditionalGeneration, processor: MiniGPT4Processor, sentences: Sequence[str]
+) -> Check:
     """Mean loss of plain sentences after `<s>`, of all but the first token."""
     losses: list[float] = []
     for sentence in sentences:
@@ -261,11 +268,11 @@ def _check_language(model: Any, processor: MiniGPT4Processor, sentences: Sequenc
         logits = model(input_ids=row).logits[0, :-1].float()
         losses.extend(torch.nn.functional.cross_entropy(logits, row[0, 1:], reduction="none").tolist())
     loss, uniform = sum(losses) / len(losses), math.log(model.config.text_config.vocab_size)
-    detail = f"perplexity {_perplexity(loss)} on {len(sentences)} sentences; knowing nothing is {_perplexity(uniform)}"
+    detail = f"perplexity {_perplexity(loss)} on {len(sentences)} sentences; guessing gives {_perplexity(uniform)}"
     if not loss < BROKEN * uniform:
         advice = (
             "the language model's weights are wrong: a delta without its base, another version, or a broken copy; "
-            "take them again (sentences=… in Python, if it does not speak English)"
+            "get them again (if its language is not English, pass --sentences)"
         )
         return Check("language model", "fail", detail, advice)
     if loss > POOR * uniform:
@@ -278,8 +285,8 @@ def _perplexity(loss: float) -> str:
     return f"{math.exp(loss):,.0f}" if loss < 50 else "beyond e^50"
 
 
-def _check_first_loss(model: Any, processor: MiniGPT4Processor) -> Check:
-    """Loss of a caption after a picture, as the first step of stage 1 would have it."""
+def _check_first_loss(model: MiniGPT4ForConditionalGeneration, processor: MiniGPT4Processor) -> Check:
+    """Loss of a caption after an image, as in the first step of stage 1."""
     bos = processor.tokenizer.bos_token or ""
     inputs = processor(images=[next(_images())], text=[bos + processor.image_token], return_tensors="pt").to(
         model.device
@@ -289,7 +296,7 @@ def _check_first_loss(model: Any, processor: MiniGPT4Processor) -> Check:
     labels = torch.cat([torch.full_like(inputs["input_ids"], -100), ids], dim=1)
     loss = model(input_ids=row, pixel_values=_for_tower(model, inputs["pixel_values"]), labels=labels).loss.item()
     uniform = math.log(model.config.text_config.vocab_size)
-    detail = f"{loss:.2f}; knowing nothing is ln({model.config.text_config.vocab_size}) = {uniform:.2f}"
+    detail = f"{loss:.2f}; guessing gives ln({model.config.text_config.vocab_size}) = {uniform:.2f}"
     if not math.isfinite(loss):
         return Check("first loss", "fail", detail, "values overflow; load with bfloat16 or float32")
     if loss > FIRST_LOSS * uniform:
@@ -298,13 +305,13 @@ def _check_first_loss(model: Any, processor: MiniGPT4Processor) -> Check:
     return Check("first loss", "ok", detail)
 
 
-def _for_tower(model: Any, pixels: torch.Tensor) -> torch.Tensor:
+def _for_tower(model: MiniGPT4ForConditionalGeneration, pixels: torch.Tensor) -> torch.Tensor:
     first = next(model.model.vision_tower.parameters())
     return pixels.to(first.device, first.dtype)
 
 
 def _images() -> Iterator[Image.Image]:
-    """Three pictures that any tower tells apart: a red disc, stripes, and a blue slope."""
+    """Three images that any tower tells apart: a red disc, stripes, and a blue gradient."""
     disc = Image.new("RGB", (224, 224), "white")
     ImageDraw.Draw(disc).ellipse((50, 50, 174, 174), fill="red")
     yield disc
@@ -317,21 +324,21 @@ def _images() -> Iterator[Image.Image]:
     )
 
 
-def _check_images(model: Any, processor: MiniGPT4Processor) -> Check:
-    """Compares the projected features of three pictures, pair by pair."""
+def _check_images(model: MiniGPT4ForConditionalGeneration, processor: MiniGPT4Processor) -> Check:
+    """Compares the projected features of three images, pair by pair."""
     pixels = processor.image_processor(list(_images()), return_tensors="pt")["pixel_values"]
-    features = model.get_image_features(_for_tower(model, pixels)).pooler_output.float()  # (3, K, D)
+    features: torch.Tensor = model.get_image_features(_for_tower(model, pixels))["pooler_output"].float()  # (3, K, D)
     if not bool(torch.isfinite(features).all()):
         advice = "values overflow; load with bfloat16 or float32"
         return Check("image features", "fail", "features with inf or nan", advice)
     pairs = [(a, b) for a in range(3) for b in range(a)]
     differences = [((features[a] - features[b]).norm() / features[a].norm()).item() for a, b in pairs]
-    detail = f"three pictures differ by {min(differences):.2g} to {max(differences):.2g} of their norm"
+    detail = f"three images differ by {min(differences):.2g} to {max(differences):.2g} of their norm"
     if not min(differences) > _SAME:
-        advice = "the model does not see: vision tower, Q-Former or projection is broken; convert them again"
+        advice = "the model does not see: vision tower, Q-Former or projector is broken; convert them again"
         return Check("image features", "fail", detail, advice)
     if min(differences) < _ALIKE:
-        advice = "little for pictures so different; check vision tower and Q-Former"
+        advice = "little for such different images; check vision tower and Q-Former"
         return Check("image features", "warn", detail, advice)
     return Check("image features", "ok", detail)
 

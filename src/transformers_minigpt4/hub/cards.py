@@ -1,21 +1,23 @@
-"""Writes model and dataset cards from the facts beside a checkpoint or a data set; absent facts stay absent."""
+"""Writes model and dataset cards from the records in a checkpoint or dataset folder; absent facts stay absent."""
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeAlias
 
+from datasets import DatasetDict, DatasetInfo, Value
+from datasets.info import DatasetInfosDict
 from huggingface_hub import DatasetCard, DatasetCardData, EvalResult, ModelCard, ModelCardData
 from huggingface_hub.utils import HFValidationError, validate_repo_id
+from transformers import PreTrainedConfig
 
 from transformers_minigpt4.modeling.configuration_minigpt4 import MiniGPT4Config
 from transformers_minigpt4.utils.file_names import RESULTS_FILE, RUN_FILE, SOURCES_FILE
+from transformers_minigpt4.utils.files import JsonObject
 
 
-if TYPE_CHECKING:
-    from datasets import DatasetDict
-
+Facts: TypeAlias = Mapping[str, Any]  # from JSON files that people may edit
 
 TEMPLATES = Path(__file__).parent / "templates"
 
@@ -23,19 +25,19 @@ PAPER = "2304.10592"
 # transformers 5 reads the name "image-to-text" as this one and logs a warning; Hub and `pipeline()` agree on it.
 PIPELINE_TAG = "image-text-to-text"
 
-# They ask for no more than their own text to be kept, so a stricter licence beside them covers the whole.
+# They only require their own text to be kept, so a stricter license next to them covers the combination.
 _PERMISSIVE = {"mit", "apache-2.0", "bsd-2-clause", "bsd-3-clause"}
 _SIZE_CATEGORIES = {1_000: "n<1K", 10_000: "1K<n<10K", 100_000: "10K<n<100K", 1_000_000: "100K<n<1M"}
 
 
 @dataclass(frozen=True)
-class Licence:
+class License:
     """
-    A licence as the Hub's metadata names it.
+    A license as the Hub's metadata names it.
 
     Args:
         id: One of the Hub's identifiers (`"apache-2.0"`, `"llama2"`), or `"other"`.
-        name: Name of an `"other"` licence.
+        name: Name of an `"other"` license.
         link: URL of its text, or the name of a file in the repository.
 
     Raises:
@@ -49,26 +51,26 @@ class Licence:
     def __post_init__(self) -> None:
         if not self.id or self.id != self.id.lower() or not self.id.replace("-", "").replace(".", "").isalnum():
             raise ValueError(
-                f"the licence {self.id!r} is no identifier of the Hub; give one such as apache-2.0, llama2 or other "
-                "(https://huggingface.co/docs/hub/repositories-licenses)"
+                f"the license {self.id!r} is not an identifier of the Hub; give one such as apache-2.0, llama2 or "
+                "other (https://huggingface.co/docs/hub/repositories-licenses)"
             )
         if self.id == "other" and not (self.name and self.link):
             raise ValueError(
-                "the licence 'other' needs a name and a link to its text; add --license-name and --license-link"
+                "the license 'other' needs a name and a link to its text; add --license-name and --license-link"
             )
 
     @property
-    def metadata(self) -> dict[str, Any]:
+    def metadata(self) -> JsonObject:
         fields = {"license": self.id, "license_name": self.name, "license_link": self.link}
         return {key: value for key, value in fields.items() if value}
 
 
-def read_facts(folder: Path, name: str) -> dict[str, Any]:
+def read_facts(folder: Path, name: str) -> JsonObject:
     """
-    The JSON object in `folder/name`, or an empty one where there is no such file.
+    The JSON object in `folder/name`, or an empty one if there is no such file.
 
     Raises:
-        ValueError: where the file is not a JSON object.
+        ValueError: if the file is not a JSON object.
     """
     path = folder / name
     if not path.is_file():
@@ -82,31 +84,31 @@ def read_facts(folder: Path, name: str) -> dict[str, Any]:
     return facts
 
 
-def derive_licence(sources: Sequence[Mapping[str, Any]]) -> Licence:
+def derive_license(sources: Sequence[Facts]) -> License:
     """
-    The licence that the recorded licences of the bases leave for the whole.
+    The license of a checkpoint, from the recorded licenses of its bases.
 
-    All bases must have a recorded one. One licence in all is that licence; beside permissive ones (MIT, Apache, BSD) a
-    single stricter one covers the whole. Anything else is for a person to decide.
+    All bases must have a recorded one. A single license of all of them is the result; next to permissive ones (MIT,
+    Apache, BSD) a single stricter one covers the combination. Anything else is for a person to decide.
 
     Raises:
-        ValueError: where that leaves no licence, with what is known.
+        ValueError: if no license can be derived, with what is known.
     """
     known = [source.get("license") for source in sources]
-    ids = {licence for licence in known if licence}
+    ids = {license_id for license_id in known if license_id}
     strict = ids - _PERMISSIVE
     decided = ids if len(ids) == 1 else strict
     if known and all(known) and len(decided) == 1 and decided != {"other"}:
-        return Licence(decided.pop())
+        return License(decided.pop())
     rows = ", ".join(f"{source_name(source)}: {source.get('license') or 'unknown'}" for source in sources)
     raise ValueError(
-        f"cannot tell the licence of this checkpoint ({rows or 'no record of its bases'}); give it with --license, "
+        f"the license of this checkpoint is unknown ({rows or 'no record of its bases'}); give it with --license, "
         "such as llama2 for LLaMA-2, or other with --license-name and --license-link for the first LLaMA and Vicuna "
         "v0, which are for non-commercial research"
     )
 
 
-def read_sources(folder: Path) -> list[dict[str, Any]]:
+def read_sources(folder: Path) -> list[JsonObject]:
     """
     The bases of a checkpoint, from `minigpt4_sources.json`.
 
@@ -114,28 +116,28 @@ def read_sources(folder: Path) -> list[dict[str, Any]]:
     or path), `revision` (of a Hub id), `sha256` and `license`.
 
     Raises:
-        ValueError: where the record has another form.
+        ValueError: if the record has another format.
     """
     record = read_facts(folder, SOURCES_FILE).get("sources", [])
     if isinstance(record, Mapping):
         record = [{"part": part, **source} for part, source in record.items() if isinstance(source, Mapping)]
     if not isinstance(record, list) or not all(isinstance(source, dict) and source.get("id") for source in record):
-        raise ValueError(f"{folder / SOURCES_FILE}: \"sources\" is no list of objects that each have an 'id'")
+        raise ValueError(f"{folder / SOURCES_FILE}: \"sources\" is not a list of objects that each have an 'id'")
     return record
 
 
-def hub_ids(entries: Iterable[Any]) -> list[str]:
+def hub_ids(entries: Iterable[object]) -> list[str]:
     """Ids of those `entries` that are on the Hub, each once. A record without a revision may be of a local folder."""
     ids = [entry["id"] for entry in entries if isinstance(entry, Mapping) and _is_on_hub(entry)]
     return list(dict.fromkeys(ids))
 
 
-def source_name(source: Mapping[str, Any]) -> str:
-    """A Hub id as it is; of a path the last part alone, since the rest tells of somebody's computer."""
+def source_name(source: Facts) -> str:
+    """A Hub id as it is; of a path only the last part, since the rest describes somebody's computer."""
     return str(source["id"]) if _is_on_hub(source) else Path(str(source["id"])).name
 
 
-def _is_on_hub(source: Mapping[str, Any]) -> bool:
+def _is_on_hub(source: Facts) -> bool:
     name = source.get("id")
     if not source.get("revision") or not isinstance(name, str) or "/" not in name:
         return False
@@ -149,29 +151,29 @@ def _is_on_hub(source: Mapping[str, Any]) -> bool:
 def model_card(
     folder: Path,
     repo_id: str,
-    licence: Licence,
+    license: License,
     *,
-    sources: Sequence[Mapping[str, Any]],
+    sources: Sequence[Facts],
     parameters: int,
     dtypes: Sequence[str],
-    whole: bool,
+    complete: bool,
     language: Sequence[str] = ("en",),
 ) -> ModelCard:
     """
     Card of a MiniGPT-4 checkpoint.
 
     Args:
-        folder: The checkpoint, with its records (`run.json`, `results.json`) where there are.
-        repo_id: Where it goes; the examples of the card load it from there.
-        licence: Licence of the whole.
+        folder: The checkpoint, with its records (`run.json`, `results.json`) if it has any.
+        repo_id: Where it is published; the examples of the card load it from there.
+        license: License of the checkpoint.
         sources: Its bases, see [`read_sources`].
         parameters: Number of stored parameters.
         dtypes: Their types, such as `["BF16", "F32"]`.
-        whole: Whether the language model is stored too, or trained parts alone.
+        complete: Whether all modules are stored, or only the trained ones.
         language: ISO codes.
 
     Raises:
-        ValueError: where a record cannot be read.
+        ValueError: if a record cannot be read.
     """
     run, results = read_facts(folder, RUN_FILE), read_facts(folder, RESULTS_FILE)
     evaluations = list(_evaluations(results, folder / RESULTS_FILE))
@@ -179,12 +181,12 @@ def model_card(
     bases = hub_ids(sources)
     name = repo_id.split("/")[-1]
     card_data = ModelCardData(
-        **licence.metadata,
+        **license.metadata,
         language=list(language),
         library_name="transformers",
         pipeline_tag=PIPELINE_TAG,
         base_model=bases or None,
-        base_model_relation=("finetune" if whole else "adapter") if bases else None,
+        base_model_relation=("finetune" if complete else "adapter") if bases else None,
         datasets=hub_ids(data) or None,
         eval_results=[_eval_result(row) for row in evaluations] or None,
         model_name=name if evaluations else None,
@@ -195,13 +197,13 @@ def model_card(
         template_path=str(TEMPLATES / "model_card.md.jinja"),
         name=name,
         repo_id=repo_id,
-        licence=licence,
+        license=license,
         task=PIPELINE_TAG,
         paper=PAPER,
-        whole=whole,
+        complete=complete,
         parameters=f"{parameters:,}",
         dtypes=", ".join(dtypes),
-        parts=_parts(MiniGPT4Config.from_pretrained(folder)),
+        modules=_modules(MiniGPT4Config.from_pretrained(folder)),
         sources=[_row(source_name(source), source, "part", "revision", "sha256", "license") for source in sources],
         run=_run_facts(run),
         evaluations=evaluations,
@@ -209,39 +211,35 @@ def model_card(
 
 
 def dataset_card(
-    splits: "DatasetDict",
+    splits: DatasetDict,
     repo_id: str | None,
-    licence: Licence | None,
+    license: License | None,
     *,
-    record: Mapping[str, Any],
+    record: Facts,
     num_bytes: Mapping[str, int] | None = None,
     download_size: int = 0,
     language: Sequence[str] = ("en",),
     local: str | None = None,
 ) -> DatasetCard:
     """
-    Card of an image-caption data set: published, with parquet shards named `data/SPLIT-*`, or in a folder.
+    Card of an image-caption dataset: published, with parquet shards named `data/SPLIT-*`, or in a folder.
 
     Args:
-        splits: The data set.
-        repo_id: Where it goes; `None` for one that stays in a folder.
-        licence: Its licence; `None` where that has not been chosen yet.
+        splits: The dataset.
+        repo_id: Where it is published; `None` for one that stays in a folder.
+        license: Its license; `None` if that has not been chosen yet.
         record: The `run.json` of the curation, or an empty mapping.
-        num_bytes: Size in memory, by split; of a published one.
-        download_size: Bytes of all shards; of a published one.
+        num_bytes: Size in memory, by split, of a published one.
+        download_size: Bytes of all shards of a published one.
         language: ISO codes.
-        local: Name of the folder, of one that is not published; `cc_sbu_align` for the authors' form.
+        local: Name of the folder of one that is not published; `cc_sbu_align` for the authors' format.
     """
-    from datasets.info import DatasetInfo, DatasetInfosDict
-    from datasets.splits import SplitDict, SplitInfo
-    from datasets.utils.metadata import MetadataConfigs
-
     rows = {split: len(dataset) for split, dataset in splits.items()}
     features = next(iter(splits.values())).features
     total = sum(rows.values())
     size = next((name for limit, name in _SIZE_CATEGORIES.items() if total < limit), "1M<n<10M")
     card_data = DatasetCardData(
-        **(licence.metadata if licence is not None else {}),
+        **(license.metadata if license is not None else {}),
         language=list(language),
         pretty_name=repo_id.split("/")[-1] if repo_id is not None else local,
         task_categories=["image-to-text", PIPELINE_TAG],
@@ -249,20 +247,21 @@ def dataset_card(
         tags=["minigpt4", "image-captioning", f"arxiv:{PAPER}"],
     )
     if repo_id is not None and num_bytes is not None:
-        parts = SplitDict()
-        for split, count in rows.items():
-            parts.add(SplitInfo(name=split, num_examples=count, num_bytes=num_bytes[split]))
-        size_in_memory = sum(num_bytes.values())
-        info = DatasetInfo(features=features, splits=parts, download_size=download_size, dataset_size=size_in_memory)
+        info = DatasetInfo(
+            features=features,
+            splits=[{"name": split, "num_bytes": num_bytes[split], "num_examples": rows[split]} for split in rows],
+            download_size=download_size,
+            dataset_size=sum(num_bytes.values()),
+        )
         DatasetInfosDict({"default": info}).to_dataset_card_data(card_data)
         files = [{"split": split, "path": f"data/{split}-*"} for split in rows]
-        MetadataConfigs({"default": {"data_files": files}}).to_dataset_card_data(card_data)
+        card_data["configs"] = [{"config_name": "default", "data_files": files}]
     return DatasetCard.from_template(
         card_data,
         template_path=str(TEMPLATES / "dataset_card.md.jinja"),
         name=card_data["pretty_name"],
         repo_id=repo_id,
-        licence=licence,
+        license=license,
         paper=PAPER,
         rows=rows,
         columns={column: _feature_name(feature) for column, feature in features.items()},
@@ -273,37 +272,36 @@ def dataset_card(
     )
 
 
-def _feature_name(feature: Any) -> str:
-    return str(feature.dtype) if type(feature).__name__ == "Value" else type(feature).__name__
+def _feature_name(feature: object) -> str:
+    return str(feature.dtype) if isinstance(feature, Value) else type(feature).__name__
 
 
-def _parts(config: MiniGPT4Config) -> list[tuple[str, str]]:
-    """What each part of the network is, in words; `getattr` because towers and language models are of any kind."""
+def _modules(config: MiniGPT4Config) -> list[tuple[str, str]]:
+    """What each module of the network is, in words; `getattr` because any tower and language model can be there."""
 
-    def words(part: Any, *fields: tuple[str, str]) -> str:
-        numbers = [
-            f"{getattr(part, key):,} {unit}" for key, unit in fields if isinstance(getattr(part, key, None), int)
-        ]
-        return ", ".join([f"`{part.model_type}`", *numbers])
+    def words(sub_config: PreTrainedConfig, *fields: tuple[str, str]) -> str:
+        numbers = [(getattr(sub_config, key, None), unit) for key, unit in fields]
+        known = [f"{number:,} {unit}" for number, unit in numbers if isinstance(number, int)]
+        return ", ".join([f"`{sub_config.model_type}`", *known])
 
     size = (("num_hidden_layers", "layers"), ("hidden_size", "wide"))
-    qformer = "none: each 4 neighbouring patches are one position"
+    qformer = "none: each 4 neighboring patches are one position"
     if config.qformer_config is not None:
         qformer = f"{words(config.qformer_config, *size)}, {config.num_query_tokens} queries"
     layers = "one linear layer" if config.projector_layers == 1 else f"{config.projector_layers} linear layers"
     return [
         ("vision tower", words(config.vision_config, *size, ("image_size", "pixels"))),
         ("Q-Former", qformer),
-        ("projector", f"{layers}, {config.image_seq_length} positions per picture"),
+        ("projector", f"{layers}, {config.image_seq_length} positions per image"),
         ("language model", words(config.text_config, *size, ("vocab_size", "tokens"))),
     ]
 
 
-def _row(name: str, record: Mapping[str, Any], *keys: str) -> dict[str, str]:
+def _row(name: str, record: Facts, *keys: str) -> dict[str, str]:
     return {"name": _cell(name), **{key: _cell(record.get(key)) for key in keys}}
 
 
-def _cell(value: Any) -> str:
+def _cell(value: object) -> str:
     """A value as one cell of a Markdown table."""
     if isinstance(value, Mapping):
         value = ", ".join(f"{key}: {_cell(entry)}" for key, entry in value.items())
@@ -312,9 +310,9 @@ def _cell(value: Any) -> str:
     return "" if value is None else " ".join(str(value).split()).replace("|", "\\|")
 
 
-def _run_facts(run: Mapping[str, Any]) -> dict[str, Any]:
-    """What the templates show of a `run.json`, as text for tables; keys that it lacks are missing here too."""
-    facts: dict[str, Any] = {
+def _run_facts(run: Facts) -> JsonObject:
+    """What the templates show of a `run.json`, as text for tables; keys that are missing there are missing here."""
+    facts: JsonObject = {
         key: _cell(run[key]) for key in ("stage", "seed", "git_revision", "source", "hardware", "review") if key in run
     }
     for key in ("recipe", "loss", "versions", "counts", "lost", "models", "prompts", "rules"):
@@ -333,11 +331,11 @@ def _run_facts(run: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in facts.items() if value}
 
 
-def _evaluations(results: Mapping[str, Any], path: Path) -> Iterable[dict[str, Any]]:
+def _evaluations(results: Facts, path: Path) -> Iterable[JsonObject]:
     """
-    One row a metric of a `results.json`.
+    One row per metric of a `results.json`.
 
-    It holds `{"tasks": {name: {"metrics": {metric: number}, …}}}`; a task may also have `dataset`, `split`,
+    It contains `{"tasks": {name: {"metrics": {metric: number}, …}}}`; a task may also have `dataset`, `split`,
     `revision`, `samples`, `primary` (the name of its first metric) and `intervals` (`{metric: [low, high]}`, 95 %).
     """
     if not results:
@@ -346,7 +344,9 @@ def _evaluations(results: Mapping[str, Any], path: Path) -> Iterable[dict[str, A
     if not isinstance(tasks, Mapping) or not all(
         isinstance(task, Mapping) and isinstance(task.get("metrics"), Mapping) for task in tasks.values()
     ):
-        raise ValueError(f'{path} has no "tasks" with "metrics"; it is not the evaluation\'s, rename or remove it')
+        raise ValueError(
+            f'{path} has no "tasks" with "metrics"; it is not from `minigpt4 evaluate`, rename or remove it'
+        )
     for name, task in tasks.items():
         metrics = sorted(task["metrics"].items(), key=lambda item: item[0] != task.get("primary"))
         for metric, value in metrics:
@@ -365,7 +365,7 @@ def _evaluations(results: Mapping[str, Any], path: Path) -> Iterable[dict[str, A
             }
 
 
-def _eval_result(row: Mapping[str, Any]) -> EvalResult:
+def _eval_result(row: Facts) -> EvalResult:
     return EvalResult(
         task_type=PIPELINE_TAG,
         task_name=row["task"],

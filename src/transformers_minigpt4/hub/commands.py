@@ -85,17 +85,17 @@ def push(
     """
     import tempfile
 
-    from .cards import Licence
+    from .cards import License
     from .publish import prepare
     from .upload import publish
 
     if license_id is None and (license_name or license_link):
         raise ValueError("--license-name and --license-link go with --license other")
-    licence = Licence(license_id, license_name, license_link) if license_id is not None else None
+    license = License(license_id, license_name, license_link) if license_id is not None else None
     text = card.read_text(encoding="utf-8") if card is not None else None
     with tempfile.TemporaryDirectory() as scratch:
         publication = prepare(
-            folder, repo_id, Path(scratch), licence=licence, language=language or ("en",), card=text, base=base
+            folder, repo_id, Path(scratch), license=license, language=language or ("en",), card=text, base=base
         )
         if dry_run:
             _show(publication, private, revision)

@@ -1,29 +1,29 @@
-"""Publishes checkpoints and data sets on the Hub: what goes, what stays, the card, and no secrets."""
+"""Publishes checkpoints and datasets on the Hub: which files, with which card, and without secrets."""
 
+import ast
 import json
-import math
 import os
 import re
 import tempfile
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-from huggingface_hub import get_token
+from datasets import Dataset, DatasetDict, load_from_disk
+from datasets import Image as ImageFeature
+from datasets.table import embed_table_storage
+from huggingface_hub import get_token, parse_local_safetensors_file_metadata
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
-from transformers.dynamic_module_utils import get_relative_imports
 
+from transformers_minigpt4.modeling.configuration_minigpt4 import with_current_keys
 from transformers_minigpt4.utils.file_names import RUN_FILE
+from transformers_minigpt4.utils.files import JsonObject
 
-from .cards import Licence, dataset_card, derive_licence, model_card, read_facts, read_sources
+from .cards import License, dataset_card, derive_license, model_card, read_facts, read_sources
 from .cc_sbu_align import image_bytes, read_cc_sbu_align
 from .upload import CARD_FILE, MAIN, WEIGHTS, Content, Publication, Published, publish
-
-
-if TYPE_CHECKING:
-    from datasets import Dataset, DatasetDict
 
 
 SHARD_BYTES = 500_000_000  # what `datasets` takes, and the Hub's viewer reads well
@@ -35,7 +35,7 @@ _PLAIN_NAMES = re.compile(r"tokenizer\.model|(merges|vocab)\.txt|(LICEN[CS]E|NOT
 _TRAINER_FILES = {"trainer_state.json"}
 _SECRET_NAMES = re.compile(r"(.*[._-])?(secrets?|credentials?|token|auth|api_?keys?|service_?account.*)\.json", re.I)
 _PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}
-# Formats of the keys that lie about on machines where such models are trained; the text itself is never shown.
+# Formats of the keys found on machines where such models are trained; the text itself is never shown.
 _SECRETS = {
     "a Hugging Face token": re.compile(rb"\bhf_[A-Za-z0-9]{30,}"),
     "an API key": re.compile(rb"\bsk-[A-Za-z0-9_-]{20,}"),
@@ -45,16 +45,16 @@ _SECRETS = {
 }
 
 
-def is_dataset(folder: str | os.PathLike) -> bool:
-    """Whether a folder holds a data set: the authors' `cc_sbu_align`, or what `save_to_disk` writes."""
+def is_dataset(folder: str | os.PathLike[str]) -> bool:
+    """Whether a folder contains a dataset: the authors' `cc_sbu_align`, or what `save_to_disk` writes."""
     return any(Path(folder, name).is_file() for name in ("filter_cap.json", "dataset_dict.json", "state.json"))
 
 
 def push_to_hub(
-    source: "str | os.PathLike | Dataset | DatasetDict",
+    source: str | os.PathLike[str] | Dataset | DatasetDict,
     repo_id: str,
     *,
-    licence: Licence | None = None,
+    license: License | None = None,
     language: Sequence[str] = ("en",),
     card: str | None = None,
     base: str | None = None,
@@ -64,38 +64,38 @@ def push_to_hub(
     token: str | None = None,
 ) -> Published:
     """
-    Publishes a checkpoint folder, or a data set, with its card, in one commit.
+    Publishes a checkpoint folder, or a dataset, with its card, in one commit.
 
     Args:
-        source: Folder of a MiniGPT-4 checkpoint or of a data set (see [`is_dataset`]), or the data set itself.
-        repo_id: `namespace/name`; made where it does not exist.
-        licence: By default what the recorded licences of the bases leave, see [`~cards.derive_licence`].
+        source: Folder of a MiniGPT-4 checkpoint or of a dataset (see [`is_dataset`]), or the dataset itself.
+        repo_id: `namespace/name`; created if it does not exist.
+        license: By default derived from the recorded licenses of the bases, see [`~cards.derive_license`].
         language: ISO codes for the card.
-        card: Text of a card to use in place of the one made from the facts.
-        base: For a checkpoint of trained parts that stands on one local folder: where that is on the Hub,
+        card: Text of a card to use instead of the one made from the records.
+        base: For a checkpoint of trained modules whose base is one local folder: where that is on the Hub,
             `namespace/name` or `namespace/name@revision`.
         private: Make the repository private. An existing public one is refused.
-        revision: Branch, made where it does not exist; by default `main`.
+        revision: Branch, created if it does not exist; by default `main`.
         commit_message: First line of the commit.
         token: By default the one of `hf auth login` or `HF_TOKEN`.
 
     Raises:
         ValueError: for what cannot be published; nothing has been sent then.
-        OSError: when the Hub cannot be reached or refuses. Call again to go on: what arrived is not sent again.
+        OSError: when the Hub cannot be reached or refuses. Call again to resume: what arrived is not sent again.
     """
     with tempfile.TemporaryDirectory() as scratch:
         publication = prepare(
-            source, repo_id, Path(scratch), licence=licence, language=language, card=card, base=base, token=token
+            source, repo_id, Path(scratch), license=license, language=language, card=card, base=base, token=token
         )
         return publish(publication, private=private, revision=revision, commit_message=commit_message, token=token)
 
 
 def prepare(
-    source: "str | os.PathLike | Dataset | DatasetDict",
+    source: str | os.PathLike[str] | Dataset | DatasetDict,
     repo_id: str,
     scratch: Path,
     *,
-    licence: Licence | None = None,
+    license: License | None = None,
     language: Sequence[str] = ("en",),
     card: str | None = None,
     base: str | None = None,
@@ -105,7 +105,7 @@ def prepare(
     Collects and checks what [`push_to_hub`] would send, without the network.
 
     Args:
-        source, repo_id, licence, language, card, base, token: As for [`push_to_hub`]; the token is only looked for.
+        source, repo_id, license, language, card, base, token: As for [`push_to_hub`]; the token is only looked for.
         scratch: Empty folder for parquet shards, which are read when publishing.
 
     Raises:
@@ -115,15 +115,15 @@ def prepare(
     _check_repo_id(repo_id)
     folder = Path(source) if isinstance(source, (str, os.PathLike)) else None
     if folder is not None and not folder.is_dir():
-        raise ValueError(f"there is no folder {str(folder)!r}; name a checkpoint or a data set on this computer")
+        raise ValueError(f"there is no folder {str(folder)!r}; name a checkpoint or a dataset on this computer")
     if folder is not None and not is_dataset(folder):
-        publication = _prepare_model(folder, repo_id, licence, language, base)
+        publication = _prepare_model(folder, repo_id, license, language, base)
     else:
         if base is not None:
-            raise ValueError(f"a data set stands on no base; leave out --base {base}")
+            raise ValueError(f"a dataset has no base; leave out --base {base}")
         data = _load_dataset(folder) if folder is not None else source
         record = read_facts(folder, RUN_FILE) if folder is not None else {}
-        publication = _prepare_dataset(data, repo_id, licence, language, record, scratch)
+        publication = _prepare_dataset(data, repo_id, license, language, record, scratch)
     if card is not None:
         publication.files[CARD_FILE] = card.encode("utf-8")
     _refuse_secrets(publication, token)
@@ -134,7 +134,7 @@ def _check_repo_id(repo_id: str) -> None:
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
-        raise ValueError(f"{repo_id!r} is no name on the Hub: {error}") from error
+        raise ValueError(f"{repo_id!r} is not a valid name on the Hub: {error}") from error
     if "/" not in repo_id:
         raise ValueError(f"{repo_id!r} names no owner; write it as namespace/{repo_id}")
 
@@ -143,12 +143,12 @@ def _check_repo_id(repo_id: str) -> None:
 
 
 def _prepare_model(
-    folder: Path, repo_id: str, licence: Licence | None, language: Sequence[str], base: str | None
+    folder: Path, repo_id: str, license: License | None, language: Sequence[str], base: str | None
 ) -> Publication:
-    config = read_facts(folder, "config.json")
+    config = with_current_keys(read_facts(folder, "config.json"))
     if config.get("model_type") != "minigpt4":
         found = f"a {config['model_type']!r} config" if config.get("model_type") else "no config.json"
-        raise ValueError(f"{folder} is no MiniGPT-4 checkpoint: it has {found}; name the folder that was saved")
+        raise ValueError(f"{folder} is not a MiniGPT-4 checkpoint: it has {found}; name the folder that was saved")
     publication = Publication(repo_id, "model", {})
     for path in sorted(folder.iterdir()):
         reason = _reason_to_leave(path)
@@ -167,11 +167,11 @@ def _prepare_model(
     text = model_card(
         folder,
         repo_id,
-        licence or derive_licence(sources),
+        license or derive_license(sources),
         sources=sources,
         parameters=parameters,
         dtypes=dtypes,
-        whole=not config.get("base_checkpoints"),
+        complete=not config.get("base_checkpoints"),
         language=language,
     )
     publication.files[CARD_FILE] = str(text).encode("utf-8")
@@ -191,16 +191,16 @@ def _reason_to_leave(path: Path) -> str | None:
     if path.name in _TRAINER_FILES:
         return "state of a training run"
     if path.suffix == ".json" and _SECRET_NAMES.fullmatch(path.name):
-        return "its name says that it holds a secret"
+        return "a secret, by its name"
     if path.suffix == ".py":
         return "code that the checkpoint does not name"  # what it names is added later
     if path.suffix in {WEIGHTS, ".json", ".jinja"} or _PLAIN_NAMES.fullmatch(path.name):
         return None
-    return "no part of a checkpoint"
+    return "not part of a checkpoint"
 
 
 def _add_code(publication: Publication, folder: Path) -> None:
-    """Adds the modules that the configs name, and what these import; from this package where the folder lacks them."""
+    """Adds the modules that the configs name, and what these import; from this package if the folder lacks them."""
     todo = {module for name in publication.files if name.endswith(".json") for module in _modules(publication, name)}
     if not todo:
         raise ValueError(
@@ -216,7 +216,13 @@ def _add_code(publication: Publication, folder: Path) -> None:
             raise ValueError(f"{folder} names code in {name}, which is not there; save the checkpoint again")
         publication.files[name] = path
         publication.left_out.pop(name, None)
-        todo |= {found for found in get_relative_imports(path) if f"{found}.py" not in publication.files}
+        todo |= {found for found in _relative_imports(path) if f"{found}.py" not in publication.files}
+
+
+def _relative_imports(path: Path) -> set[str]:
+    """Modules of its own folder that a file imports, as `from .x import y`."""
+    nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+    return {node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.level == 1 and node.module}
 
 
 def _modules(publication: Publication, name: str) -> set[str]:
@@ -227,14 +233,14 @@ def _modules(publication: Publication, name: str) -> set[str]:
         config = json.loads(publication.read(name))
     except ValueError as error:
         raise ValueError(f"{name} is not JSON ({error}); save the checkpoint again") from error
-    entries: list[Any] = list((config.get("auto_map") or {}).values())
+    entries: list[str | list[str] | None] = list((config.get("auto_map") or {}).values())
     entries += [task.get("impl") for task in (config.get("custom_pipelines") or {}).values()]
     flat = [one for entry in entries for one in (entry if isinstance(entry, list) else [entry]) if one]
     foreign = sorted(one for one in flat if "--" in one)
     if foreign:
         raise ValueError(
-            f"{name} takes its code from elsewhere ({foreign[0]}); import transformers_minigpt4, load the checkpoint "
-            "and save it again, and the code lies beside it"
+            f"{name} refers to code elsewhere ({foreign[0]}); import transformers_minigpt4, load the checkpoint and "
+            "save it again, so that it contains the code"
         )
     return {one.rsplit(".", 1)[0] for one in flat}
 
@@ -247,21 +253,20 @@ def _check_weights(folder: Path, publication: Publication) -> tuple[int, list[st
     if missing:
         raise ValueError(f"{folder} lacks {', '.join(missing)}, which {_INDEX} names; copy or save it again")
     if not weights:
-        raise ValueError(f"{folder} holds no safetensors weights; save the checkpoint with save_pretrained")
-    counts: dict[str, int] = {}
+        raise ValueError(f"{folder} contains no safetensors weights; save the checkpoint with save_pretrained")
+    counts: Counter[str] = Counter()
     for name in weights:
         try:
-            with safe_open(folder / name, framework="pt") as file:
-                for key in file.keys():  # noqa: SIM118  a safetensors handle is no mapping
-                    part = file.get_slice(key)
-                    counts[part.get_dtype()] = counts.get(part.get_dtype(), 0) + math.prod(part.get_shape())
+            # Opening checks the header against the size of the file.
+            with safe_open(folder / name, framework="pt"):
+                counts.update(parse_local_safetensors_file_metadata(folder / name).parameter_count)
         except SafetensorError as error:
-            raise ValueError(f"{folder / name} is no whole safetensors file ({error}); save it again") from error
-    return sum(counts.values()), sorted(counts, key=lambda dtype: -counts[dtype])
+            raise ValueError(f"{folder / name} is not a complete safetensors file ({error}); save it again") from error
+    return counts.total(), [dtype for dtype, _ in counts.most_common()]
 
 
-def _base_sources(config: dict[str, Any]) -> list[dict[str, Any]]:
-    """The bases of a checkpoint of trained parts, in the form of `minigpt4_sources.json`."""
+def _base_sources(config: JsonObject) -> list[JsonObject]:
+    """The bases of a checkpoint of trained modules, in the format of `minigpt4_sources.json`."""
     return [
         {
             "part": "base",
@@ -273,11 +278,11 @@ def _base_sources(config: dict[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
-def _with_public_base(config: dict[str, Any], base: str | None) -> bytes | None:
+def _with_public_base(config: JsonObject, base: str | None) -> bytes | None:
     """
-    `config.json` with the local base of trained parts renamed to `base`; `None` where it stays as it is.
+    `config.json` with the local base of trained modules renamed to `base`; `None` if it need not change.
 
-    Loading compares the base's content with the record, so that a wrong name is found there.
+    Loading compares the base's content with the record, so a wrong name is detected there.
     """
     bases = config.get("base_checkpoints") or []
     local = [entry for entry in bases if entry.get("revision") is None or os.path.isabs(entry["name_or_path"])]
@@ -285,42 +290,37 @@ def _with_public_base(config: dict[str, Any], base: str | None) -> bytes | None:
         if local:
             names = ", ".join(Path(entry["name_or_path"]).name for entry in local)
             raise ValueError(
-                f"these are trained parts that stand on a folder of this computer ({names}), which nobody else has; "
-                "publish that first and name it with --base namespace/name, or merge and publish the whole model"
+                f"the base of these trained modules is a folder on this computer ({names}), which nobody else has; "
+                "publish that first and name it with --base namespace/name, or merge and publish the complete model"
             )
         return None
     if len(local) != 1:
-        raise ValueError(f"--base {base} stands for one local base, but the checkpoint has {len(local)}; leave it out")
+        raise ValueError(f"--base {base} replaces one local base, but the checkpoint has {len(local)}; leave it out")
     name, _, revision = base.partition("@")
     _check_repo_id(name)
     local[0].update(name_or_path=name, revision=revision or MAIN)
     return (json.dumps(config, indent=2, sort_keys=True) + "\n").encode("utf-8")
 
 
-# Data sets
+# Datasets
 
 
-def _load_dataset(folder: Path) -> "Dataset | DatasetDict":
+def _load_dataset(folder: Path) -> Dataset | DatasetDict:
     if (folder / "filter_cap.json").is_file():
         return read_cc_sbu_align(folder)
-    from datasets import load_from_disk
-
     return load_from_disk(folder)
 
 
 def _prepare_dataset(
-    data: "Dataset | DatasetDict",
+    data: Dataset | DatasetDict,
     repo_id: str,
-    licence: Licence | None,
+    license: License | None,
     language: Sequence[str],
-    record: dict[str, Any],
+    record: JsonObject,
     scratch: Path,
 ) -> Publication:
-    from datasets import Dataset, DatasetDict
-    from datasets import Image as ImageFeature
-
-    if licence is None:
-        raise ValueError("give the licence of the data set with --license; nothing in the data tells it")
+    if license is None:
+        raise ValueError("give the license of the dataset with --license; the data does not name it")
     splits = DatasetDict({"train": data}) if isinstance(data, Dataset) else data
     publication = Publication(repo_id, "dataset", {})
     num_bytes = {}
@@ -329,8 +329,8 @@ def _prepare_dataset(
         texts = [name for name, feature in dataset.features.items() if getattr(feature, "dtype", None) == "string"]
         if not images or not texts or not len(dataset):
             raise ValueError(
-                f"split {split!r} has {len(dataset)} rows, {len(images)} columns of pictures and {len(texts)} of "
-                "text; an image-caption data set has at least one of each"
+                f"split {split!r} has {len(dataset)} rows, {len(images)} columns of images and {len(texts)} of "
+                "text; an image-caption dataset has at least one of each"
             )
         for name in images:
             dataset = dataset.cast_column(name, ImageFeature())
@@ -340,7 +340,7 @@ def _prepare_dataset(
     text = dataset_card(
         splits,
         repo_id,
-        licence,
+        license,
         record=record,
         num_bytes=num_bytes,
         download_size=sum(publication.sizes.values()),
@@ -350,11 +350,8 @@ def _prepare_dataset(
     return publication
 
 
-def _write_shards(dataset: "Dataset", split: str, images: list[str], scratch: Path) -> tuple[dict[str, Content], int]:
-    """Parquet files with the pictures' own bytes inside, the same for the same data; and their size in memory."""
-    from datasets import Image as ImageFeature
-    from datasets.table import embed_table_storage
-
+def _write_shards(dataset: Dataset, split: str, images: list[str], scratch: Path) -> tuple[dict[str, Content], int]:
+    """Parquet files that contain the images' own bytes, the same for the same data; and their size in memory."""
     raw = dataset.select_columns(images)
     for name in images:
         raw = raw.cast_column(name, ImageFeature(decode=False))
@@ -386,4 +383,4 @@ def _refuse_secrets(publication: Publication, token: str | None) -> None:
         if kind is None and any(value in text for value in own):
             kind = "your own token"
         if kind is not None:
-            raise ValueError(f"{name} holds what looks like {kind}; remove it there, and replace the key itself")
+            raise ValueError(f"{name} contains what looks like {kind}; remove it there, and replace the key itself")

@@ -8,11 +8,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypedDict, TypeVar
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from huggingface_hub.utils import get_session, httpx
+
+from transformers_minigpt4.utils.text import first_line
 
 
 logger = logging.getLogger(__name__)
@@ -25,7 +27,7 @@ CARD_FILE = "README.md"
 WEIGHTS = ".safetensors"
 TRIES = 6
 FIRST_WAIT = 1.0  # seconds, doubled after each try
-TIMEOUT = 120.0  # seconds without a byte; huggingface_hub 2.4 waits for ever
+TIMEOUT = 120.0  # seconds without a byte; huggingface_hub 2.4 waits forever
 
 _TRANSIENT_STATUS = {408, 409, 412, 429, 500, 502, 503, 504}  # 409 and 412: another commit came in between
 
@@ -33,13 +35,13 @@ _TRANSIENT_STATUS = {408, 409, 412, 429, 500, 502, 503, 504}  # 409 and 412: ano
 @dataclass
 class Publication:
     """
-    All that one commit will hold.
+    Everything that one commit will contain.
 
     Args:
         repo_id: `namespace/name`.
         repo_type: `"model"` or `"dataset"`.
         files: Content by path in the repository, the card among them.
-        left_out: Reason by name, of what lies in the folder and stays there.
+        left_out: Reason by name, of the files in the folder that are not published.
     """
 
     repo_id: str
@@ -62,11 +64,16 @@ class Publication:
         return content if isinstance(content, bytes) else content.read_bytes()
 
     def replaces(self, name: str) -> bool:
-        """Whether a remote file that is not among `files` belongs to an earlier checkpoint or data set."""
+        """Whether a remote file that is not among `files` belongs to an earlier checkpoint or dataset."""
         if self.repo_type == "dataset":
             return name.startswith("data/") and name.endswith(".parquet")
-        # Old weights, adapters or chat templates beside new ones would be loaded with them.
+        # Old weights, adapters or chat templates next to new ones would be loaded with them.
         return "/" not in name and Path(name).suffix in {WEIGHTS, ".json", ".jinja", ".py"}
+
+
+class _Repository(TypedDict):
+    repo_id: str
+    repo_type: str
 
 
 class Published(NamedTuple):
@@ -91,19 +98,19 @@ def publish(
 
     Large files go ahead of the commit and are invisible until it; those that have arrived, in this call or in one that
     was interrupted, are not sent again. `upload_folder` would make several commits. Files of an earlier checkpoint or
-    data set that are not in this one are removed in the same commit.
+    dataset that are not in this one are removed in the same commit.
 
     Args:
         publication: From [`prepare`].
         private, revision, commit_message, token: As for [`push_to_hub`].
-        timeout: Seconds without a byte after which a request is given up and tried again.
+        timeout: Seconds without a byte after which a request is abandoned and tried again.
 
     Raises:
-        ValueError: for a public repository where `private` is asked for, and for a card that the Hub does not take.
+        ValueError: for a public repository with `private`, and for a card that the Hub does not accept.
         OSError: when the Hub cannot be reached or refuses.
     """
     api = HfApi(token=token)
-    names: dict[str, Any] = {"repo_id": publication.repo_id, "repo_type": publication.repo_type}
+    names = _Repository(repo_id=publication.repo_id, repo_type=publication.repo_type)
     additions: dict[str, CommitOperationAdd] = {}
     removed: set[str] = set()  # over all tries: a try may have succeeded and its answer been lost
 
@@ -135,7 +142,7 @@ def publish(
             operations=operations,
             commit_message=commit_message or "Upload with transformers_minigpt4",
             revision=revision,
-            # The commit is of one piece with what was just read; a commit in between makes it fail and read again.
+            # The commit applies to exactly what was just read; a commit in between makes it fail and read again.
             parent_commit=info.sha,
         )
         return Published(str(done.repo_url), done.oid, sorted(removed))
@@ -194,17 +201,17 @@ def _is_transient(error: BaseException) -> bool:
 
 def _cause(error: BaseException, token: str | None) -> str:
     root = next((one for one in _chain(error) if type(one) is not RuntimeError), error)
-    line = next((line.strip() for line in str(root).splitlines() if line.strip()), "")
-    return _redact(f"{type(root).__name__}: {line}" if line else type(root).__name__, token)
+    line, name = first_line(root), type(root).__name__
+    return _redact(f"{name}: {line}" if line != name else name, token)
 
 
 def _explain(error: BaseException, repo_id: str, token: str | None) -> str:
     cause = _cause(error, token)
     status = next((one.response.status_code for one in _chain(error) if isinstance(one, HfHubHTTPError)), None)
     if isinstance(error, OfflineModeIsEnabled):
-        return "HF_HUB_OFFLINE is set, so that nothing can be published; unset it"
+        return "HF_HUB_OFFLINE is set, so nothing can be published; unset it"
     if _is_transient(error):
-        return f"gave up after {TRIES} tries ({cause}); nothing half-done is visible, run the command again to go on"
+        return f"gave up after {TRIES} tries ({cause}); nothing incomplete is visible, run the command again to resume"
     if status == 401:
         return f"the Hub does not know you ({cause}); log in with `hf auth login`, or set HF_TOKEN"
     if status in (403, 404):

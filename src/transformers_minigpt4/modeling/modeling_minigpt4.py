@@ -206,7 +206,7 @@ class MiniGPT4Model(MiniGPT4PreTrainedModel):
     @can_return_tuple
     def get_image_features(
         self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
-    ) -> tuple[object, ...] | MiniGPT4ImageFeatures:
+    ) -> MiniGPT4ImageFeatures:
         """
         Encodes images and projects them into the language model's embedding space.
 
@@ -215,7 +215,8 @@ class MiniGPT4Model(MiniGPT4PreTrainedModel):
                 Normalised images of the size that `config.vision_config` names.
 
         Returns:
-            [`MiniGPT4ImageFeatures`] whose `pooler_output` has shape `(images, K, D)`.
+            [`MiniGPT4ImageFeatures`] whose `pooler_output` has shape `(images, K, D)`; a tuple of its values with
+            `return_dict=False`.
 
         Raises:
             ValueError: for images of another size or rank.
@@ -370,9 +371,9 @@ class MiniGPT4ForConditionalGeneration(MiniGPT4PreTrainedModel, GenerationMixin)
 
     def get_image_features(
         self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
-    ) -> tuple[object, ...] | MiniGPT4ImageFeatures:
+    ) -> MiniGPT4ImageFeatures:
         """See [`MiniGPT4Model.get_image_features`]."""
-        features: tuple[object, ...] | MiniGPT4ImageFeatures = self.model.get_image_features(pixel_values, **kwargs)
+        features: MiniGPT4ImageFeatures = self.model.get_image_features(pixel_values, **kwargs)
         return features
 
     @can_return_tuple

@@ -64,7 +64,7 @@ class MiniGPT4Processor(ProcessorMixin):
             tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
         tokenizer.padding_side = "left"  # for `generate`; trainers set their own
         self.image_seq_length = image_seq_length
-        self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
+        self.image_token_id = tokenizer.get_vocab()[self.image_token]
         if stop_strings is None:
             stop_strings = ["###"] if chat_template == VICUNA_V0 else []
         self.stop_strings = stop_strings
