@@ -306,7 +306,7 @@ def _check_first_loss(model: MiniGPT4ForConditionalGeneration, processor: MiniGP
 
 
 def _for_tower(model: MiniGPT4ForConditionalGeneration, pixels: torch.Tensor) -> torch.Tensor:
-    first = next(model.model.vision_tower.parameters())
+    first = next(model.get_submodule("model.vision_tower").parameters())
     return pixels.to(first.device, first.dtype)
 
 
