@@ -27,9 +27,9 @@ from .processing.processing_minigpt4 import MiniGPT4Processor
 
 class _RepairWarning(logging.Filter):
     """
-    Lets the line through that transformers 5.23 logs about the task name "image-to-text".
+    Repairs the line that transformers 5.23 logs about the task name "image-to-text".
 
-    It is called with a category that nothing formats, so that logging prints a traceback in its place.
+    It is logged with a warning category that its format does not use, so logging would print a traceback instead.
     """
 
     def filter(self, record: logging.LogRecord) -> bool:
@@ -43,9 +43,9 @@ _REPAIR_WARNING = _RepairWarning()
 
 def register() -> None:
     """
-    Makes transformers know MiniGPT-4 in this process, and saved folders carry their code. May be called repeatedly.
+    Registers MiniGPT-4 in this process, and its code to be saved with every checkpoint. May be called repeatedly.
 
-    It is also the entry point by which vLLM loads the package (`vllm.general_plugins`).
+    This is also the entry point through which vLLM loads the package (`vllm.general_plugins`).
     """
     AutoConfig.register("minigpt4", MiniGPT4Config, exist_ok=True)
     AutoModel.register(MiniGPT4Config, MiniGPT4Model, exist_ok=True)
@@ -53,13 +53,13 @@ def register() -> None:
         auto_class.register(MiniGPT4Config, MiniGPT4ForConditionalGeneration, exist_ok=True)
     AutoProcessor.register(MiniGPT4Config, MiniGPT4Processor, exist_ok=True)
 
-    # A saved folder then holds the modules, and `auto_map` in its config.
+    # A saved folder then contains the modules, and its config an `auto_map`.
     MiniGPT4Config.register_for_auto_class()
     MiniGPT4Model.register_for_auto_class("AutoModel")
     MiniGPT4ForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")
     MiniGPT4Processor.register_for_auto_class()
 
-    # `transformers serve` tells an image model by its class name in these tables, and pipelines warn without it.
+    # `transformers serve` recognizes an image model by its class name in these tables; without it pipelines warn.
     for names in (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES):
         names["minigpt4"] = "MiniGPT4ForConditionalGeneration"
 

@@ -262,7 +262,7 @@ def test_delta_of_another_model(tmp_path):
         folder / "model.safetensors",
         lambda state: state.update({"model.layers.0.mlp.up_proj.weight": torch.zeros(176, 64)}),
     )
-    refuse(tmp_path, ValueError, r"delta is no delta for llm: .*\[176, 64\] and \[160, 64\]", delta=str(folder))
+    refuse(tmp_path, ValueError, r"delta is not a delta for llm: .*\[176, 64\] and \[160, 64\]", delta=str(folder))
     shutil.rmtree(tmp_path / "place")
     edit_tensors(folder / "model.safetensors", lambda state: state.pop("model.norm.weight"))
     refuse(tmp_path, ValueError, "only one of them has model.language_model.norm.weight", delta=str(folder))
@@ -291,7 +291,7 @@ def test_values_that_fp16_cannot_hold(tmp_path):
         state["model.norm.weight"] = torch.full((64,), 1e5)
 
     edit_tensors(folder / "model.safetensors", overflow)
-    refuse(tmp_path, ValueError, "norm.weight holds values up to 1e.05, but float16 ends at 65504",
+    refuse(tmp_path, ValueError, "norm.weight has values up to 1e.05, but float16 ends at 65504",
            language_model=str(folder), dtype="float16")  # fmt: skip
 
 
@@ -299,7 +299,7 @@ def test_values_that_fp16_cannot_hold(tmp_path):
     "changes,message",
     [
         ({"dtype": "int8"}, "dtype is 'int8'; choose auto, bfloat16"),
-        ({"projector_layers": 3}, "goes with a fresh projector"),
+        ({"projector_layers": 3}, "needs a fresh projector"),
         ({"qformer": "fresh"}, "not with a fresh one"),
         ({"chat_template": "vicuna"}, "'vicuna' is neither vicuna_v0 nor llama_2"),
         ({"projector": "fresh", "projector_layers": 2}, "projector_layers is 2"),
@@ -379,7 +379,7 @@ def test_an_interruption_leaves_nothing(tmp_path, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("transformers_minigpt4.conversion.convert._save_sources", interrupt)
+    monkeypatch.setattr("transformers_minigpt4.conversion.convert.save_sources", interrupt)
     place = tmp_path / "place"
     place.mkdir()
     with pytest.raises(KeyboardInterrupt):

@@ -73,7 +73,7 @@ def test_without_records(checkpoint, tmp_path):
     for heading in ("Use", "The network", "Limitations", "License", "Citation"):
         assert f"## {heading}" in made.text
     assert "None" not in made.text and "{{" not in made.text and "\n\n\n" not in made.text
-    assert "holds the whole model" in made.text and "547,621 parameters, F32" in made.text
+    assert "contains the complete model" in made.text and "547,621 parameters, F32" in made.text
     assert "the longer the text" in made.text and "where things are" in made.text and "2304.10592" in made.text
 
 
@@ -152,7 +152,7 @@ def test_other_license_needs_name_and_link():
     ("name", "text", "message"),
     [
         ("run", "{", r"run\.json is not JSON"),
-        ("results", "[]", r"results\.json holds a list"),
+        ("results", "[]", r"results\.json contains a list"),
         ("results", '{"accuracy": 1}', 'no "tasks"'),
         ("results", '{"tasks": {"gqa": {"metrics": {"accuracy": "high"}}}}', "accuracy of gqa is 'high'"),
         ("minigpt4_sources", '{"sources": [{"part": "x"}]}', "each have an 'id'"),

@@ -117,17 +117,17 @@ trust = {"trust_remote_code": True}
 model = AutoModelForImageTextToText.from_pretrained(repo, **trust)
 processor = AutoProcessor.from_pretrained(repo, **trust)
 prompt = "###Human: <Img><ImageHere></Img> Describe this image in detail. ###Assistant: "
-inputs = processor(images=Image.open("picture.jpg"), text=prompt, return_tensors="pt")
+inputs = processor(images=Image.open("image.jpg"), text=prompt, return_tensors="pt")
 greedy = json.loads(sys.argv[2])
 pipe = pipeline(sys.argv[3] or get_task(repo), model=repo, **trust)
 result = {"ids": model.generate(**inputs, **greedy).tolist(), "task": pipe.task, "pipe": type(pipe).__name__}
-result["text"] = pipe("picture.jpg", generate_kwargs=greedy)
+result["text"] = pipe("image.jpg", generate_kwargs=greedy)
 print("RESULT" + json.dumps(result))
 """
 
     def load(self, hub, folder, repo_id, task: str = "") -> dict:
         """`task` is read from the repository's metadata where none is given."""
-        Image.new("RGB", (90, 60), (200, 30, 30)).save(folder / "picture.jpg")
+        Image.new("RGB", (90, 60), (200, 30, 30)).save(folder / "image.jpg")
         printed = run_elsewhere(self.SCRIPT, hub, folder, repo_id, json.dumps(GREEDY), task)
         return json.loads(next(line for line in printed.splitlines() if line.startswith("RESULT"))[6:])
 
@@ -135,7 +135,7 @@ print("RESULT" + json.dumps(result))
         processor = AutoProcessor.from_pretrained(checkpoint)
         model = AutoModelForImageTextToText.from_pretrained(checkpoint)
         prompt = "###Human: <Img><ImageHere></Img> Describe this image in detail. ###Assistant: "
-        inputs = processor(images=Image.open(folder / "picture.jpg"), text=prompt, return_tensors="pt")
+        inputs = processor(images=Image.open(folder / "image.jpg"), text=prompt, return_tensors="pt")
         return model.generate(**inputs, **GREEDY).tolist()
 
     def test_from_pretrained_without_this_package(self, hub, checkpoint, tmp_path):
@@ -147,7 +147,7 @@ print("RESULT" + json.dumps(result))
 
     def test_the_code_of_the_card_runs(self, hub, checkpoint, tmp_path):
         push_to_hub(checkpoint, REPO, license=MIT)
-        Image.new("RGB", (90, 60), (200, 30, 30)).save(tmp_path / "picture.jpg")
+        Image.new("RGB", (90, 60), (200, 30, 30)).save(tmp_path / "image.jpg")
         card = contents(hub)["README.md"].decode()
         blocks = [part.split("```")[0] for part in card.split("```python\n")[1:]]
         assert len(blocks) == 2
@@ -179,7 +179,7 @@ print("RESULT" + json.dumps(result))
         shutil.rmtree(checkpoint)  # nothing may come from here
         assert self.load(hub, tmp_path, "somebody/trained")["ids"] == model.generate(
             **processor(
-                images=Image.open(tmp_path / "picture.jpg"),
+                images=Image.open(tmp_path / "image.jpg"),
                 text="###Human: <Img><ImageHere></Img> Describe this image in detail. ###Assistant: ",
                 return_tensors="pt",
             ),
@@ -193,6 +193,16 @@ print("RESULT" + json.dumps(result))
         assert {"config.json", "model.safetensors", "modeling_minigpt4.py"} <= set(contents(hub))
         result = self.load(hub, tmp_path, REPO, task="image-to-text")
         assert result["ids"] == self.expected(checkpoint, tmp_path)
+
+    def test_a_base_recorded_under_the_old_key_is_noticed(self, checkpoint, tmp_path, processor):
+        model = AutoModelForImageTextToText.from_pretrained(checkpoint).requires_grad_(False)
+        model.model.multi_modal_projector.requires_grad_(True)
+        model.save_pretrained(tmp_path / "trained", trained_only=True)
+        config = json.loads((tmp_path / "trained" / "config.json").read_text())
+        config["base_parts"] = config.pop("base_checkpoints")
+        (tmp_path / "trained" / "config.json").write_text(json.dumps(config))
+        with pytest.raises(ValueError, match="is a folder on this computer"):
+            prepare(tmp_path / "trained", REPO, tmp_path, license=MIT)
 
     def test_trained_modules_record_the_commit_of_their_base(self, hub, checkpoint, tmp_path, monkeypatch):
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
@@ -470,7 +480,7 @@ class TestErrors:
     def test_truncated_weights(self, checkpoint, tmp_path):
         weights = checkpoint / "model.safetensors"
         weights.write_bytes(weights.read_bytes()[:-1])
-        assert "no whole safetensors file" in self.refusal(checkpoint, tmp_path)
+        assert "not a complete safetensors file" in self.refusal(checkpoint, tmp_path)
 
     def test_pickle_alone(self, checkpoint, tmp_path):
         (checkpoint / "model.safetensors").rename(checkpoint / "pytorch_model.bin")
@@ -480,7 +490,7 @@ class TestErrors:
         config = json.loads((checkpoint / "config.json").read_text())
         config["auto_map"]["AutoConfig"] = "else/where--configuration_minigpt4.MiniGPT4Config"
         (checkpoint / "config.json").write_text(json.dumps(config))
-        assert "takes its code from elsewhere" in self.refusal(checkpoint, tmp_path)
+        assert "refers to code elsewhere" in self.refusal(checkpoint, tmp_path)
 
     def test_no_code_named(self, checkpoint, tmp_path):
         for path in checkpoint.glob("*config.json"):

@@ -78,7 +78,8 @@ def _config(name: str) -> PreTrainedConfig:
     source, revision = split_revision(name)
     if not Path(source).exists() and (source.startswith(("/", ".", "~")) or Path(source).suffix in (".pth", ".pt")):
         raise OSError(f"There is no file or folder {source}.")
-    return AutoConfig.from_pretrained(source, revision=revision)
+    config: PreTrainedConfig = AutoConfig.from_pretrained(source, revision=revision)
+    return config
 
 
 def is_blip2(config: PreTrainedConfig | None) -> bool:
@@ -318,9 +319,10 @@ def open_tokenizer(name: str) -> PreTrainedTokenizerBase:
     if find_file(source, "tokenizer.model", revision) is None or not _is_broken(source, revision):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, revision=revision)
         return tokenizer
-    return LlamaTokenizer.from_pretrained(
+    repaired: PreTrainedTokenizerBase = LlamaTokenizer.from_pretrained(
         source, revision=revision or "main", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
     )
+    return repaired
 
 
 def _is_broken(source: str, revision: str | None) -> bool:

@@ -80,7 +80,7 @@ def read_facts(folder: Path, name: str) -> JsonObject:
     except ValueError as error:
         raise ValueError(f"{path} is not JSON ({error}); repair or remove it") from error
     if not isinstance(facts, dict):
-        raise ValueError(f"{path} holds a {type(facts).__name__}, not a JSON object; repair or remove it")
+        raise ValueError(f"{path} contains a {type(facts).__name__}, not a JSON object; repair or remove it")
     return facts
 
 
@@ -192,7 +192,7 @@ def model_card(
         model_name=name if evaluations else None,
         tags=["minigpt4", "vision-language", "image-captioning", "custom_code", f"arxiv:{PAPER}"],
     )
-    return ModelCard.from_template(
+    card: ModelCard = ModelCard.from_template(
         card_data,
         template_path=str(TEMPLATES / "model_card.md.jinja"),
         name=name,
@@ -208,6 +208,7 @@ def model_card(
         run=_run_facts(run),
         evaluations=evaluations,
     )
+    return card
 
 
 def dataset_card(
@@ -256,7 +257,7 @@ def dataset_card(
         DatasetInfosDict({"default": info}).to_dataset_card_data(card_data)
         files = [{"split": split, "path": f"data/{split}-*"} for split in rows]
         card_data["configs"] = [{"config_name": "default", "data_files": files}]
-    return DatasetCard.from_template(
+    card: DatasetCard = DatasetCard.from_template(
         card_data,
         template_path=str(TEMPLATES / "dataset_card.md.jinja"),
         name=card_data["pretty_name"],
@@ -270,6 +271,7 @@ def dataset_card(
         local=local,
         run=_run_facts(record),
     )
+    return card
 
 
 def _feature_name(feature: object) -> str:

@@ -10,7 +10,7 @@ from transformers.dynamic_module_utils import custom_object_save
 from transformers.generation.configuration_utils import GenerationConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from .configuration_minigpt4 import MiniGPT4Config
+from .configuration_minigpt4 import JsonObject, MiniGPT4Config
 from .trained_modules_minigpt4 import (
     HubOptions,
     PathLike,
@@ -74,7 +74,7 @@ class CheckpointMixin(PreTrainedModel):
 
     @classmethod
     def _load_trained_modules(
-        cls, name: str, hub_options: dict[str, Any], *model_args: object, **kwargs: Any
+        cls, name: str, hub_options: JsonObject, *model_args: object, **kwargs: Any
     ) -> tuple[Self, LoadingInfo]:
         """Loads a checkpoint that holds only trained modules, together with its base checkpoints."""
         # Revision and subfolder are those of the checkpoint itself, not of the bases.

@@ -1,6 +1,5 @@
 """Configuration of MiniGPT-4: a vision tower, an optional Q-Former, a projector and a language model."""
 
-from collections.abc import Mapping
 from dataclasses import field
 from typing import Any, Self, TypeAlias
 
@@ -36,11 +35,12 @@ OLD_KEYS = {
 
 PATCHES_PER_TOKEN = 4  # without Q-Former, patches concatenated into one token (authors' `has_qformer=False`)
 
-# What `base_checkpoints` lists; `strict` knows no TypedDict. The keys are described in `trained_modules_minigpt4.py`.
-BaseCheckpoint: TypeAlias = dict[str, Any]
+JsonObject: TypeAlias = dict[str, Any]
+# What `base_checkpoints` lists; `strict` has no TypedDict. The keys are described in `trained_modules_minigpt4.py`.
+BaseCheckpoint: TypeAlias = JsonObject
 
 
-def with_current_keys(config: Mapping[str, Any]) -> dict[str, Any]:
+def with_current_keys(config: JsonObject) -> JsonObject:
     """
     The content of a `config.json` with today's names for the keys of early versions.
 
@@ -91,7 +91,7 @@ class MiniGPT4Config(PreTrainedConfig):
             Set in checkpoints that hold only trained modules: the checkpoints that hold the rest, see
             `trained_modules_minigpt4.py`.
         trained_parameters (`list[str]`, *optional*):
-            Names of the tensors that such a checkpoint holds itself.
+            Names of the tensors in such a checkpoint.
         tie_word_embeddings (`bool`, *optional*, defaults to `False`):
             Whether `lm_head` shares the input embeddings. Taken over from `text_config` when that ties them.
 
@@ -136,7 +136,7 @@ class MiniGPT4Config(PreTrainedConfig):
     tie_word_embeddings: bool = False
 
     @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Self:
+    def from_dict(cls, config_dict: JsonObject, **kwargs: Any) -> Self:
         """See [`~PreTrainedConfig.from_dict`]; keys of early versions (`OLD_KEYS`) are read as today's."""
         return super().from_dict(with_current_keys(config_dict), **kwargs)
 
@@ -260,7 +260,7 @@ class MiniGPT4Config(PreTrainedConfig):
         """Positions that one image takes in the language model: queries, or patches / 4 without Q-Former."""
         return self.num_query_tokens if self.qformer_config is not None else self.num_patches // PATCHES_PER_TOKEN
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> JsonObject:
         output = super().to_dict()
         output["custom_pipelines"] = CUSTOM_PIPELINES
         return output

@@ -212,7 +212,7 @@ class MiniGPT4Model(MiniGPT4PreTrainedModel):
 
         Args:
             pixel_values (`torch.Tensor` of shape `(images, 3, height, width)`):
-                Normalised images of the size that `config.vision_config` names.
+                Normalized images of the size that `config.vision_config` names.
 
         Returns:
             [`MiniGPT4ImageFeatures`] whose `pooler_output` has shape `(images, K, D)`; a tuple of its values with
@@ -403,11 +403,11 @@ class MiniGPT4ForConditionalGeneration(MiniGPT4PreTrainedModel, GenerationMixin)
         >>> from PIL import Image
         >>> from transformers_minigpt4 import MiniGPT4ForConditionalGeneration, MiniGPT4Processor
 
-        >>> folder = "minigpt4-demo/checkpoint"  # what `minigpt4 demo --output-dir minigpt4-demo` leaves
+        >>> folder = "minigpt4-demo/checkpoint"  # what `minigpt4 demo --output minigpt4-demo` writes
         >>> model = MiniGPT4ForConditionalGeneration.from_pretrained(folder)
         >>> processor = MiniGPT4Processor.from_pretrained(folder)
         >>> inputs = processor(
-        ...     images=Image.open("picture.png"),
+        ...     images=Image.open("image.png"),
         ...     text="###Human: <Img><ImageHere></Img> Describe this image in detail. ###Assistant: ",
         ...     return_tensors="pt",
         ... )

@@ -17,7 +17,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 # Far above any photograph, far below what fills the memory of a machine that loads several at once.
 MAX_DOWNLOAD_BYTES = 100 * 1024 * 1024
-# Seconds for a whole download.
+# Seconds for a complete download.
 DEFAULT_TIMEOUT = 30.0
 
 _ORIENTATION_TAG = 0x0112
@@ -38,7 +38,7 @@ class ImageLoadError(ValueError):
         self.name, self.reason, self.advice = name, reason, advice
         super().__init__(f"cannot load image {name}: {reason}; {advice}")
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[object, ...]:
         # The default passes only the message on, and worker processes hand exceptions over by pickling them.
         return type(self), (self.name, self.reason, self.advice)
 

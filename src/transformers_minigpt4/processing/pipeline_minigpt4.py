@@ -38,7 +38,7 @@ class MiniGPT4ImageToTextPipeline(ImageTextToTextPipeline):
         self.prompt = prompt
 
     def __call__(  # type: ignore[override]  # transformers' overloads call the first argument `image`
-        self, images: Any = None, text: Any = None, prompt: str | None = None, **kwargs: Any
+        self, images: Any = None, text: Any = None, prompt: str | None = None, **kwargs: object
     ) -> Any:
         prompt = self.prompt if prompt is None else prompt
         if isinstance(images, (list, tuple)) and not images:
