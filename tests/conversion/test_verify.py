@@ -119,7 +119,7 @@ def test_a_matrix_that_was_never_loaded(checkpoint, language):
 
 
 def test_a_model_that_does_not_see(checkpoint, language):
-    """A patch embedding of zeros: every picture looks the same."""
+    """A patch embedding of zeros: every image looks the same."""
     name = key_maps.TOWER + "embeddings.patch_embedding.weight"
     edit_tensors(checkpoint / "model.safetensors", lambda state: state[name].mul_(1e-12))
     report = verify_checkpoint(checkpoint, sentences=language)

@@ -74,7 +74,7 @@ def test_without_records(checkpoint, tmp_path):
         assert f"## {heading}" in made.text
     assert "None" not in made.text and "{{" not in made.text and "\n\n\n" not in made.text
     assert "contains the complete model" in made.text and "547,621 parameters, F32" in made.text
-    assert "the longer the text" in made.text and "where things are" in made.text and "2304.10592" in made.text
+    assert "the longer the text" in made.text and "spatial relations" in made.text and "2304.10592" in made.text
 
 
 def test_with_all_records(checkpoint, tmp_path):

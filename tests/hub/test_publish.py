@@ -316,7 +316,7 @@ class TestRepository:
         push_to_hub(checkpoint, REPO, license=MIT)
         old = frozenset(contents(hub))
         repository = hub.repositories["models", REPO]
-        hub.commit(repository, "main", {**repository.files("main"), "picture.png": Blob(b"", False)}, "a picture")
+        hub.commit(repository, "main", {**repository.files("main"), "image.png": Blob(b"", False)}, "an image")
 
         for shard in checkpoint.glob("model*safetensors*"):
             shard.unlink()
@@ -325,8 +325,8 @@ class TestRepository:
         published = push_to_hub(checkpoint, REPO, license=MIT)
         assert set(published.removed) == {name for name in old if name.startswith("model-") or "index" in name}
         new = frozenset(contents(hub))
-        assert "picture.png" in new and not any(name.startswith("model-") for name in new)
-        assert set(hub.states) <= {old | {"picture.png"}, new}
+        assert "image.png" in new and not any(name.startswith("model-") for name in new)
+        assert set(hub.states) <= {old | {"image.png"}, new}
 
     def test_branch(self, hub, checkpoint):
         push_to_hub(checkpoint, REPO, license=MIT, revision="v1", commit_message="First")

@@ -23,18 +23,18 @@ REPO = "somebody/cc_sbu_align"
 
 @pytest.fixture
 def align(tmp_path) -> Path:
-    """Five pictures in the authors' form; one caption has what JSON and Markdown stumble over."""
+    """Five images in the authors' format; one caption has characters that JSON and Markdown escape."""
     folder = tmp_path / "align"
     (folder / "image").mkdir(parents=True)
     annotations = []
     for number in (2, 10, 3, 77, 5):
         Image.new("RGB", (40 + number, 30), (3 * number, 80, 90)).save(folder / "image" / f"{number}.jpg", quality=80)
-        annotations.append({"image_id": str(number), "caption": f'The picture "{number}" | shows\na café.'})
+        annotations.append({"image_id": str(number), "caption": f'The image "{number}" | shows\na café.'})
     (folder / "filter_cap.json").write_text(json.dumps({"annotations": annotations}))
     return folder
 
 
-def pictures(folder: Path) -> dict[str, bytes]:
+def image_files(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in (folder / "image").iterdir()}
 
 
@@ -53,7 +53,7 @@ class TestFolder:
 
     def test_there_and_back(self, align, tmp_path):
         write_cc_sbu_align(read_cc_sbu_align(align), tmp_path / "again")
-        assert pictures(tmp_path / "again") == pictures(align)
+        assert image_files(tmp_path / "again") == image_files(align)
         again = json.loads((tmp_path / "again" / "filter_cap.json").read_text(encoding="utf-8"))
         assert again == json.loads((align / "filter_cap.json").read_text())
 
@@ -111,23 +111,23 @@ class TestFolder:
         assert set(tmp_path.iterdir()) == before
 
     def test_a_full_folder_is_kept(self, align):
-        before = pictures(align)
+        before = image_files(align)
         with pytest.raises(ValueError, match="exists and is not empty"):
             write_cc_sbu_align(read_cc_sbu_align(align), align)
-        assert pictures(align) == before
+        assert image_files(align) == before
 
 
 class TestPush:
     def test_published_data_loads_and_exports_bit_for_bit(self, hub, align, tmp_path):  # noqa: F811
         push_to_hub(align, REPO, license=CC_BY)
         assert set(contents(hub, REPO, "datasets")) == {"README.md", "data/train-00000-of-00001.parquet"}
-        original = pictures(align)
-        shutil.rmtree(align)  # the shards hold the pictures themselves
+        original = image_files(align)
+        shutil.rmtree(align)  # the shards contain the images themselves
         card = contents(hub, REPO, "datasets")["README.md"].decode()
         use, export = [part.split("```")[0] for part in card.split("```python\n")[1:]]
         assert "'image_id': '2'" in run_elsewhere(use, hub, tmp_path)
         run_elsewhere(export, hub, tmp_path, block=False)
-        assert pictures(tmp_path / "cc_sbu_align") == original
+        assert image_files(tmp_path / "cc_sbu_align") == original
 
     def test_same_data_same_files(self, hub, align):  # noqa: F811
         first = push_to_hub(align, REPO, license=CC_BY)

@@ -121,7 +121,7 @@ class TestGoodPictures:
     @pytest.mark.parametrize("size", [(1, 1), (1, 500), (60, 40)])
     @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"])
     def test_kinds_and_sizes(self, tmp_path, kind, size):
-        path = tmp_path / "a picture"
+        path = tmp_path / "an image"
         path.write_bytes(encoded(photo(*size), kind))
         image = load_image(path)
         assert (image.mode, image.size) == ("RGB", size)
@@ -199,7 +199,7 @@ class TestGoodPictures:
 
     @pytest.mark.filterwarnings("ignore::UserWarning:PIL")
     @pytest.mark.parametrize("exif", [b"Exif\0\0garbage", b"Exif\0\0MM\0*\0\0\0\x08\xff\xff", b"Exif\0\0"])
-    def test_broken_exif_does_not_spoil_the_picture(self, exif):
+    def test_broken_exif_does_not_spoil_the_image(self, exif):
         assert load_image(encoded(photo(), "JPEG", exif=exif)).size == (60, 40)
 
     def test_base64(self):
@@ -244,7 +244,7 @@ class TestBadPictures:
 
     @pytest.mark.filterwarnings("ignore::UserWarning:PIL")
     @pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "WEBP", "TIFF"])
-    def test_flipped_bytes_give_a_picture_or_this_error(self, kind):
+    def test_flipped_bytes_give_an_image_or_this_error(self, kind):
         content = encoded(photo(), kind)
         random = np.random.default_rng(0)
         failures = 0
@@ -415,7 +415,7 @@ class TestUrls:
     def test_not_found(self, url):
         assert "the server answered 404 Not Found" in error_of(f"{url}/missing.png")
 
-    def test_page_instead_of_picture(self, url):
+    def test_page_instead_of_image(self, url):
         assert "served as text/html" in error_of(f"{url}/page.png")
 
     def test_connection_that_breaks_off(self, url):

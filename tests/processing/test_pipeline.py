@@ -28,7 +28,7 @@ def pipe(tiny_checkpoint):
 
 
 def test_a_picture_alone(pipe, pictures, tmp_path):
-    path = tmp_path / "picture.png"
+    path = tmp_path / "image.png"
     pictures[0].save(path)
     answer = pipe(pictures[0], generate_kwargs=GREEDY)
     assert list(answer[0]) == ["generated_text"] and answer[0]["generated_text"]
@@ -84,7 +84,7 @@ def test_prompt_of_the_pipeline(tiny_checkpoint, pipe, pictures):
     assert asking(pictures[0], generate_kwargs=GREEDY) == expected
 
 
-def test_neither_picture_nor_text(pipe):
+def test_neither_image_nor_text(pipe):
     with pytest.raises(ValueError, match="list of images is empty"):
         pipe([])
     with pytest.raises(ValueError, match="at least provide either text or images"):

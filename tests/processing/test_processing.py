@@ -115,7 +115,7 @@ def test_pixels(record, size):
     key = next(k for k in (out["key"] + ".sample", out["key"]) if k in tensors)
     levels = (sample - tensors[key]).abs() * torch.tensor(processor.image_processor.image_std)[:, None, None] * 255
     # The golden files come from Pillow 13, whose resizing rounds otherwise than that of 12: by one grey level for a
-    # quarter of the values where a picture shrinks, and by up to three for one in ten thousand.
+    # quarter of the values where an image shrinks, and by up to three for one in ten thousand.
     largest, average = (3.01, 0.5) if int(PIL.__version__.split(".")[0]) < 13 else (0.003, 0.003)
     assert levels.max() <= largest and levels.mean() <= average
 
