@@ -37,7 +37,7 @@ def merge_checkpoint(
 
     Raises:
         FileExistsError: when `output` exists, unless `overwrite`.
-        ValueError: for a checkpoint that is full already, and an `output` that would replace it or its base.
+        ValueError: for a checkpoint that is complete already, and an `output` that would replace it or its base.
     """
     output = Path(output).resolve()
     check_output(output, [], overwrite)
