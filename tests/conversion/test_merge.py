@@ -53,7 +53,7 @@ def test_refusals_leave_nothing(trained, tiny_checkpoint, tmp_path):
         merge_checkpoint(trained[0], trained[0], overwrite=True)
 
 
-def test_overwrite_on_the_command_line(parts, tmp_path):
+def test_overwrite_on_the_command_line(trained, tmp_path):
     (tmp_path / "merged").mkdir()
     (tmp_path / "merged" / "old").touch()
     words = ["merge", str(trained[0]), "--output", str(tmp_path / "merged")]

@@ -30,7 +30,7 @@ def check_output(output: Path, sources: Sequence[str | None], overwrite: bool) -
     if output.exists() and not output.is_dir():
         raise FileExistsError(f"{output} is a file. Name a new folder.")
     if output.exists() and any(output.iterdir()) and not overwrite:
-        raise FileExistsError(f"{output} exists and is not empty. Name a new folder, or overwrite it (--overwrite).")
+        raise FileExistsError(f"{output} exists and is not empty. Name a new folder, or replace it with --overwrite.")
     for source in filter(None, sources):
         if output.exists() and Path(source).exists() and Path(source).resolve().is_relative_to(output.resolve()):
             raise ValueError(
