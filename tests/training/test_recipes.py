@@ -234,6 +234,12 @@ def test_one_part_and_one_source_need_no_list(tmp_path):
     assert stage.sources == ["table:a.csv"] and stage.trainable_modules == ["projector"]
 
 
+def test_a_recipe_in_one_word_and_none_at_all():
+    assert parse_recipe(["--config=tiny"])[1] == parse_recipe(["--config", "tiny"])[1]
+    with pytest.raises(ValueError, match="--config needs a recipe"):
+        parse_recipe(["--config"])
+
+
 def test_an_unknown_recipe():
     with pytest.raises(ValueError, match="minigpt4_stage1"):
         parse_recipe(["--config", "minigpt5_stage9"])

@@ -45,8 +45,10 @@ def parse_recipe(arguments: list[str] | None = None) -> tuple[StageArguments, St
             exclude each other.
     """
     words = normalize_options(list(sys.argv[1:] if arguments is None else arguments))
-    if "--config" in words[:-1]:
+    if "--config" in words:
         place = words.index("--config") + 1
+        if place == len(words):
+            raise ValueError("--config needs a recipe. Give a YAML file, or the name of a recipe of the package.")
         words[place] = find_recipe(words[place])
     try:
         *parsed, rest = RecipeParser(GROUPS, allow_abbrev=False).parse_args_and_config(
@@ -77,7 +79,8 @@ def normalize_options(words: list[str]) -> list[str]:
         option, equals, value = word[2:].partition("=")
         key = option.replace("-", "_")
         key = ALIASES.get(key, key)
-        found.append(f"--{key}{equals}{value}")
+        # TRL's parser reads the file only if it is a word by itself.
+        found += ["--config", value] if equals and key == "config" else [f"--{key}{equals}{value}"]
         end = next((i for i, later in enumerate(words) if i > place and later.startswith("--")), len(words))
         values = [value] if equals else words[place + 1 : end]
         earlier, earlier_values = given.setdefault(key, (option, values))
