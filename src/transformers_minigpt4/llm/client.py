@@ -10,10 +10,8 @@ from typing import TypeVar
 
 from .budget import Ledger
 from .cache import AnswerCache
-from .types import BudgetExhausted, ChatAnswer, ChatError, ChatSettings, Message, Usage
+from .types import ChatAnswer, ChatError, ChatSettings, Message, Usage
 
-
-__all__ = ["BudgetExhausted", "ChatAnswer", "ChatError", "ChatModel", "ChatSettings", "Usage"]
 
 Key = TypeVar("Key")
 
