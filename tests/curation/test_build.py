@@ -116,7 +116,7 @@ def test_the_card_tells_all(tmp_path):
             f"- description: `{PROMPT}`",
             f"- repair: `{project.config.repair_prompt}`",
             "- too_short: Fewer than `min_words` words (min_words 10)",
-            "For comparison, the paper drew 5,000 pictures and kept about 3,500 pairs.",
+            "For comparison, the paper sampled 5,000 images and kept about 3,500 pairs.",
             "Seed: 7.",
             "Not chosen yet; publishing asks for it.",
         ):
