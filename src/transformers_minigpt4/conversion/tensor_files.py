@@ -32,7 +32,7 @@ DTYPES = {
 }
 # Read, hashed, converted and written at once: small enough to stay in the caches and in memory already mapped.
 _CHUNK_BYTES = 2**23
-_MAPPED_BYTES = 2**28
+_MAPPED_BYTES = 2**26
 
 
 class Entry(Protocol):
@@ -87,7 +87,7 @@ class TorchFile:
     The tensors of a PyTorch file, memory-mapped.
 
     Pages count as resident from the first access until the mapping is closed, so the file is mapped anew after every
-    256 MiB. Files that are not in the zip format of PyTorch 1.6 cannot be mapped and are read completely.
+    64 MiB. Files that are not in the zip format of PyTorch 1.6 cannot be mapped and are read completely.
 
     Raises:
         OSError: for a file that is truncated or not a PyTorch file.
