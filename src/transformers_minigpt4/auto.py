@@ -20,7 +20,8 @@ from transformers.models.auto.modeling_auto import (
 from transformers.pipelines import PIPELINE_REGISTRY
 
 from .modeling.configuration_minigpt4 import MiniGPT4Config
-from .modeling.modeling_minigpt4 import MiniGPT4ForConditionalGeneration, MiniGPT4Model, MiniGPT4PreTrainedModel
+from .modeling.modeling_minigpt4 import MiniGPT4ForConditionalGeneration, MiniGPT4Model
+from .modeling.modeling_minigpt4 import MiniGPT4PreTrainedModel as MiniGPT4PreTrainedModel  # for the package's names
 from .processing.pipeline_minigpt4 import MiniGPT4ImageToTextPipeline
 from .processing.processing_minigpt4 import MiniGPT4Processor
 
@@ -70,13 +71,3 @@ def register() -> None:
 
 
 register()
-
-__all__ = [
-    "MiniGPT4Config",
-    "MiniGPT4ForConditionalGeneration",
-    "MiniGPT4ImageToTextPipeline",
-    "MiniGPT4Model",
-    "MiniGPT4PreTrainedModel",
-    "MiniGPT4Processor",
-    "register",
-]
