@@ -115,6 +115,37 @@ def test_no_modules_import_each_other_in_a_circle():
     assert not graph
 
 
+# Extras, which may be missing, and what comes with them.
+EXTRAS = {"gradio", "lmms_eval", "matplotlib", "openai", "pycocoevalcap", "starlette"}
+ONLY_ON_UNIX = {"fcntl", "grp", "posix", "pwd", "resource", "termios", "tty"}
+
+
+def is_command_module(path: Path) -> bool:
+    return path.name in ("cli.py", "command_line.py") or path.name.endswith("commands.py")
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_stand_at_the_top(path):
+    """Within functions they save nothing once a command has started: command modules have them there, and extras."""
+    functions = [
+        node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.FunctionDef)
+    ]
+    for function in functions:
+        for node in ast.walk(function):
+            if isinstance(node, (ast.Import, ast.ImportFrom)) and not is_command_module(path):
+                module = getattr(node, "module", None) or node.names[0].name
+                assert module.split(".")[0] in EXTRAS, f"{path}:{node.lineno} imports {module} in {function.name}"
+
+
+def test_windows_can_import_every_module():
+    for path in MODULES:
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.Import):
+                assert not ONLY_ON_UNIX & {alias.name for alias in node.names}, path
+            elif isinstance(node, ast.ImportFrom):
+                assert node.module not in ONLY_ON_UNIX, path
+
+
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_every_module_says_what_it_is_for(path):
     assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))), path

@@ -158,7 +158,7 @@ def fetch(
 ) -> sqlite3.Cursor:
     """Runs a query whose rows are read by the columns' names."""
     cursor = connection.cursor()
-    cursor.row_factory = sqlite3.Row  # type: ignore[assignment]
+    cursor.row_factory = sqlite3.Row
     return cursor.execute(query, values)
 
 
