@@ -1,5 +1,7 @@
 """`merge` writes the full model, bit for bit, and nothing when it cannot."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -49,8 +51,19 @@ def test_refusals_leave_nothing(trained, tiny_checkpoint, tmp_path):
     with pytest.raises(OSError, match="missing"):
         merge_checkpoint(tmp_path / "missing", tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
-    with pytest.raises(ValueError, match="is needed to load the checkpoint"):
-        merge_checkpoint(trained[0], trained[0], overwrite=True)
+
+
+def test_what_is_merged_is_never_replaced(trained, tiny_checkpoint, tmp_path):
+    folder, _ = trained
+    model = AutoModelForImageTextToText.from_pretrained(folder)
+    lora = get_peft_model(model, LoraConfig(r=2, target_modules=r".*language_model.*q_proj"))
+    lora.save_pretrained(tmp_path / "lora")
+    base = Path(tiny_checkpoint)
+    for source, needed in ((folder, folder), (folder, base), (tmp_path / "lora", folder), (tmp_path / "lora", base)):
+        for output in (needed, needed.parent):
+            with pytest.raises(ValueError, match="is, or is inside, the output folder"):
+                merge_checkpoint(source, output, overwrite=True)
+    assert folder.is_dir() and base.is_dir()
 
 
 def test_overwrite_on_the_command_line(trained, tmp_path):

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 from peft import PeftModel
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 from transformers_minigpt4.utils.file_names import SOURCES_FILE
 
@@ -37,23 +37,21 @@ def merge_checkpoint(
 
     Raises:
         FileExistsError: when `output` exists, unless `overwrite`.
-        ValueError: for a checkpoint that is complete already, and an `output` that would replace it or its base.
+        ValueError: for a checkpoint that is complete already, and an `output` that contains it or its base.
     """
     output = Path(output).resolve()
-    check_output(output, [], overwrite)
     adapter = Path(source) / ADAPTER_CONFIG
-    if adapter.is_file():
-        base = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]
-        model = AutoModelForImageTextToText.from_pretrained(base, dtype=dtype)
+    is_adapter = adapter.is_file()
+    base = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"] if is_adapter else str(source)
+    checkpoints = getattr(AutoConfig.from_pretrained(base), "base_checkpoints", None) or []
+    if not checkpoints and not is_adapter:
+        raise ValueError(f"{source} is a complete checkpoint already: there is nothing to merge.")
+    places = [str(source), base, *(checkpoint["name_or_path"] for checkpoint in checkpoints)]
+    check_output(output, places, overwrite)
+
+    model = AutoModelForImageTextToText.from_pretrained(base, dtype=dtype)
+    if is_adapter:
         model = PeftModel.from_pretrained(model, source).merge_and_unload()
-    else:
-        base = source
-        model = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype)
-        if not getattr(model.config, "base_checkpoints", None):
-            raise ValueError(f"{source} is a complete checkpoint already: there is nothing to merge.")
-    places = source, base, *(checkpoint["name_or_path"] for checkpoint in model.config.base_checkpoints or [])
-    if any(Path(place).resolve() == output for place in places):
-        raise ValueError(f"{output} is needed to load the checkpoint. Name another folder.")
     processor = AutoProcessor.from_pretrained(base)
 
     with output_folder(output) as folder:
