@@ -74,7 +74,7 @@ def test_rows_and_images(project):
 
 
 def test_it_is_self_contained(project):
-    """Neither the data set nor the folder needs the project's images."""
+    """Neither the dataset nor the folder needs the project's images."""
     folder = build(project).folder
     assert str(project.folder) not in (folder / "dataset" / "run.json").read_text()
     expected = image_bytes(project, 0)
@@ -107,7 +107,7 @@ def test_the_card_tells_all(tmp_path):
             "| repaired | 5 |",
             "| through the filter | 4 |",
             "| accepted by reviewers | 3 |",
-            "| in this data set | 3 |",
+            "| in this dataset | 3 |",
             "| repair, failed, timeout \\| odd | 1 |",
             "| filter, dropped, too_short | 1 |",
             "| review, rejected | 1 |",
@@ -165,7 +165,7 @@ class TestImages:
         assert "00001: images/00001.jpg is not the image that was sampled" in str(summary)
         assert load_from_disk(summary.folder / "dataset")["image_id"] == ["00002"]
         card = (summary.folder / "dataset" / "README.md").read_text()
-        assert "| build, image missing or changed | 2 |" in card and "| in this data set | 1 |" in card
+        assert "| build, image missing or changed | 2 |" in card and "| in this dataset | 1 |" in card
 
     def test_none_left(self, project):
         build(project)
@@ -190,9 +190,9 @@ class TestAtomic:
         assert sorted(path.name for path in summary.folder.iterdir()) == ["cc_sbu_align", "dataset"]
         assert not list(project.folder.glob(".build*"))
 
-    @pytest.mark.parametrize("limit", [1_000, 9_000], ids=["images", "data set"])
+    @pytest.mark.parametrize("limit", [1_000, 9_000], ids=["images", "dataset"])
     def test_a_full_disk_leaves_the_earlier_build(self, project, limit):
-        """A limit on the size of files, at which the first image's copy fails, or the data set's file."""
+        """A limit on the size of files, at which the first image's copy fails, or the dataset's file."""
         assert 1_000 < len(image_bytes(project, 0)) < 9_000
         build(project)
         before = files(project.folder / "build")
@@ -238,7 +238,7 @@ def test_push(project, hub, tmp_path):
     card = DatasetCard(content["README.md"].decode())
     assert card.data.license == "cc-by-4.0" and "`cc-by-4.0`." in card.text
     assert 'load_dataset("somebody/captions", split="train")' in card.text
-    for line in ("| in this data set | 3 |", "People have reviewed every pair.", f"- description: `{PROMPT}`"):
+    for line in ("| in this dataset | 3 |", "People have reviewed every pair.", f"- description: `{PROMPT}`"):
         assert line in card.text
     for name, blob in content.items():
         (tmp_path / "down" / name).parent.mkdir(parents=True, exist_ok=True)

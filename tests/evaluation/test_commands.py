@@ -121,6 +121,10 @@ def test_bad_input_is_one_line(checkpoint, data, tmp_path):
     assert "needs a judge" in complaint(checkpoint, "--tasks", "judged_letters", "--data", data)
     line = complaint(checkpoint, "--tasks", "letters", "--data", data, "--judge-url", "http://127.0.0.1:9/v1")
     assert "--judge-url is given without --judge" in line
+    judged = (checkpoint, "--tasks", "letters", "--data", data, "--judge", "j")
+    assert "--judge-url is 'here'; give an address" in complaint(*judged, "--judge-url", "here")
+    assert "`--judge-timeout` is 0.0; set it" in complaint(*judged, "--judge-timeout", 0)
+    assert "set --judge-price-in and --judge-price-out" in complaint(*judged, "--judge-budget-cost", 1)
     (checkpoint / "preprocessor_config.json").unlink(missing_ok=True)
     (checkpoint / "processor_config.json").unlink()
     line = complaint(checkpoint, "--tasks", "letters", "--data", data, "--output", tmp_path / "out")

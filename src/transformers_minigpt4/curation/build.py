@@ -1,4 +1,4 @@
-"""The build step: writes the accepted pairs as a data set and as the authors' folder, with a card."""
+"""The build step: writes the accepted pairs as a dataset and as the authors' folder, with a card."""
 
 import hashlib
 import json
@@ -40,7 +40,7 @@ class BuildSummary:
 
     Args:
         folder: Of the build.
-        pairs: Rows of the data set.
+        pairs: Rows of the dataset.
         unreviewed: How many of them nobody has reviewed.
         skipped: Reasons by key, of accepted pairs whose image is missing or not the one that was sampled.
     """
@@ -99,7 +99,7 @@ def run_build(
 
 def built_dataset(project: Project) -> Path:
     """
-    The folder of the data set that `build` has written, for `hub.publish.push_to_hub`.
+    The folder of the dataset that `build` has written, for `hub.publish.push_to_hub`.
 
     Raises:
         CurationError: if nothing has been built.
@@ -157,7 +157,7 @@ def _make(
 
 
 class _ImageError(Exception):
-    """Why an image cannot be part of the data set."""
+    """Why an image cannot be part of the dataset."""
 
 
 def _copied(project: Project, pair: Pair, folder: Path) -> Path:
@@ -201,13 +201,13 @@ def run_info(project: Project, config: CurationConfig, pairs: int, unreviewed: i
     Args:
         project: Open.
         config: Its settings.
-        pairs: Rows of the data set.
+        pairs: Rows of the dataset.
         unreviewed: How many of them nobody has reviewed.
         without_image: How many accepted pairs were left out.
     """
     funnel = project.funnel()
     counts = {"images sampled": funnel.sampled, **{STEP_WORDS[step.step]: passed_on(step) for step in funnel.steps}}
-    counts["in this data set"] = pairs
+    counts["in this dataset"] = pairs
     lost = {
         f"{step.step}, {outcome}{', ' if reason else ''}{reason}": count
         for step in funnel.steps

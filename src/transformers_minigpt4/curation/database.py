@@ -113,7 +113,7 @@ def incoming(step: str, repairs: bool) -> str:
 
 
 def accepted_pairs(repairs: bool, unreviewed: bool) -> str:
-    """SQL for the pairs of the data set with their texts, those with `id > :after`; see `Project.accepted`."""
+    """SQL for the pairs of the dataset with their texts, those with `id > :after`; see `Project.accepted`."""
     outcomes = ", ".join(f"'{outcome}'" for outcome in PASSING["review"])
     return f"""
         SELECT p.*, coalesce(r.text, w.text) AS text FROM ({incoming("review", repairs)}) AS w

@@ -9,10 +9,15 @@ from typing import cast
 
 import torch
 from PIL import Image
-from transformers import BatchFeature, GenerationConfig, ProcessorMixin
+from transformers import GenerationConfig, ProcessorMixin
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from transformers_minigpt4.inference.generation import answer_prompts, decode_answers
+from transformers_minigpt4.inference.generation import (
+    answer_prompts,
+    decode_answers,
+    encode_conversations,
+    generate_ids,
+)
 from transformers_minigpt4.inference.loading import GenerativeModel, load_model_and_processor
 from transformers_minigpt4.processing.image_utils_minigpt4 import ImageLoadError, load_image
 from transformers_minigpt4.utils.files import JsonObject
@@ -307,17 +312,8 @@ def _chat_turns(
         raise CurationError(
             f"{config.checkpoint} has no chat template, so it takes no second turn; set `continue_below: 0`"
         )
-    encoded = processor.apply_chat_template(
-        [_conversation(images[row], first[row], config) for row in short],
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-        processor_kwargs={"padding": True, "padding_side": "left"},
-    )
-    inputs = cast(BatchFeature, encoded).to(model.device, dtype=model.dtype)  # annotated for return_dict=False only
-    sequences = cast(torch.Tensor, model.generate(**inputs, **settings))
-    answers = sequences[:, inputs["input_ids"].shape[1] :]
+    inputs = encode_conversations([_conversation(images[row], first[row], config) for row in short], processor)
+    answers = generate_ids(model, inputs.to(model.device, dtype=model.dtype), **settings)
     for row, text in zip(short, decode_answers(processor, answers)):
         length = len(processor.tokenizer(text, add_special_tokens=False)["input_ids"])
         found[row] = Description((first[row], text), (tokens[row], length))

@@ -24,7 +24,7 @@ class Pair:
     """
     One image of the project.
 
-    `key` names its file and, later, its row of the data set; `image` is the path of the copy of its bytes, below the
+    `key` names its file and, later, its row of the dataset; `image` is the path of the copy of its bytes, below the
     project's folder; `origin` holds what the source said of it: `key`, and texts such as `caption`.
     """
 

@@ -1,7 +1,5 @@
 """Writes `report.html`: one page without links to elsewhere, with funnel, lengths, rules and samples of each drop."""
 
-import base64
-import io
 import os
 import random
 from collections import Counter
@@ -14,7 +12,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from transformers_minigpt4.processing.image_utils_minigpt4 import ImageLoadError, load_image
 from transformers_minigpt4.utils.files import JsonObject, write_atomically
-from transformers_minigpt4.web.html import is_hidden
+from transformers_minigpt4.web.html import is_hidden, thumbnail_url
 
 from .config import CurationConfig
 from .filter import project_rules
@@ -217,15 +215,7 @@ def _with_images(project: Project, samples: Iterable[Sample]) -> Iterator[JsonOb
     for sample in samples:
         facts: JsonObject = {"key": sample.pair.key, "texts": sample.texts, "why": sample.why}
         try:
-            yield {**facts, "image": _thumbnail(project.image_path(sample.pair)), "no_image": ""}
+            image = thumbnail_url(load_image(project.image_path(sample.pair)), _THUMBNAIL)
+            yield {**facts, "image": image, "no_image": ""}
         except ImageLoadError as error:
             yield {**facts, "image": None, "no_image": f"no image: {error.reason}"}
-
-
-def _thumbnail(path: Path) -> str:
-    """A small JPEG of an image as a `data:` URL."""
-    image = load_image(path)
-    image.thumbnail((_THUMBNAIL, _THUMBNAIL))
-    buffer = io.BytesIO()
-    image.save(buffer, format="JPEG", quality=70)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -258,7 +258,7 @@ class Project:
 
     def accepted(self, unreviewed: bool = False) -> Iterator[tuple[Pair, str]]:
         """
-        The pairs of the data set, with the text that people accepted or wrote.
+        The pairs of the dataset, with the text that people accepted or wrote.
 
         Args:
             unreviewed: Whether to include what the filter kept and nobody has decided on.

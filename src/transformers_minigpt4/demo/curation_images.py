@@ -11,7 +11,7 @@ def images(count: int, seed: int) -> list[dict[str, Image.Image | str]]:
     """
     Images without texts, as a curation's source `python:transformers_minigpt4.demo.curation_images:images`.
 
-    Held-out combinations are left out, so that what the finished data set teaches can be measured on them.
+    Held-out combinations are left out, so that what the finished dataset teaches can be measured on them.
 
     Args:
         count: How many.

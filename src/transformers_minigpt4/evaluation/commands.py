@@ -170,6 +170,8 @@ def run(
     from .compare import results_table
     from .run import evaluate
 
+    options = {parameter.name: parameter.opts[0] for parameter in context.command.params}
+    settings = ChatSettings.from_options(context.params, "judge_", options)
     names = _names(tasks)
     where = output or default_output(checkpoint)
     answers = where / "answers"
@@ -179,7 +181,7 @@ def run(
             names,
             _data(data),
             where,
-            judge=ChatSettings.from_options(context.params, "judge_"),
+            judge=settings,
             judge_cache=judge_cache,
             batch_size=batch_size,
             limit=limit,

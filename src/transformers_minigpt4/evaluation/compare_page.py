@@ -1,7 +1,5 @@
 """Shows a comparison: a PNG chart for each table, and one HTML page of answers side by side with their images."""
 
-import base64
-import io
 import math
 import random
 import re
@@ -12,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from transformers_minigpt4.processing.image_utils_minigpt4 import ImageLoadError, load_image
 from transformers_minigpt4.utils.files import JsonObject, atomic_file, write_atomically
+from transformers_minigpt4.web.html import thumbnail_url
 
 from .compare import Comparison, Run, comparison_tables, read_answers
 from .evaluator import Metric
@@ -170,11 +169,7 @@ def _facts(record: JsonObject) -> str:
 
 def _image(name: str, folder: Path) -> str:
     try:
-        thumbnail = load_image(folder / ANSWERS / name if name.startswith("images/") else name)
+        image = load_image(folder / ANSWERS / name if name.startswith("images/") else name)
     except ImageLoadError as error:
         return f"<p class='small failed'>{escape(str(error))}</p>"
-    thumbnail.thumbnail((_THUMBNAIL, _THUMBNAIL))
-    content = io.BytesIO()
-    thumbnail.save(content, format="JPEG", quality=80)
-    encoded = base64.b64encode(content.getvalue()).decode()
-    return f'<img alt="{escape(Path(name).name)}" src="data:image/jpeg;base64,{encoded}">'
+    return f'<img alt="{escape(Path(name).name)}" src="{thumbnail_url(image, _THUMBNAIL)}">'

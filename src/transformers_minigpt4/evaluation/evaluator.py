@@ -7,16 +7,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 
 from transformers_minigpt4.inference.sources import ImageSource
+from transformers_minigpt4.llm.client import ChatModel
 from transformers_minigpt4.utils.files import JsonObject
-
-
-if TYPE_CHECKING:
-    from transformers_minigpt4.llm.client import ChatModel
 
 
 Columns: TypeAlias = Mapping[str, np.ndarray]
@@ -204,7 +201,7 @@ class Task(ABC):
 
     @abstractmethod
     def score(
-        self, questions: Sequence[Question], answers: Mapping[str, str], judge: "ChatModel | None" = None
+        self, questions: Sequence[Question], answers: Mapping[str, str], judge: ChatModel | None = None
     ) -> list[Record]:
         """
         Score answers, one record per question in the same order.

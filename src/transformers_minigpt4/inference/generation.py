@@ -3,13 +3,13 @@
 import copy
 import threading
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from PIL import Image
 from transformers import BatchFeature, ProcessorMixin
 
 from transformers_minigpt4.processing.pipeline_minigpt4 import DEFAULT_PROMPT
+from transformers_minigpt4.utils.files import JsonObject
 
 from .loading import GenerativeModel
 
@@ -123,25 +123,35 @@ def decode_answers(processor: ProcessorMixin, sequences: torch.Tensor) -> list[s
 def _inputs(
     images: Sequence[Sequence[Image.Image]], prompts: Sequence[str], processor: ProcessorMixin
 ) -> BatchFeature:
-    with _TOKENIZER_LOCK:
-        processor = _padding_left(processor)
-        if getattr(processor, "chat_template", None):
-            return processor.apply_chat_template(  # type: ignore[return-value]  # annotated for return_dict=False only
-                [_conversation(row, prompt) for row, prompt in zip(images, prompts)],
-                add_generation_prompt=True,
-                tokenize=True,
-                return_dict=True,
-                return_tensors="pt",
-                processor_kwargs={"padding": True},
+    if getattr(processor, "chat_template", None):
+        return encode_conversations([_conversation(row, prompt) for row, prompt in zip(images, prompts)], processor)
+    for row in images:
+        if len(row) != 1:
+            raise ValueError(
+                f"{type(processor).__name__} has no chat template and takes one image per prompt, but a prompt has "
+                f"{len(row)}; use a checkpoint with a chat template"
             )
-        for row in images:
-            if len(row) != 1:
-                raise ValueError(
-                    f"{type(processor).__name__} has no chat template and takes one image per prompt, but a prompt "
-                    f"has {len(row)}; use a checkpoint with a chat template"
-                )
-        return processor(
-            images=[image for row in images for image in row], text=list(prompts), padding=True, return_tensors="pt"
+    flat = [image for row in images for image in row]
+    with _TOKENIZER_LOCK:
+        return _padding_left(processor)(images=flat, text=list(prompts), padding=True, return_tensors="pt")
+
+
+def encode_conversations(conversations: Sequence[list[JsonObject]], processor: ProcessorMixin) -> BatchFeature:
+    """
+    Model inputs of a batch of conversations, padded on the left. Several threads may share `processor`.
+
+    Args:
+        conversations (`Sequence[list[dict]]`): as chat templates take them, with PIL images.
+        processor (`ProcessorMixin`): one with a chat template.
+    """
+    with _TOKENIZER_LOCK:
+        return _padding_left(processor).apply_chat_template(  # type: ignore[return-value]  # annotated for one case only
+            list(conversations),
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            processor_kwargs={"padding": True},
         )
 
 
@@ -156,6 +166,6 @@ def _padding_left(processor: ProcessorMixin) -> ProcessorMixin:
     return processor
 
 
-def _conversation(images: Sequence[Image.Image], prompt: str) -> list[dict[str, Any]]:
-    content: list[dict[str, Any]] = [{"type": "image", "image": image} for image in images]
+def _conversation(images: Sequence[Image.Image], prompt: str) -> list[JsonObject]:
+    content: list[JsonObject] = [{"type": "image", "image": image} for image in images]
     return [{"role": "user", "content": [*content, {"type": "text", "text": prompt}]}]

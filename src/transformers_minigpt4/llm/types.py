@@ -129,19 +129,22 @@ class ChatSettings:
         return (prompt_tokens * (self.price_in or 0.0) + completion_tokens * (self.price_out or 0.0)) / 1e6
 
     @classmethod
-    def from_options(cls, options: Mapping[str, object], prefix: str) -> "ChatSettings | None":
+    def from_options(
+        cls, options: Mapping[str, object], prefix: str, names: Mapping[str, str] | None = None
+    ) -> "ChatSettings | None":
         """
         Settings from flat options such as `judge_model`, `judge_base_url` and `judge_max_tokens`.
 
         Args:
             options: Values by name: `prefix` and a field of this class. Other names are ignored.
             prefix: What the names begin with, such as `"judge_"`.
+            names: What errors call an option, by its name in `options`; by default that name.
 
         Returns:
             `None` where the options name no model; they are checked all the same.
 
         Raises:
-            ValueError: for settings that cannot work; the message calls them by the options' names.
+            ValueError: for settings that cannot work.
         """
         model = f"{prefix}model"
         values = field_values(cls, {k: v for k, v in options.items() if k != model or v is not None}, prefix)
@@ -150,7 +153,7 @@ class ChatSettings:
         try:
             return cls(**values)
         except ValueError as error:
-            raise ValueError(prefixed(str(error), prefix)) from error
+            raise ValueError(prefixed(str(error), prefix, names)) from error
 
 
 @dataclass(frozen=True)
@@ -200,12 +203,17 @@ class Usage:
         )
 
 
-def prefixed(message: str, prefix: str) -> str:
+def prefixed(message: str, prefix: str, names: Mapping[str, str] | None = None) -> str:
     """A message about settings, with the names that these have as flat options (`ChatSettings.from_options`)."""
-    names = field_names(ChatSettings)
-    long, short = ("|".join(name for name in names if ("_" in name) == has) for has in (True, False))
+    known = field_names(ChatSettings)
+    long, short = ("|".join(name for name in known if ("_" in name) == has) for has in (True, False))
+
+    def option(match: re.Match[str]) -> str:
+        name = prefix + match[0]
+        return (names or {}).get(name, name)
+
     # `model` and `timeout` are also ordinary words, so they must be in backticks.
-    return re.sub(rf"\b({long})\b|(?<=`)({short})(?=`)", lambda match: prefix + match[0], message)
+    return re.sub(rf"\b({long})\b|(?<=`)({short})(?=`)", option, message)
 
 
 def checked_messages(messages: list[Message]) -> list[Message]:

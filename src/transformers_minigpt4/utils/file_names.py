@@ -1,4 +1,4 @@
-"""Names of files in checkpoints and data sets that one room writes and another reads."""
+"""Names of files in checkpoints and datasets that one room writes and another reads."""
 
 SOURCES_FILE = "minigpt4_sources.json"  # by `convert`: where every tensor came from
 RUN_FILE = "run.json"  # by training and curation: what was done

@@ -6,12 +6,16 @@ HTML and scripts of the local web pages, in which foreign text is only ever text
     person_name(text)                               # one spelling for each person
 """
 
+import base64
 import html
+import io
 import json
 import re
 import unicodedata
 from collections.abc import Mapping
 from urllib.parse import quote
+
+from PIL import Image
 
 
 MAX_NAME = 64  # characters of a person's name
@@ -86,6 +90,14 @@ def is_hidden(character: str) -> bool:
 def image_html(name: str, alt: str) -> str:
     """The image `name` of the folder that [`~web.server.serve`] got as `files`."""
     return f'<div class="image"><img src="{FILES}/{quote(name, safe="")}" alt="{_entities(alt)}"></div>'
+
+
+def thumbnail_url(image: Image.Image, longest: int) -> str:
+    """A small JPEG as a `data:` URL; the image itself is shrunk to at most `longest` pixels on its longer side."""
+    image.thumbnail((longest, longest))
+    content = io.BytesIO()
+    image.save(content, format="JPEG", quality=75)
+    return "data:image/jpeg;base64," + base64.b64encode(content.getvalue()).decode()
 
 
 def keys_script(keys: Mapping[str, str], submit: str | None = None, focus: Mapping[str, str] | None = None) -> str:
