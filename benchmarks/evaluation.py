@@ -61,7 +61,7 @@ def write_gqa(folder: Path, questions: int) -> Path:
         scene = rng.choice(all_scenes())
         draw(scene, rng).save(folder / "images" / f"{number}.jpg")
         about, answer = rng.choice((("colour", scene.colour), ("shape", scene.shape)))
-        text = f"What {about} is the {rng.choice(('scene', 'object in the image', 'shape that can be seen here'))}?"
+        text = f"What {about} is the {rng.choice(('thing', 'object in the picture', 'shape that can be seen here'))}?"
         rows[f"{number:08d}"] = {
             **{"question": text, "imageId": str(number), "answer": answer, "isBalanced": True},
             "types": {"structural": "query", "semantic": "attr"},

@@ -17,7 +17,7 @@ from transformers_minigpt4.modeling.modeling_minigpt4 import MiniGPT4ForConditio
 from transformers_minigpt4.modeling.trained_modules_minigpt4 import checkpoint_files
 from transformers_minigpt4.processing.chat_templates_minigpt4 import VICUNA_V0
 from transformers_minigpt4.processing.processing_minigpt4 import MiniGPT4Processor
-from transformers_minigpt4.utils.devices import usable_device
+from transformers_minigpt4.utils.models import usable_device
 from transformers_minigpt4.utils.text import first_line
 
 from .key_maps import PROJECTOR, shorten

@@ -18,9 +18,10 @@ from transformers_minigpt4.inference.generation import (
     encode_conversations,
     generate_ids,
 )
-from transformers_minigpt4.inference.loading import GenerativeModel, load_model_and_processor
+from transformers_minigpt4.inference.loading import load_model_and_processor
 from transformers_minigpt4.processing.image_utils_minigpt4 import ImageLoadError, load_image
 from transformers_minigpt4.utils.files import JsonObject
+from transformers_minigpt4.utils.models import GenerativeModel
 
 from .config import CurationConfig, CurationError, settings_hash
 from .progress import bar

@@ -31,11 +31,11 @@ from transformers.utils import logging as transformers_logging
 
 from transformers_minigpt4 import MiniGPT4Config, MiniGPT4ForConditionalGeneration, MiniGPT4Processor
 from transformers_minigpt4.inference.generation import generate_ids
-from transformers_minigpt4.inference.loading import GenerativeModel
 from transformers_minigpt4.training.loading import load_rows
 from transformers_minigpt4.training.recipe import parse_recipe
 from transformers_minigpt4.training.setup import make_trainer
 from transformers_minigpt4.utils.files import atomic_folder, write_json
+from transformers_minigpt4.utils.models import GenerativeModel
 from transformers_minigpt4.utils.versions import PACKAGE, package_versions
 
 from .contact_sheet import save_contact_sheet

@@ -13,11 +13,11 @@ from PIL import Image
 from transformers import ProcessorMixin
 
 from transformers_minigpt4.inference.generation import answer_prompts
-from transformers_minigpt4.inference.loading import GenerativeModel
 from transformers_minigpt4.inference.sources import ImageSource
 from transformers_minigpt4.processing.image_utils_minigpt4 import ImageLoadError, load_image
 from transformers_minigpt4.utils.files import JsonLinesWriter, JsonObject, atomic_file, to_json
 from transformers_minigpt4.utils.loading import load_ahead
+from transformers_minigpt4.utils.models import GenerativeModel
 
 from .evaluator import Question
 

@@ -15,12 +15,13 @@ from accelerate import PartialState
 from tqdm.auto import tqdm
 from transformers import AutoConfig, ProcessorMixin
 
-from transformers_minigpt4.inference.loading import GenerativeModel, load_model_and_processor
+from transformers_minigpt4.inference.loading import load_model_and_processor
 from transformers_minigpt4.inference.sources import ImageSource
 from transformers_minigpt4.llm.client import ChatModel
 from transformers_minigpt4.llm.opening import open_chat_model
 from transformers_minigpt4.llm.types import ChatSettings
 from transformers_minigpt4.processing.image_utils_minigpt4 import ImageLoadError, load_image
+from transformers_minigpt4.utils.models import GenerativeModel, check_is_folder
 from transformers_minigpt4.utils.text import first_line
 
 from .answering import AnswerStore, answer_batches, image_digest, make_batches, question_key
@@ -164,10 +165,9 @@ def checkpoint_facts(checkpoint: str, dtype: str = "auto", trust_remote_code: bo
     Raises:
         ValueError: if there is no such checkpoint.
     """
+    check_is_folder(checkpoint)
     folder = Path(checkpoint)
     local = folder.is_dir()
-    if not local and (folder.is_absolute() or checkpoint.startswith(".")):
-        raise ValueError(f"there is no model folder {checkpoint!r}; check the path")
     try:
         config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:

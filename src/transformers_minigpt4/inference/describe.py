@@ -14,9 +14,9 @@ from transformers_minigpt4.processing.image_utils_minigpt4 import DEFAULT_TIMEOU
 from transformers_minigpt4.processing.pipeline_minigpt4 import DEFAULT_PROMPT
 from transformers_minigpt4.utils.files import JsonLinesWriter, PathLike
 from transformers_minigpt4.utils.loading import MAX_THREADS, load_ahead
+from transformers_minigpt4.utils.models import GenerativeModel
 
 from .generation import caption_images
-from .loading import GenerativeModel
 from .sources import ImageSource
 
 

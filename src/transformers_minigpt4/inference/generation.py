@@ -10,8 +10,7 @@ from transformers import BatchFeature, ProcessorMixin
 
 from transformers_minigpt4.processing.pipeline_minigpt4 import DEFAULT_PROMPT
 from transformers_minigpt4.utils.files import JsonObject
-
-from .loading import GenerativeModel
+from transformers_minigpt4.utils.models import GenerativeModel
 
 
 # The answer length of the authors' chat, for checkpoints whose generation config sets none.

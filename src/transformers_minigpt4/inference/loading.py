@@ -1,28 +1,9 @@
 """Loads an image-text-to-text model of any family for inference, with its processor."""
 
-import os
-from typing import Any, Protocol
+from transformers import AutoModelForImageTextToText, AutoProcessor, ProcessorMixin
 
-import torch
-from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig, ProcessorMixin
-from transformers.generation.utils import GenerateOutput
-
-from transformers_minigpt4.utils.devices import usable_device
+from transformers_minigpt4.utils.models import GenerativeModel, check_is_folder, usable_device
 from transformers_minigpt4.utils.text import first_line
-
-
-class GenerativeModel(Protocol):
-    """A model that generates text; every image-text-to-text model of transformers is one."""
-
-    generation_config: GenerationConfig
-
-    @property
-    def device(self) -> torch.device: ...
-
-    @property
-    def dtype(self) -> torch.dtype: ...
-
-    def generate(self, **kwargs: Any) -> torch.Tensor | GenerateOutput: ...
 
 
 def load_model_and_processor(
@@ -45,9 +26,7 @@ def load_model_and_processor(
         ValueError: if the checkpoint cannot be found or is of another kind, or torch has no such device.
     """
     device = usable_device(device)
-    if (os.path.isabs(checkpoint) or checkpoint.startswith(".")) and not os.path.isdir(checkpoint):
-        # transformers would take it for a Hub id and complain about its characters.
-        raise ValueError(f"there is no model folder {checkpoint!r}; check the path")
+    check_is_folder(checkpoint)
     try:
         processor = AutoProcessor.from_pretrained(checkpoint, trust_remote_code=trust_remote_code)
         model = AutoModelForImageTextToText.from_pretrained(

@@ -6,39 +6,19 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Generic, Protocol, cast
+from typing import Generic, cast
 
 import torch
 from jinja2 import TemplateError
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    BatchEncoding,
-    GenerationConfig,
-    PreTrainedConfig,
-    PreTrainedTokenizerBase,
-)
-from transformers.generation.utils import GenerateOutput
+from transformers import AutoModelForCausalLM, AutoTokenizer, BatchEncoding, PreTrainedTokenizerBase
 
-from transformers_minigpt4.utils.devices import usable_device
+from transformers_minigpt4.utils.models import GenerativeModel, check_is_folder, usable_device
 from transformers_minigpt4.utils.text import first_line
 
 from .budget import Reservation
 from .cache import AnswerCache
 from .client import ChatModel, Key
 from .types import BudgetExhausted, ChatAnswer, ChatError, ChatSettings, Message, Usage, checked_messages
-
-
-class _CausalLM(Protocol):
-    """What is needed of a causal language model of transformers."""
-
-    config: PreTrainedConfig
-    generation_config: GenerationConfig
-
-    @property
-    def device(self) -> torch.device: ...
-
-    def generate(self, **kwargs: Any) -> torch.Tensor | GenerateOutput: ...
 
 
 class LocalChatModel(ChatModel):
@@ -173,10 +153,8 @@ class _Prompt(Generic[Key]):
     ids: list[int]
 
 
-def _load(name: str) -> tuple[PreTrainedTokenizerBase, _CausalLM]:
-    if (os.path.isabs(name) or name.startswith(".")) and not os.path.isdir(name):
-        # transformers would take it for a Hub id and complain about its characters.
-        raise ValueError(f"there is no model folder {name!r}; check the path, or set base_url for an endpoint")
+def _load(name: str) -> tuple[PreTrainedTokenizerBase, GenerativeModel]:
+    check_is_folder(name, ", or set base_url for an endpoint")
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
         model = AutoModelForCausalLM.from_pretrained(name, dtype="auto", device_map=usable_device(None))
@@ -194,13 +172,13 @@ def _load(name: str) -> tuple[PreTrainedTokenizerBase, _CausalLM]:
     return tokenizer, model
 
 
-def _end_tokens(tokenizer: PreTrainedTokenizerBase, model: _CausalLM) -> set[int]:
+def _end_tokens(tokenizer: PreTrainedTokenizerBase, model: GenerativeModel) -> set[int]:
     ends = model.generation_config.eos_token_id
     listed = ends if isinstance(ends, list) else [ends]
     return {token for token in (*listed, tokenizer.eos_token_id) if token is not None}
 
 
-def _fingerprint(name: str, model: _CausalLM) -> str:
+def _fingerprint(name: str, model: GenerativeModel) -> str:
     """The commit of a model from the Hub; for a folder, a digest of its files' names, sizes and times."""
     commit = getattr(model.config, "_commit_hash", None)
     if commit:
