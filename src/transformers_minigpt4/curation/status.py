@@ -114,7 +114,6 @@ def save_status_png(project: Project, path: str | os.PathLike[str]) -> None:
         CurationError: without matplotlib.
     """
     try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
         raise CurationError(
@@ -123,7 +122,6 @@ def save_status_png(project: Project, path: str | os.PathLike[str]) -> None:
     funnel = project.funnel()
     rows = [row for row in funnel_rows(funnel) if not row.label.startswith("skipped")]
     figure = Figure(figsize=(9, 1.2 + 0.32 * len(rows)), layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     for place, row in enumerate(rows):
         height = (0.8, 0.5, 0.3)[row.depth]

@@ -53,7 +53,6 @@ def write_charts(comparison: Comparison, folder: Path) -> list[Path]:
         ValueError: if matplotlib is not installed.
     """
     try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ValueError(
@@ -65,7 +64,6 @@ def write_charts(comparison: Comparison, folder: Path) -> list[Path]:
         across = min(len(columns), _CHARTS_A_ROW)
         down = -(-len(columns) // across)
         figure = Figure(figsize=(1.5 + 2.6 * across, (1.2 + 0.45 * len(comparison.runs)) * down), layout="constrained")
-        FigureCanvasAgg(figure)
         fields = figure.subplots(down, across, squeeze=False)
         for number, (field, (task, metric)) in enumerate(zip(fields.flat, columns)):
             _draw(field, comparison.runs, task, metric, named=number % across == 0)

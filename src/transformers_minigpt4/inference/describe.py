@@ -5,7 +5,6 @@ import os
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
-from types import TracebackType
 
 from PIL import Image
 from transformers import ProcessorMixin
@@ -127,10 +126,8 @@ class CaptionFile:
         self._lines.__enter__()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._lines.__exit__(kind, error, trace)
+    def __exit__(self, *_: object) -> None:
+        self._lines.__exit__(*_)
 
     def append(self, record: dict[str, str]) -> None:
         """Write one record of [`describe`] that has a caption; it is on the disk when this returns."""

@@ -5,7 +5,6 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from types import TracebackType
 from typing import TypeVar
 
 from .budget import Ledger
@@ -85,9 +84,7 @@ class ChatModel(ABC):
     def __enter__(self) -> "ChatModel":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def request_digest(self, messages: list[Message]) -> str:
