@@ -25,7 +25,7 @@ from transformers.utils import logging
 from transformers_minigpt4.demo.run import build_model
 from transformers_minigpt4.demo.world import COLOURS, SHAPES, all_scenes, draw
 from transformers_minigpt4.evaluation.evaluator import Question
-from transformers_minigpt4.evaluation.results import complete_records, summarise
+from transformers_minigpt4.evaluation.results import complete_records, summarize
 from transformers_minigpt4.evaluation.run import evaluate
 from transformers_minigpt4.evaluation.tasks import load_task
 
@@ -100,7 +100,7 @@ def scoring(name: str, questions: list[Question], answers: dict[str, str]) -> di
     start = time.perf_counter()
     records = complete_records(task, questions, task.score(questions, answers), answers)
     middle = time.perf_counter()
-    summarise(task, questions, records)
+    summarize(task, questions, records)
     return {"rows": len(questions), "score": middle - start, "intervals": time.perf_counter() - middle}
 
 

@@ -1,4 +1,4 @@
-"""The shipped frozen modules: the tokenizer's LLaMA-1 behaviour, sizes, and what tower and language model can do."""
+"""The shipped frozen modules: the tokenizer's LLaMA-1 behavior, sizes, and what tower and language model can do."""
 
 import random
 
@@ -7,7 +7,7 @@ import torch
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from transformers_minigpt4.demo.make_language import Example, Writer, collate
-from transformers_minigpt4.demo.make_vision import make_images, normalise
+from transformers_minigpt4.demo.make_vision import make_images, normalize
 from transformers_minigpt4.demo.run import BASE, build_model
 from transformers_minigpt4.demo.scoring import right_attributes
 from transformers_minigpt4.demo.texts import INSTRUCTIONS, STAGE_2_TEMPLATE
@@ -84,9 +84,9 @@ def test_query_outputs_tell_held_out_images_apart():
 
     with torch.no_grad():
         pixels, words = make_images(training_scenes(), 691, seed=5)
-        features = torch.cat([vision(normalise(chunk)) for chunk in pixels.split(100)]).flatten(1)
+        features = torch.cat([vision(normalize(chunk)) for chunk in pixels.split(100)]).flatten(1)
         held_out_pixels, held_out_words = make_images(held_out_scenes(), 173, seed=6)
-        held_out = torch.cat([vision(normalise(chunk)) for chunk in held_out_pixels.split(100)]).flatten(1)
+        held_out = torch.cat([vision(normalize(chunk)) for chunk in held_out_pixels.split(100)]).flatten(1)
     for attribute in range(words.shape[1]):
         targets = torch.nn.functional.one_hot(words[:, attribute]).float()
         ridge = features.T @ features + 10.0 * torch.eye(features.shape[1])

@@ -2,7 +2,7 @@
 
 import pytest
 
-from transformers_minigpt4.demo.scoring import failure, named_values, right_attributes, summarise
+from transformers_minigpt4.demo.scoring import failure, named_values, right_attributes, summarize
 from transformers_minigpt4.demo.world import Scene
 
 
@@ -67,7 +67,7 @@ def test_failures(text, ended, kind):
 
 
 def test_summary():
-    shares = summarise([GOOD, "red star", GOOD], [STAR, STAR, CENTRE], [True, True, True])
+    shares = summarize([GOOD, "red star", GOOD], [STAR, STAR, CENTRE], [True, True, True])
     assert shares["colour"] == pytest.approx(2 / 3)
     assert shares["size"] == pytest.approx(1 / 3)
     assert shares["attributes"] == pytest.approx((2 / 3 + 2 / 3 + 1 / 3 + 1 / 3) / 4)
@@ -77,6 +77,6 @@ def test_summary():
 
 def test_summary_of_unequal_lists():
     with pytest.raises(ValueError, match="2 texts, 1 scenes"):
-        summarise([GOOD, GOOD], [STAR], [True])
+        summarize([GOOD, GOOD], [STAR], [True])
     with pytest.raises(ValueError, match="0 texts"):
-        summarise([], [], [])
+        summarize([], [], [])

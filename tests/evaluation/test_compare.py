@@ -25,7 +25,7 @@ from transformers_minigpt4.evaluation.compare import (
 )
 from transformers_minigpt4.evaluation.compare_page import write_charts, write_page
 from transformers_minigpt4.evaluation.evaluator import mean, ratio
-from transformers_minigpt4.evaluation.results import complete_records, describe_task, summarise, write_results
+from transformers_minigpt4.evaluation.results import complete_records, describe_task, summarize, write_results
 from transformers_minigpt4.evaluation.tasks import TASKS, load_task
 
 
@@ -45,7 +45,7 @@ def keep(folder: Path, data: Path, name: str, texts, **changes) -> Path:
             }
         )
     AnswerStore(folder / "answers", "letters").finish(rows)
-    entry = {**describe_task(task, questions, "data", None), **summarise(task, questions, records), **changes}
+    entry = {**describe_task(task, questions, "data", None), **summarize(task, questions, records), **changes}
     write_results(folder, {"id": name, "fingerprint": name}, {"letters": entry})
     return folder
 

@@ -26,7 +26,7 @@ from transformers_minigpt4.evaluation.results import (
     data_fingerprint,
     describe_task,
     read_results,
-    summarise,
+    summarize,
     write_results,
 )
 from transformers_minigpt4.evaluation.tasks import load_task
@@ -51,7 +51,7 @@ def write_run(folder: Path, model: str, questions, answers) -> Path:
         }
         for question, record in zip(questions, records)
     )
-    entry = describe_task(task, questions, "advanced", None) | summarise(task, questions, records)
+    entry = describe_task(task, questions, "advanced", None) | summarize(task, questions, records)
     checkpoint = {"id": model, "fingerprint": f"of {model}"}
     write_results(folder, checkpoint, {"advanced": entry, "gqa": {"metrics": {"accuracy": 1.0}}})
     return folder

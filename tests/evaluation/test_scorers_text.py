@@ -8,7 +8,7 @@ import pytest
 
 from transformers_minigpt4.evaluation.scorers.choices import parse_choice, parse_choice_as_llava
 from transformers_minigpt4.evaluation.scorers.pope import is_clear, says_yes
-from transformers_minigpt4.evaluation.scorers.vqa_text import direct_answer_score, normalise_answer
+from transformers_minigpt4.evaluation.scorers.vqa_text import direct_answer_score, normalize_answer
 
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -22,7 +22,7 @@ def golden(name):
 def test_normalised_answers_are_the_official_ones():
     cases = golden("vqa_text.json")
     assert len(cases) > 50
-    assert {case["text"]: normalise_answer(case["text"]) for case in cases} == {
+    assert {case["text"]: normalize_answer(case["text"]) for case in cases} == {
         case["text"]: case["normalised"] for case in cases
     }
 
@@ -97,5 +97,5 @@ def test_yes_and_no_as_popes_script_reads_them():
 def test_a_hundred_thousand_answers_in_seconds():
     answers = [f"The {number} red dogs, number {number}!" for number in range(100_000)]
     start = time.process_time()
-    assert len({normalise_answer(answer) for answer in answers}) == 100_000
+    assert len({normalize_answer(answer) for answer in answers}) == 100_000
     assert time.process_time() - start < 5

@@ -7,7 +7,7 @@ from judged_files import write_advanced, write_coco, write_image, write_lines
 from scripted_endpoint import ScriptedEndpoint, user_text
 
 from transformers_minigpt4.evaluation.evaluator import Question
-from transformers_minigpt4.evaluation.results import complete_records, summarise
+from transformers_minigpt4.evaluation.results import complete_records, summarize
 from transformers_minigpt4.evaluation.tasks import load_task
 from transformers_minigpt4.evaluation.tasks.advanced import PROMPTS, verdict_columns
 from transformers_minigpt4.evaluation.tasks.coco_coverage import captioned_images
@@ -24,7 +24,7 @@ def scored(name, questions, answers, respond):
     ):
         records = complete_records(task, questions, task.score(questions, answers, judge), answers)
     json.dumps(records)
-    return records, summarise(task, questions, records)["metrics"], [user_text(body) for body in endpoint.requests]
+    return records, summarize(task, questions, records)["metrics"], [user_text(body) for body in endpoint.requests]
 
 
 def test_prompts_and_arguments_to_the_letter():
@@ -95,11 +95,11 @@ class TestAdvanced:
         answers = {q.id: "text" for q in questions[1:]}
         records = task.score(questions, answers, None)
         assert [record["success"] for record in records] == [0] + [None] * 7  # the first has no answer
-        assert "success" in summarise(task, questions, complete_records(task, questions, records, answers))["metrics"]
+        assert "success" in summarize(task, questions, complete_records(task, questions, records, answers))["metrics"]
         answers = {q.id: "text" for q in questions}
         records = complete_records(task, questions, task.score(questions, answers, None), answers)
         # No count of 0 successes that nobody has found.
-        assert summarise(task, questions, records)["metrics"] == {f"judged/{name}": 0 for name in PROMPTS}
+        assert summarize(task, questions, records)["metrics"] == {f"judged/{name}": 0 for name in PROMPTS}
 
     def test_a_count_does_not_exceed_the_images(self, tmp_path):
         """A bootstrap sample may hold 30 of the 25 memes; an interval of their successes ends at 25 all the same."""
@@ -108,7 +108,7 @@ class TestAdvanced:
         answers = {q.id: "text" for q in questions}
         columns = [verdict_columns(None if n == 0 else n % 5 < 4) for n in range(20)]
         records = [a | b for a, b in zip(task.score(questions, answers, None), columns)]
-        entry = summarise(task, questions, complete_records(task, questions, records, answers))
+        entry = summarize(task, questions, complete_records(task, questions, records, answers))
         assert [entry["metrics"][f"successes/{name}"] for name in PROMPTS] == [3, 4, 4, 4]
         assert [entry["metrics"][f"judged/{name}"] for name in PROMPTS] == [4, 5, 5, 5]
         assert entry["intervals"]["judged/poem"] == [5, 5] and entry["intervals"]["successes/poem"][1] == 5

@@ -8,7 +8,7 @@ import pytest
 from judged_files import write_coco, write_image, write_lines
 from scripted_endpoint import ScriptedEndpoint
 
-from transformers_minigpt4.evaluation.results import complete_records, data_fingerprint, summarise
+from transformers_minigpt4.evaluation.results import complete_records, data_fingerprint, summarize
 from transformers_minigpt4.evaluation.scorers import caption_metrics
 from transformers_minigpt4.evaluation.tasks import load_task
 from transformers_minigpt4.evaluation.tasks.chair import _LISTS, CHAIR
@@ -95,7 +95,7 @@ def scored(name, questions, answers, judge=None):
     task = load_task(name)
     records = complete_records(task, questions, task.score(questions, answers, judge), answers)
     json.dumps(records)
-    return records, summarise(task, questions, records)
+    return records, summarize(task, questions, records)
 
 
 def test_prompts_and_arguments_to_the_letter():

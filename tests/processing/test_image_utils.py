@@ -328,7 +328,7 @@ class TestBadPictures:
 
 
 class Pictures(BaseHTTPRequestHandler):
-    """Serves one behaviour a path."""
+    """Serves one behavior a path."""
 
     def do_GET(self):
         if self.path.startswith("/ok"):

@@ -32,14 +32,14 @@ def test_every_golden_id(processor, tiny_checkpoint, saved):
     tokenizer = AutoTokenizer.from_pretrained(tiny_checkpoint) if saved else processor.tokenizer
     for case in ENCODED:
         if "<ImageHere>" in case["text"]:
-            continue  # a placeholder here, where the authors split the prompt before they tokenise it
+            continue  # a placeholder here, where the authors split the prompt before they tokenize it
         assert tokenizer.encode(case["text"], add_special_tokens=False) == case["ids"], case["text"]
         assert tokenizer.encode(case["text"]) == case["ids_with_special"], case["text"]
 
 
 @pytest.mark.parametrize("name", ["stage1", "stage2", "stage2_shared", "multi_image", "text_only", "pad_quirk"])
 def test_ids_of_training_prompts_and_answers(processor, golden, pictures, name):
-    """Prompt and answer are tokenised apart, the answer by a text-only call, as TRL does."""
+    """Prompt and answer are tokenized apart, the answer by a text-only call, as TRL does."""
     case = golden["cases"][name]
     for i, row in enumerate(case["rows"]):
         prompt = "<ImageHere>"

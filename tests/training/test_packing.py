@@ -133,7 +133,7 @@ def test_llava_packed(llava, max_tokens, fused):
 
 
 def test_rows_do_not_see_each_other(model, processor, mixed):
-    """A row's loss stays when its neighbours change; it would not with plain causal attention."""
+    """A row's loss stays when its neighbors change; it would not with plain causal attention."""
     prepare_stage(model)
     packed = pack(model, ImageTextCollator(processor))
     model.train()

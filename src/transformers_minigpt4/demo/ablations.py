@@ -25,7 +25,7 @@ from .run import (
     save_checkpoint,
     train_stage,
 )
-from .scoring import is_right_answer, summarise
+from .scoring import is_right_answer, summarize
 from .texts import IMAGE_TOKEN, QUESTIONS, STAGE_2_TEMPLATE
 from .world import Scene
 
@@ -142,7 +142,7 @@ def run_ablations(
 
     Returns:
         `dict`: for each variant the shares `named after stage1`, `failed after stage1`, `named after checkpoint` and
-        `failed after checkpoint` (see `scoring.summarise`), and `answered`: questions answered correctly in the end.
+        `failed after checkpoint` (see `scoring.summarize`), and `answered`: questions answered correctly in the end.
 
     Raises:
         ValueError: as `train_variants`, and for an impossible number of images.
@@ -159,7 +159,7 @@ def run_ablations(
                 model = MiniGPT4ForConditionalGeneration.from_pretrained(checkpoints[checkpoint])
                 processor = MiniGPT4Processor.from_pretrained(checkpoints[checkpoint])
                 texts, ended = describe(model, processor, images)
-                shares = summarise(texts, scenes, ended)
+                shares = summarize(texts, scenes, ended)
                 row[f"named after {checkpoint}"] = shares["attributes"]
                 row[f"failed after {checkpoint}"] = shares["failed"]
             row["answered"] = _answered(model, processor, scenes[:QUESTION_IMAGES], images[:QUESTION_IMAGES])

@@ -20,7 +20,7 @@ def save_contact_sheet(
     path: Path, images: Sequence[Image.Image], texts: Sequence[Sequence[tuple[str, str]]], columns: int = 2
 ) -> None:
     """
-    Writes a PNG with one cell per image, its labelled texts next to it.
+    Writes a PNG with one cell per image, its labeled texts next to it.
 
     Args:
         path: The PNG to write.

@@ -13,12 +13,12 @@ from transformers_minigpt4 import MiniGPT4ForConditionalGeneration, MiniGPT4Proc
 from transformers_minigpt4.utils.text import first_line
 
 from .run import describe, held_out, quiet_and_single_threaded
-from .scoring import FAILURES, summarise
+from .scoring import FAILURES, summarize
 
 
 def measure(checkpoint: str | Path, images: int = 173, seed: int = 0) -> dict[str, float]:
     """
-    Shares of right attributes and of failures, see `scoring.summarise`.
+    Shares of right attributes and of failures, see `scoring.summarize`.
 
     Args:
         checkpoint: Folder of a model of the toy world.
@@ -33,7 +33,7 @@ def measure(checkpoint: str | Path, images: int = 173, seed: int = 0) -> dict[st
         model = MiniGPT4ForConditionalGeneration.from_pretrained(checkpoint)
         processor = MiniGPT4Processor.from_pretrained(checkpoint)
         texts, ended = describe(model.eval(), processor, shown)
-    return summarise(texts, scenes, ended)
+    return summarize(texts, scenes, ended)
 
 
 def main(checkpoints: list[str]) -> None:

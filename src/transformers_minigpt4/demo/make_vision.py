@@ -70,7 +70,7 @@ def make_images(scenes: list[Scene], count: int, seed: int) -> tuple[torch.Tenso
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(words)
 
 
-def normalise(pixels: torch.Tensor) -> torch.Tensor:
+def normalize(pixels: torch.Tensor) -> torch.Tensor:
     """Bytes to CLIP's scale, as the demo's image processor does it."""
     mean = torch.tensor(OPENAI_CLIP_MEAN).view(1, 3, 1, 1)
     std = torch.tensor(OPENAI_CLIP_STD).view(1, 3, 1, 1)
@@ -94,13 +94,13 @@ def train_vision(
     with torch.no_grad():
         # Positions that start at the scale of what they are added to halve the steps that place and shape need.
         embeddings = vision.vision_tower.embeddings
-        embeddings.position_embedding.normal_(std=embeddings.patch_embedding(normalise(pixels[:64])).std().item())
+        embeddings.position_embedding.normal_(std=embeddings.patch_embedding(normalize(pixels[:64])).std().item())
     parameters = [*vision.parameters(), *heads.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_cosine(step, 200, steps))
     for step in range(steps):
         rows = torch.tensor([rng.randrange(pool) for _ in range(batch)])
-        images = normalise(pixels[rows].float() * (1 + 0.06 * torch.randn(batch, 3, 1, 1)))
+        images = normalize(pixels[rows].float() * (1 + 0.06 * torch.randn(batch, 3, 1, 1)))
         images = images.roll((rng.randint(-1, 1), rng.randint(-1, 1)), dims=(2, 3)) + 0.03 * torch.randn_like(images)
         outputs = vision(images)
         losses = [
@@ -132,7 +132,7 @@ def warmup_cosine(step: int, warmup: int, steps: int) -> float:
 def _classified(vision: VisionModules, heads: nn.ModuleList, scenes: list[Scene], seed: int) -> list[float]:
     """Share of images whose word each query's classifier names."""
     pixels, words = make_images(scenes, 4 * len(scenes), seed)
-    outputs = torch.cat([vision(normalise(chunk)) for chunk in pixels.split(173)])
+    outputs = torch.cat([vision(normalize(chunk)) for chunk in pixels.split(173)])
     return [
         (head(outputs[:, query]).argmax(-1) == words[:, word]).float().mean().item()
         for query, (head, word) in enumerate(zip(heads, _WORD_OF_QUERY))

@@ -39,7 +39,7 @@ from transformers_minigpt4.utils.models import GenerativeModel
 from transformers_minigpt4.utils.versions import PACKAGE, package_versions
 
 from .contact_sheet import save_contact_sheet
-from .scoring import FAILURES, failure, right_attributes, summarise
+from .scoring import FAILURES, failure, right_attributes, summarize
 from .texts import DETAIL_PROMPTS, IMAGE_TOKEN, INSTRUCTIONS, STAGE_2_TEMPLATE, detailed_description, web_caption
 from .world import ATTRIBUTES, IMAGE_SIZE, Scene, draw, held_out_scenes, training_scenes
 
@@ -203,7 +203,7 @@ def save_checkpoint(model: MiniGPT4ForConditionalGeneration, processor: MiniGPT4
 
 
 class DemoResults(TypedDict):
-    """What `results.json` holds, apart from the descriptions; `shares` is by state, see `scoring.summarise`."""
+    """What `results.json` holds, apart from the descriptions; `shares` is by state, see `scoring.summarize`."""
 
     shares: dict[str, dict[str, float]]
     held_out_images: int
@@ -309,7 +309,7 @@ def _run(
 
     def measure(state: str) -> None:
         texts, ended = answers[state] = describe(model, processor, images)
-        shares[state] = summarise(texts, scenes, ended)
+        shares[state] = summarize(texts, scenes, ended)
 
     measure("before training")
     for number, (recipe, folder) in enumerate(zip(RECIPES, CHECKPOINTS)):

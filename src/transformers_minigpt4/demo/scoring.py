@@ -91,7 +91,7 @@ def _repeats(text: str) -> bool:
     )
 
 
-def summarise(texts: Sequence[str], scenes: Sequence[Scene], ended: Sequence[bool]) -> dict[str, float]:
+def summarize(texts: Sequence[str], scenes: Sequence[Scene], ended: Sequence[bool]) -> dict[str, float]:
     """
     Shares over a set of descriptions.
 

@@ -111,16 +111,16 @@ def _tinted(colour: tuple[int, int, int], rng: random.Random, spread: int) -> tu
 def _draw_shape(
     pen: ImageDraw.ImageDraw,
     scene: Scene,
-    centre: tuple[float, float],
+    center: tuple[float, float],
     radius: float,
     colour: tuple[int, int, int],
     rng: random.Random,
 ) -> None:
-    x, y = centre
+    x, y = center
     tilt = math.radians(rng.uniform(-8.0, 8.0))
 
     def polygon(points: list[tuple[float, float]]) -> None:
-        """Points in units of the radius around the centre, y downwards."""
+        """Points in units of the radius around the center, y downwards."""
         cos, sin = math.cos(tilt), math.sin(tilt)
         pen.polygon([(x + radius * (a * cos - b * sin), y + radius * (a * sin + b * cos)) for a, b in points], colour)
 

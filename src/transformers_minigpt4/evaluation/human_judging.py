@@ -19,7 +19,7 @@ from transformers_minigpt4.web.html import person_name
 
 from .answering import AnswerStore
 from .evaluator import Question, read_json, read_json_lines
-from .results import ANSWERS, TaskResults, read_results, summarise, write_results
+from .results import ANSWERS, TaskResults, read_results, summarize, write_results
 from .tasks import load_task
 from .tasks.advanced import verdict_columns
 
@@ -344,7 +344,7 @@ def write_verdicts(sheet: Sheet) -> list[Path]:
             questions.append(Question(line["id"], line["prompt"], (), line["reference"], groups))
             records.append(line["record"])
         AnswerStore(folder / ANSWERS, TASK).finish(lines)
-        entry = entry | summarise(task, questions, records)
+        entry = entry | summarize(task, questions, records)
         entry["judge"] = {"people": len(sheet.decisions())}
         results["tasks"][TASK] = entry
         write_results(folder, results["checkpoint"], results["tasks"])

@@ -133,7 +133,7 @@ def judge_in_both_orders(
     progress: str = "judging",
 ) -> dict[K, Verdict[tuple[float, float]]]:
     """
-    Score two candidates against each other, once in each order, because judges favour a position.
+    Score two candidates against each other, once in each order, because judges favor a position.
 
     Args:
         judge: A chat model.

@@ -39,7 +39,7 @@ class CheckpointFacts(TypedDict):
 
 
 class TaskResults(TypedDict, total=False):
-    """The results of one task: what they depend on ([`describe_task`]), metrics ([`summarise`]), and the run."""
+    """The results of one task: what they depend on ([`describe_task`]), metrics ([`summarize`]), and the run."""
 
     paper: str
     dataset: str
@@ -108,7 +108,7 @@ def environment() -> dict[str, object]:
     return {"versions": package_versions(_PACKAGES), "git_revision": git_revision(tracked=Path(__file__))}
 
 
-def summarise(task: Task, questions: Sequence[Question], records: Sequence[Record], *, seed: int = 0) -> TaskResults:
+def summarize(task: Task, questions: Sequence[Question], records: Sequence[Record], *, seed: int = 0) -> TaskResults:
     """
     One task's metrics with their 95 % bootstrap intervals over questions.
 

@@ -37,7 +37,7 @@ from .results import (
     complete_records,
     describe_task,
     environment,
-    summarise,
+    summarize,
     write_results,
 )
 from .tasks import load_task
@@ -267,7 +267,7 @@ def _score(job: _Job, judge: ChatModel | None, seed: int) -> TaskResults:
         }
         for question, record in zip(questions, records)
     )
-    entry = describe_task(task, questions, *job.source) | summarise(task, questions, records, seed=seed)
+    entry = describe_task(task, questions, *job.source) | summarize(task, questions, records, seed=seed)
     entry["answers"] = f"{ANSWERS}/{store.finished.name}"
     if judge is not None and task.judge_prompts:
         entry["judge"] = {"model": judge.name, **asdict(judge.usage)}

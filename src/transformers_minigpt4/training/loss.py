@@ -18,9 +18,9 @@ POSITIONS = "label_positions"
 @dataclass
 class LabelledCollator:
     """
-    Wraps a collator and adds which positions of a batch predict a label; for models of [`keep_labelled`].
+    Wraps a collator and adds which positions of a batch predict a label; for models of [`keep_labeled`].
 
-    transformers' forward projects every position, prompt and padding too. TRL's fused head skips unlabelled ones on
+    transformers' forward projects every position, prompt and padding too. TRL's fused head skips unlabeled ones on
     devices with Triton, and scores all elsewhere.
 
     Returns (per call): what the collator gives, with `labels` of shape `(1, L + 1)`, which are -100 followed by the L
@@ -42,7 +42,7 @@ class LabelledCollator:
         return batch
 
 
-def keep_labelled(model: PreTrainedModel) -> list[torch.utils.hooks.RemovableHandle]:
+def keep_labeled(model: PreTrainedModel) -> list[torch.utils.hooks.RemovableHandle]:
     """
     Makes a base model return only the hidden states of `label_positions`, if a batch has them.
 

@@ -8,7 +8,7 @@ from .arguments import StageArguments, StageConfig
 from .collator import Collator, ImageTextCollator
 from .feature_cache import FeatureCache
 from .features import FeatureCollator, take_features, train_from_features
-from .loss import LabelledCollator, keep_labelled
+from .loss import LabelledCollator, keep_labeled
 from .packing import pack
 from .towerless import has_tower
 
@@ -41,6 +41,6 @@ def optimize(
     if stage.pack_rows:
         wrapped = pack(model, wrapped, stage.pack_tokens)
     if not family_of(model.config).encoder_decoder and config.n_gpu <= 1:
-        keep_labelled(model)
+        keep_labeled(model)
         wrapped = LabelledCollator(wrapped)
     return wrapped

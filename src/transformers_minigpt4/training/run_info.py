@@ -109,7 +109,7 @@ class RunInfoCallback(TrainerCallback):
 
 
 def plot_curve(points: list[tuple[float, float]], size: tuple[int, int] = (720, 360)) -> Image.Image:
-    """A line of loss over steps with labelled corners; `size` in pixels."""
+    """A line of loss over steps with labeled corners; `size` in pixels."""
     width, height = size
     left, top, right, bottom = 60, 20, width - 20, height - 40
     image = Image.new("RGB", size, "white")

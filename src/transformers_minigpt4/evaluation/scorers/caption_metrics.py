@@ -145,7 +145,7 @@ def meteor(
     """METEOR 1.5 from the sums of [`METEOR_COLUMNS`] (arrays of one shape)."""
     precision, recall = matches / length, reference_matches / reference_length
     mean = 1 / (_ALPHA / recall + (1 - _ALPHA) / precision)
-    # One chunk that covers both texts has no break to be penalised.
+    # One chunk that covers both texts has no break to be penalized.
     complete = (matched == words) & (reference_matched == reference_words) & (chunks == 1)
     breaks = np.where(complete, 0.0, chunks / ((matched + reference_matched) / 2))
     score = mean * (1 - _GAMMA * breaks**_BETA)

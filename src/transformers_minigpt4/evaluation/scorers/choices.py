@@ -3,7 +3,7 @@
 import re
 from collections.abc import Sequence
 
-from .vqa_text import normalise_answer
+from .vqa_text import normalize_answer
 
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -50,9 +50,9 @@ def parse_choice(answer: str, options: Sequence[str]) -> int | None:
         number = LETTERS.index(letters[0].upper())
         if number < len(options):
             return number
-    forms = [normalise_answer(option) for option in options]
+    forms = [normalize_answer(option) for option in options]
     for candidate in (text, core):
-        named = [number for number, form in enumerate(forms) if form and form == normalise_answer(candidate)]
+        named = [number for number, form in enumerate(forms) if form and form == normalize_answer(candidate)]
         if len(named) == 1:
             return named[0]
     return None

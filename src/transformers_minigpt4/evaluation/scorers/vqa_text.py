@@ -38,9 +38,9 @@ _RESTORED["somebody'd"] = "somebodyd"
 
 
 @lru_cache(maxsize=200_000)
-def normalise_answer(text: str) -> str:
+def normalize_answer(text: str) -> str:
     """
-    An answer as the official VQA evaluation normalises it for comparison.
+    An answer as the official VQA evaluation normalizes it for comparison.
 
     In this order: line breaks and tabs become spaces; punctuation is dropped next to a space, or anywhere if the
     answer contains a comma between digits, and becomes a space otherwise; full stops are dropped unless a digit
@@ -49,9 +49,9 @@ def normalise_answer(text: str) -> str:
     Example:
 
     ```python
-    >>> from transformers_minigpt4.evaluation.scorers.vqa_text import normalise_answer
+    >>> from transformers_minigpt4.evaluation.scorers.vqa_text import normalize_answer
 
-    >>> normalise_answer("The two dogs don't play, I think.")
+    >>> normalize_answer("The two dogs don't play, I think.")
     "2 dogs don't play i think"
     ```
     """
@@ -72,6 +72,6 @@ def direct_answer_score(answer: str, references: Sequence[str]) -> float:
     """
     A-OKVQA's score of a direct answer: a third for each of the (ten) references that equals it, at most 1.
 
-    This is the official script's comparison, letter by letter; give normalised texts for a comparison of those.
+    This is the official script's comparison, letter by letter; give normalized texts for a comparison of those.
     """
     return min(1.0, sum(answer == reference for reference in references) / 3)

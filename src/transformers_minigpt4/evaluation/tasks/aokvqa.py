@@ -9,7 +9,7 @@ from transformers_minigpt4.utils.files import JsonObject
 from ..evaluator import Metric, Question, Record, Task, find_file, mean, read_json
 from ..scorers.choices import LETTERS, parse_choice
 from ..scorers.official_files import by_id, check_choices, find_images, need_fields
-from ..scorers.vqa_text import direct_answer_score, normalise_answer
+from ..scorers.vqa_text import direct_answer_score, normalize_answer
 
 
 # Ours: the authors' prompts for this task were never published.
@@ -38,7 +38,7 @@ class AOKVQA(Task):
     Each question is asked twice: with its four options, and freely (except those marked as too hard for that).
 
     A direct answer scores a third for each of the ten references that it equals, at most 1, as in the official
-    script. `direct_answer` compares after VQA's normalisation of both sides, `direct_answer/as_given` letter by
+    script. `direct_answer` compares after VQA's normalization of both sides, `direct_answer/as_given` letter by
     letter, as that script does.
     """
 
@@ -110,9 +110,9 @@ def _score_choice(reference: JsonObject, answer: str | None) -> Record:
 def _score_direct(reference: JsonObject, answer: str | None) -> Record:
     if answer is None:
         return {"direct_score": 0, "direct_score_as_given": 0}
-    normalised = [normalise_answer(text) for text in reference["answers"]]
+    normalized = [normalize_answer(text) for text in reference["answers"]]
     return {
-        "direct_score": direct_answer_score(normalise_answer(answer), normalised),
+        "direct_score": direct_answer_score(normalize_answer(answer), normalized),
         "direct_score_as_given": direct_answer_score(answer, reference["answers"]),
-        "normalised": normalise_answer(answer),
+        "normalized": normalize_answer(answer),
     }

@@ -8,7 +8,7 @@ from transformers_minigpt4.utils.files import JsonObject
 
 from ..evaluator import Metric, Question, Record, Task, find_file, mean
 from ..scorers.official_files import find_images, need_fields, read_object
-from ..scorers.vqa_text import normalise_answer
+from ..scorers.vqa_text import normalize_answer
 
 
 # Ours: the authors' prompt for this task was never published.
@@ -23,7 +23,7 @@ class GQA(Task):
     """
     Accuracy over the balanced questions.
 
-    The official script requires the exact answer. `accuracy` compares after VQA's normalisation of both sides;
+    The official script requires the exact answer. `accuracy` compares after VQA's normalization of both sides;
     `accuracy/as_given` is the official script on the text that LLaVA's evaluation passes to it: lower case, no full
     stop at the end.
     """
@@ -77,12 +77,12 @@ class GQA(Task):
             if answer is None:
                 records.append({"correct": 0, "correct_as_given": 0})
                 continue
-            gold, normalised = question.reference["answer"], normalise_answer(answer)
+            gold, normalized = question.reference["answer"], normalize_answer(answer)
             records.append(
                 {
-                    "correct": int(normalised == normalise_answer(gold)),
+                    "correct": int(normalized == normalize_answer(gold)),
                     "correct_as_given": int(as_given(answer) == gold),
-                    "normalised": normalised,
+                    "normalized": normalized,
                 }
             )
         return records

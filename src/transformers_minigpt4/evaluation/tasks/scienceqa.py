@@ -234,7 +234,7 @@ def _number(verdict: Verdict[str], reference: JsonObject) -> int | None:
 
 def _judge_prompt(question: Question, own: str, text: str) -> str:
     first, second = own, text
-    # Half of the questions in each order, so that a judge biased towards a position favours neither.
+    # Half of the questions in each order, so that a judge biased toward a position favors neither.
     if hashlib.sha256(question.id.encode()).digest()[0] % 2:
         first, second = second, first
     return JUDGE_PROMPT.format(**question.reference["fields"], first=first, second=second)
