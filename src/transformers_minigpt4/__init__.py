@@ -58,7 +58,7 @@ _complete: set[str] = set()
 
 
 def _register(module: ModuleType) -> None:
-    """Imports `auto`, which registers everything, as soon as no module that it needs is under way."""
+    """Imports `auto`, which registers everything, once no module that it needs is still being imported."""
     _complete.add(module.__name__)
     if all(name in _complete for name in _AWAITED if name in sys.modules):
         importlib.import_module(f"{__name__}.auto")

@@ -42,7 +42,7 @@ class KeyMap:
     ignored: tuple[str, ...] = ()
 
     def target(self, key: str) -> str | None:
-        """The checkpoint's name for `key`, or `None` where it is not used."""
+        """The checkpoint's name for `key`, or `None` if it is not used."""
         if self.is_ignored(key):
             return None
         for pattern, target in self.used.items():

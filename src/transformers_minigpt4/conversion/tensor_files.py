@@ -5,7 +5,7 @@ import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import BinaryIO, TypeAlias
 
 import torch
 from huggingface_hub.errors import SafetensorsParsingError
@@ -35,22 +35,6 @@ _CHUNK_BYTES = 2**23
 _MAPPED_BYTES = 2**26
 
 
-class Entry(Protocol):
-    """A tensor in a file."""
-
-    @property
-    def dtype(self) -> torch.dtype: ...
-
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-
-    def read(self) -> torch.Tensor:
-        """The tensor, contiguous and in memory of its own."""
-
-    def parts(self) -> Iterator[torch.Tensor]:
-        """The tensor in flat parts, to be read only."""
-
-
 @dataclass(frozen=True)
 class Block:
     """
@@ -65,6 +49,7 @@ class Block:
     offset: int
 
     def read(self) -> torch.Tensor:
+        """The tensor, contiguous and in its own memory."""
         tensor = torch.empty(self.shape, dtype=self.dtype)
         with open(self.path, "rb", buffering=0) as file:
             file.seek(self.offset)
@@ -72,6 +57,7 @@ class Block:
         return tensor
 
     def parts(self) -> Iterator[torch.Tensor]:
+        """The tensor in flat parts, which must not be changed."""
         left = torch.Size(self.shape).numel()
         with open(self.path, "rb", buffering=0) as file:
             file.seek(self.offset)
@@ -97,15 +83,12 @@ class TorchFile:
     def __init__(self, path: Path):
         self.path = path
         self.is_mapped = zipfile.is_zipfile(path)
-        self.state = self._load()
+        self.state = unwrap(load_pickle(path), path)
         self._touched = 0
-
-    def _load(self) -> dict[str, torch.Tensor]:
-        return unwrap(load_pickle(self.path, mmap=self.is_mapped), self.path)
 
     def tensor(self, key: str) -> torch.Tensor:
         if self.is_mapped and self._touched > _MAPPED_BYTES:
-            self.state, self._touched = self._load(), 0
+            self.state, self._touched = unwrap(load_pickle(self.path), self.path), 0
         tensor = self.state[key]
         self._touched += tensor.nbytes
         return tensor
@@ -121,10 +104,15 @@ class TorchEntry:
     key: str
 
     def read(self) -> torch.Tensor:
+        """The tensor, contiguous and in its own memory."""
         return self.file.tensor(self.key).clone(memory_format=torch.contiguous_format)
 
     def parts(self) -> Iterator[torch.Tensor]:
+        """The tensor in flat parts, which must not be changed."""
         yield from flat_parts(self.file.tensor(self.key))
+
+
+Entry: TypeAlias = Block | TorchEntry
 
 
 def memory_of(tensor: torch.Tensor) -> memoryview:
@@ -189,20 +177,21 @@ def _safetensors_entries(path: Path) -> dict[str, Entry]:
     return {name: Block(DTYPES[span.dtype], span.shape, path, span.begin) for name, span in spans.items()}
 
 
-def load_pickle(path: Path, mmap: bool = False) -> object:
+def load_pickle(path: Path) -> object:
     """
-    What a PyTorch file contains, on the CPU.
+    What a PyTorch file contains, on the CPU, and memory-mapped if it is in the zip format.
 
     Raises:
         OSError: for a file that is truncated or not a PyTorch file.
         ValueError: for one that needs more than tensors, plain containers and numbers.
     """
-    if zipfile.is_zipfile(path):
+    is_zip = zipfile.is_zipfile(path)
+    if is_zip:
         with zipfile.ZipFile(path) as archive:
             if any(record.compress_type != zipfile.ZIP_STORED for record in archive.infolist()):
                 raise OSError(f"{path} is a compressed zip archive, not a PyTorch file. Unpack it first.")
     try:
-        loaded: object = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        loaded: object = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except pickle.UnpicklingError as error:
         reason = next((line for line in str(error).splitlines() if "GLOBAL" in line or "class" in line), "")
         raise ValueError(

@@ -83,7 +83,7 @@ class Weights:
         return Piece(entry.dtype, entry.shape, lambda: self.read(key), lambda: self._hashed(key, entry.parts()))
 
     def read(self, key: str) -> torch.Tensor:
-        """The tensor `key`, in memory of its own."""
+        """The tensor `key`, in its own memory."""
         tensor = self.entries[key].read()
         deque(self._hashed(key, [tensor]), maxlen=0)
         return tensor
@@ -206,7 +206,7 @@ def save_pieces(
         filename_pattern=SAFE_WEIGHTS_NAME.replace(".safetensors", "{suffix}.safetensors"),
         max_shard_size=max_shard_size,
     )
-    # A file goes down to the disk while the next one is made: waiting for each in turn takes a third longer.
+    # A file is flushed to the disk while the next one is written: waiting for each in turn takes a third longer.
     with ThreadPoolExecutor(max_workers=1) as disk:
         flushed = []
         for filename, names in split.filename_to_tensors.items():

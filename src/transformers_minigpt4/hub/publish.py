@@ -220,7 +220,7 @@ def _add_code(publication: Publication, folder: Path) -> None:
 
 
 def _relative_imports(path: Path) -> set[str]:
-    """Modules of its own folder that a file imports, as `from .x import y`."""
+    """Modules of the same folder that a file imports, as `from .x import y`."""
     nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
     return {node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.level == 1 and node.module}
 

@@ -10,7 +10,7 @@ from transformers.configuration_utils import SubConfigSpec
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 
-# What a saved folder tells transformers about the code that travels with it.
+# Where transformers finds the code that is saved with every checkpoint.
 AUTO_MAP = {
     "AutoConfig": "configuration_minigpt4.MiniGPT4Config",
     "AutoModel": "modeling_minigpt4.MiniGPT4Model",

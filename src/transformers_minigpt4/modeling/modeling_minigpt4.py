@@ -223,7 +223,7 @@ class MiniGPT4Model(MiniGPT4PreTrainedModel):
         """
         if self.vision_tower is None:
             raise RuntimeError(
-                "This model was loaded without image modules. Give it image features, or load all of it."
+                "This model was loaded without image modules. Give it image features, or load the complete model."
             )
         expected = self.config.image_height_width
         if pixel_values.ndim != 4 or tuple(pixel_values.shape[-2:]) != expected:

@@ -8,7 +8,7 @@ The record is `config.base_checkpoints`, a list of dicts:
 - `fingerprint`: of the tensors taken, see [`fingerprint`].
 
 A tensor of the checkpoint itself takes precedence over one of a base. One named `KEY@rows` is appended to the base's
-`KEY`, which is how the image token's row joins a language model that lacks it.
+`KEY`, which is how a language model gets its row for the image token.
 """
 
 import copy

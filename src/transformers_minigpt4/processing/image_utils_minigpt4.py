@@ -247,7 +247,7 @@ def _open(file: BinaryIO, name: str, served_as: str = "") -> Image.Image:
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ImageLoadError(
             name,
-            f"it holds more than {Image.MAX_IMAGE_PIXELS} pixels, PIL's limit against decompression bombs",
+            f"it has more than {Image.MAX_IMAGE_PIXELS} pixels, PIL's limit against decompression bombs",
             "make it smaller first",
         ) from error
     except ImageLoadError:

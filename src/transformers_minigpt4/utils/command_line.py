@@ -19,7 +19,7 @@ from typer.core import TyperArgument, TyperCommand, TyperGroup, TyperOption
 INTERRUPTED = 130  # what shells report for a program ended by Ctrl-C
 EXAMPLES = "\nExamples:\n"  # heading in a command's docstring; what follows is printed verbatim at the end of its help
 
-# Typer brings its own copy of click, of which it exports no types.
+# Typer bundles its own copy of click and exports none of its types.
 ClickContext: TypeAlias = Any
 ClickParameters: TypeAlias = list[Any]
 ClickFormatter: TypeAlias = Any
@@ -97,7 +97,7 @@ class Command(TyperCommand):
                 parameter.metavar = _metavar(parameter)
 
     def parse_args(self, ctx: ClickContext, args: list[str]) -> list[str]:
-        """Parses the words of a command line; underscores in the names of options are taken for dashes."""
+        """Parses the words of a command line; underscores in the names of options are read as dashes."""
         return super().parse_args(ctx, with_dashes(args, self.params))
 
     def invoke(self, ctx: ClickContext) -> object:
@@ -111,7 +111,7 @@ class Command(TyperCommand):
         return _off_by_default(super().get_params(ctx))
 
     def collect_usage_pieces(self, ctx: ClickContext) -> list[str]:
-        """The words behind the command's name in its usage line."""
+        """What follows the command's name in its usage line."""
         arguments = [parameter for parameter in self.params if isinstance(parameter, TyperArgument)]
         shown = [str(argument.metavar) if argument.required else f"[{argument.metavar}]" for argument in arguments]
         return [*shown, self.options_metavar or ""]
@@ -233,7 +233,7 @@ def one_line_errors(context: ClickContext) -> Iterator[None]:
 
 
 def _one_line(error: BaseException) -> str:
-    """The first line of an error that explains itself, with the type in front where it may not."""
+    """The first line of an error that explains itself, preceded by its type if it may not."""
     if type(error).__name__ == "OutOfMemoryError":  # torch's, by name, because torch need not be imported yet
         return "the device is out of memory; lower --batch-size, set --dtype bfloat16, or spread with --device auto"
     if isinstance(error, OSError) and error.filename and error.strerror:
