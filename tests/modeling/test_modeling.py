@@ -322,6 +322,15 @@ def test_serving_contract(model):
     assert type(MiniGPT4Model._from_config(model.config)) is MiniGPT4Model
 
 
+def test_dtype_where_the_embeddings_are_views(model):
+    """FSDP replaces parameters with views of its own flat ones while it computes."""
+    embeddings = model.get_input_embeddings()
+    view = embeddings.weight.detach().bfloat16()
+    del embeddings.weight
+    embeddings.weight = view
+    assert model.dtype == torch.bfloat16
+
+
 def test_growing_the_vocabulary(model, mixed):
     before = model(**mixed).logits
     model.resize_token_embeddings(1210)

@@ -6,7 +6,7 @@ K tokens per image, C tower width, D language-model width, V vocabulary.
 """
 
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import nn
@@ -157,7 +157,7 @@ class MiniGPT4PreTrainedModel(CheckpointMixin):
     @property
     def dtype(self) -> torch.dtype:
         """That of the language model; in fp16 the first parameters of the model stay fp32."""
-        weight: torch.Tensor = self.get_input_embeddings().get_parameter("weight")
+        weight = cast(torch.Tensor, self.get_input_embeddings().weight)  # a view, not a parameter, inside FSDP
         return weight.dtype
 
     @torch.no_grad()
@@ -364,10 +364,6 @@ class MiniGPT4ForConditionalGeneration(MiniGPT4PreTrainedModel, GenerationMixin)
         name = next(name for name, module in self.model.named_modules() if module is embeddings)
         self._tied_weights_keys = {"lm_head.weight": f"model.{name}.weight"}
         self.post_init()
-
-    def get_output_embeddings(self) -> nn.Module:
-        head: nn.Module = self.lm_head
-        return head
 
     def get_image_features(
         self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
