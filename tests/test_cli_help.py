@@ -102,6 +102,11 @@ def test_main_help_lists_every_command_in_a_group():
     assert places == sorted(places) and "\nCommands:" not in text
 
 
+@pytest.mark.parametrize("path", [path for path in COMMANDS if path not in LEAVES])
+def test_lists_of_commands_cut_no_sentence(path):
+    assert "..." not in help_of(path).partition("\nOptions:\n")[2].partition("\nExamples:\n")[0]
+
+
 def test_underscores_are_dashes_in_names_and_nowhere_else():
     words = ["describe", "a_b.jpg", "--batch_size", "2", "--max_new_tokens=5", "--prompt", "--trust_remote_code"]
     found = parse([*words, "--output=my_file"])
@@ -119,6 +124,9 @@ def test_completion():
         ("ev", ["evaluate"]),
         ("train tiny", ["tiny", "tiny_stage2"]),
         ("data check --out", ["--output"]),
+        ("train tiny --mo", ["--model", "--model-revision"]),
+        ("features tiny --feature", ["--feature-cache"]),
+        ("train tiny --model ", []),
     ):
         words = f"minigpt4 {typed}"
         request = {"_MINIGPT4_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}

@@ -126,7 +126,7 @@ _add_group(
 )
 _add_group(
     "curate",
-    """Build a stage-2 dataset: describe, repair, filter, review, build, push.
+    """Build a stage-2 dataset from images: describe, repair, review.
 
     Examples:
       minigpt4 curate init my-curation --source photos --checkpoint my-stage1 --images 50
@@ -138,7 +138,8 @@ evaluate_group = _add_group(
     "evaluate",
     """Evaluate a checkpoint.
 
-    `evaluate CHECKPOINT ...` is short for `evaluate run CHECKPOINT ...`, whose help lists the options.
+    `evaluate CHECKPOINT ...` is short for `evaluate run CHECKPOINT ...`; `minigpt4 evaluate run --help` lists the
+    options.
 
     Examples:
       minigpt4 evaluate my-checkpoint --tasks gqa,chair --data path/to/evaluation-data
@@ -149,7 +150,9 @@ evaluate_group = _add_group(
 )
 _add_group(
     "people",
-    """Have people judge answers of the task advanced without knowing the model.
+    """Have people judge answers without knowing which model gave them.
+
+    The answers are those to the task `advanced`.
 
     Examples:
       minigpt4 evaluate people make results/minigpt4-7b results/blip2 --output people

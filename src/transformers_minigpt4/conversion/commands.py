@@ -127,7 +127,7 @@ def merge(
     checkpoint: Annotated[
         str,
         typer.Argument(
-            metavar="CHECKPOINT", help="Checkpoint of trainable modules only, or the folder of a PEFT adapter."
+            metavar="CHECKPOINT", help="Checkpoint of trained modules only, or the folder of a PEFT adapter."
         ),
     ],
     output: Annotated[Path, typer.Option(metavar="FOLDER", help="Folder for the full model.")],
@@ -135,7 +135,7 @@ def merge(
     overwrite: Overwrite = False,
 ) -> None:
     """
-    Write the full model of a checkpoint that holds only trained modules or an adapter.
+    Merge trained modules or an adapter with their base checkpoint.
 
     Examples:
         minigpt4 merge my-stage2 --output my-stage2-full

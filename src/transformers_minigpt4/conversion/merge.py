@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 from transformers_minigpt4.utils.file_names import SOURCES_FILE
 
 from .output import check_output, output_folder
+from .weights import naming
 
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -43,7 +44,8 @@ def merge_checkpoint(
     adapter = Path(source) / ADAPTER_CONFIG
     is_adapter = adapter.is_file()
     base = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"] if is_adapter else str(source)
-    checkpoints = getattr(AutoConfig.from_pretrained(base), "base_checkpoints", None) or []
+    with naming(base):
+        checkpoints = getattr(AutoConfig.from_pretrained(base), "base_checkpoints", None) or []
     if not checkpoints and not is_adapter:
         raise ValueError(f"{source} is a complete checkpoint already: there is nothing to merge.")
     places = [str(source), base, *(checkpoint["name_or_path"] for checkpoint in checkpoints)]

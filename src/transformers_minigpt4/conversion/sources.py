@@ -28,7 +28,7 @@ from transformers_minigpt4.utils.families import BLIP2, family_of
 from . import key_maps
 from .compose import add_delta, constant, mapped
 from .key_maps import KeyMap, shorten
-from .weights import Piece, Weights, find_file, open_weights
+from .weights import Piece, Weights, find_file, naming, open_weights
 
 
 FRESH, NONE = "fresh", "none"
@@ -78,7 +78,8 @@ def _config(name: str) -> PreTrainedConfig:
     source, revision = split_revision(name)
     if not Path(source).exists() and (source.startswith(("/", ".", "~")) or Path(source).suffix in (".pth", ".pt")):
         raise OSError(f"There is no file or folder {source}.")
-    config: PreTrainedConfig = AutoConfig.from_pretrained(source, revision=revision)
+    with naming(source):
+        config: PreTrainedConfig = AutoConfig.from_pretrained(source, revision=revision)
     return config
 
 

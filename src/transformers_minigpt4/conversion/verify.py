@@ -115,7 +115,9 @@ def verify_checkpoint(
                 "loading",
                 "fail",
                 first_line(error),
-                "convert the weights again, or take config and weights of one model",
+                "convert the weights again, or take config and weights of one model"
+                if os.path.exists(checkpoint)
+                else "there is no such folder on this computer; check the path or Hub id",
             )
         )
         return report

@@ -1,5 +1,6 @@
 """The tensors of a source, read one at a time, and their writing as sharded safetensors."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -21,6 +22,7 @@ from transformers.utils import (
 from transformers.utils.hub import cached_files, extract_commit_hash
 
 from transformers_minigpt4.modeling import trained_modules_minigpt4
+from transformers_minigpt4.utils.text import first_line
 
 from .key_maps import shorten
 from .tensor_files import DTYPES, Entry, flat_parts, memory_of, read_file
@@ -28,6 +30,25 @@ from .tensor_files import DTYPES, Entry, flat_parts, memory_of, read_file
 
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _CHUNKS_AHEAD = 4
+
+
+@contextlib.contextmanager
+def naming(source: str) -> Iterator[None]:
+    """
+    Names a source that cannot be loaded, which the Hub's messages do not always do.
+
+    Raises:
+        OSError: for the `OSError` of a source that is neither a file nor a folder on this computer.
+    """
+    try:
+        yield
+    except OSError as error:
+        if os.path.exists(source):
+            raise
+        raise OSError(
+            f"there is no file or folder {source!r}, and the Hub has no such model or cannot be reached "
+            f"({first_line(error).rstrip('.')}); check the path or Hub id"
+        ) from error
 
 
 @dataclass(frozen=True)

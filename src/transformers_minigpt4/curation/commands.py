@@ -47,7 +47,9 @@ def init(
     ] = None,
 ) -> None:
     """
-    Create a project: a folder with curation.yaml, which holds every setting, to edit before the first step.
+    Create a project folder; its curation.yaml holds every setting.
+
+    Edit the settings before the first step.
 
     Examples:
         minigpt4 curate init my-curation --source photos --checkpoint my-stage1 --images 50
@@ -103,7 +105,7 @@ def repair(project: ProjectPath) -> None:
 
 def filter_texts(project: ProjectPath) -> None:
     """
-    Drop descriptions that a rule identifies as failures, each with its reason.
+    Drop failed descriptions by rules, and record the reasons.
 
     Examples:
         minigpt4 curate filter my-curation
@@ -132,7 +134,7 @@ def review(
     port: Port = None,
 ) -> None:
     """
-    Let people accept, edit or reject each pair, on a local web page or in a file.
+    Accept, edit or reject pairs on a local web page or in a file.
 
     Several people can review at once. The page runs until Ctrl-C; every decision is saved as it is made.
 
@@ -161,7 +163,9 @@ def build(
     ] = None,
 ) -> None:
     """
-    Write the accepted pairs as a dataset and as the authors' cc_sbu_align folder, with a card.
+    Write the accepted pairs as a dataset with a card.
+
+    It is written twice: for `datasets`, and as the authors' cc_sbu_align folder.
 
     Examples:
         minigpt4 curate build my-curation
@@ -208,8 +212,9 @@ def push(
 
 def run(project: ProjectPath) -> None:
     """
-    Run all steps but review: generate, repair, filter, report, and build if anything was accepted.
+    Run all steps except review and push.
 
+    These are generate, repair, filter, report, and build if anything was accepted.
     If interrupted, rerun the same command to resume. After a setting has changed, it redoes what the setting affects.
 
     Examples:
@@ -226,7 +231,7 @@ def status(
     output: Annotated[Path | None, typer.Option(metavar="FILE", help="PNG file for a chart of the funnel.")] = None,
 ) -> None:
     """
-    Show how many pairs reached each step, what became of them, and why.
+    Show how many pairs reached each step, and why others did not.
 
     Examples:
         minigpt4 curate status my-curation --output funnel.png
@@ -247,7 +252,9 @@ def report(
     ] = None,
 ) -> None:
     """
-    Write a page with the funnel, lengths before and after, and samples of every reason with their images.
+    Write an HTML page with the funnel, text lengths and samples.
+
+    Samples show the images and texts behind every reason.
 
     Examples:
         minigpt4 curate report my-curation

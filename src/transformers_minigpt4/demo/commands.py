@@ -41,9 +41,9 @@ def demo(
 
 def evaluate_demo(output: _Folder = Path("minigpt4-evaluation") / "demo", seed: Seed = 0) -> None:
     """
-    Run the tasks on the demo's generated images, with models, data and a judge made for them.
+    Train the demo's models and evaluate them on generated images.
 
-    Needs neither a GPU nor downloads.
+    Data and a rule-based judge are made for the demo. Needs neither a GPU nor downloads.
 
     Examples:
         minigpt4 evaluate --demo

@@ -144,7 +144,7 @@ def run(
     judge_cache: JudgeCache = None,
 ) -> None:
     """
-    Ask a model the questions of some tasks, score the answers and write results.json.
+    Run evaluation tasks on a checkpoint and write results.json.
 
     `minigpt4 evaluate CHECKPOINT ...` is short for this, and `minigpt4 evaluate --demo` runs the tasks on the demo's
     toy world. If interrupted, rerun the same command to resume. With `accelerate launch -m transformers_minigpt4.cli`

@@ -17,13 +17,15 @@ SheetFolder: TypeAlias = Annotated[
 def make(
     runs: Annotated[
         list[Path],
-        typer.Argument(metavar="RESULTS...", help="Folders of results with the task advanced, one per model."),
+        typer.Argument(metavar="RESULTS...", help="Folders of results of the task `advanced`, one per model."),
     ],
     output: Annotated[Path, typer.Option(metavar="FOLDER", help="New folder for the sheet.")],
     seed: Seed = 0,
 ) -> None:
     """
-    Combine the answers of several models into one shuffled sheet that does not show which model gave them.
+    Combine several models' answers into one shuffled, blind sheet.
+
+    The sheet does not show which model gave an answer.
 
     Examples:
         minigpt4 evaluate people make results/minigpt4-7b results/blip2 --output people
@@ -36,7 +38,9 @@ def make(
 
 def judge(sheet: SheetFolder, host: Host = "127.0.0.1", port: Port = None) -> None:
     """
-    Serve the page to judge on. Every decision is saved as it is made; Ctrl-C ends.
+    Serve the page to judge on.
+
+    The page runs until Ctrl-C; every decision is saved as it is made.
 
     Examples:
         minigpt4 evaluate people judge people
@@ -91,7 +95,7 @@ def count(
     ] = False,
 ) -> None:
     """
-    Print success counts by model and task, in the format of the paper's Table 1.
+    Print success counts by model and task (the paper's Table 1).
 
     Examples:
         minigpt4 evaluate people count people --write

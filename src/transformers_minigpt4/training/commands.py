@@ -4,6 +4,7 @@ import logging
 from typing import Annotated, Any, TypeAlias
 
 import typer
+from typer.core import CompletionItem
 
 from transformers_minigpt4.utils.command_line import ClickContext, ClickFormatter, Command, DryRun
 
@@ -40,6 +41,12 @@ class RecipeCommand(Command):
                     ]
                 )
 
+    def shell_complete(self, ctx: ClickContext, incomplete: str) -> list[CompletionItem]:
+        """Completes options, the keys of recipes among them."""
+        keys = [key for title in self.key_groups for key in KEYS[title] if key.option.startswith(incomplete)]
+        found = super().shell_complete(ctx, incomplete)
+        return found + [CompletionItem(key.option, help=key.help) for key in keys if incomplete.startswith("-")]
+
 
 class TrainCommand(RecipeCommand):
     """`train`, whose help lists the keys of all groups."""
@@ -75,7 +82,7 @@ Recipe: TypeAlias = Annotated[
     str,
     typer.Argument(
         metavar="RECIPE",
-        help="A YAML file, or the name of a recipe of the package.",
+        help="A YAML file, or the name of one of the package's recipes.",
         autocompletion=lambda incomplete: [name for name in recipe_names() if name.startswith(incomplete)],
     ),
 ]
@@ -85,13 +92,13 @@ def train(
     context: typer.Context,
     recipe: Recipe,
     show: Annotated[
-        bool, typer.Option("--show", help="Print the recipe with the keys of the command line, ready to save.")
+        bool, typer.Option("--show", help="Print the recipe with the options given here, ready to save.")
     ] = False,
     dry_run: DryRun = False,
     list_recipes: Annotated[
         bool,
         typer.Option(
-            "--list-recipes", help="List the recipes of the package, and exit.", callback=_list_recipes, is_eager=True
+            "--list-recipes", help="List the package's recipes, and exit.", callback=_list_recipes, is_eager=True
         ),
     ] = False,
     help_all: Annotated[
@@ -137,9 +144,10 @@ def train(
 
 def features(context: typer.Context, recipe: Recipe) -> None:
     """
-    Encode the images of a recipe once, so that it trains without its vision tower.
+    Cache the image features of a recipe for faster training.
 
-    Every key of the recipe can be overridden, as with `train`; --feature-cache names the folder. If interrupted, rerun
+    Each image is encoded once, and training needs no vision tower. Every key of the recipe can be overridden, as with
+    `train`; --feature-cache names the folder. If interrupted, rerun
     the same command to resume; with more sources it adds the missing features. Then train with the same
     --feature-cache.
 

@@ -30,7 +30,7 @@ def check(
     workers: Annotated[int, typer.Option(min=0, help="Worker processes of that measurement.")] = 0,
 ) -> None:
     """
-    Show what a source contains, what is wrong with it, and how long its captions are.
+    Show a source's rows, their errors and their caption lengths.
 
     Images are decoded as in training. The exit status is 1 if a source has no usable row.
 

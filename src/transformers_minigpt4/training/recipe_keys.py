@@ -45,7 +45,7 @@ KEYS: dict[str, tuple[Key, ...]] = {
         Key("prompt_format", "FORMAT", _shared(PromptFormat), "stage2"),
         Key("max_completion_length", "NUMBER", "Maximum length of an answer, in tokens; longer ones are cut.", 160),
         Key("max_error_rate", "NUMBER", "Fraction of unusable rows above which the run stops.", 0.05),
-        Key("feature_cache", "FOLDER", "Features from `minigpt4 features`; training then loads no vision tower."),
+        Key("feature_cache", "FOLDER", "Features from `minigpt4 features`; training then needs no vision tower."),
     ),
     "What is trained": (
         Key("trainable_modules", "NAME...", "projector, qformer, language_model, lora.", ["projector"]),
@@ -62,12 +62,12 @@ KEYS: dict[str, tuple[Key, ...]] = {
         Key("use_bnb_nested_quant", "BOOL", "Also quantize the quantization constants.", False),
     ),
     "Schedule": (
-        Key("max_steps", "NUMBER", "Optimizer steps; required, because a stream of rows has no end.", -1),
+        Key("max_steps", "NUMBER", "Optimizer steps; required, because streams of rows never end.", -1),
         Key("batch_size", "NUMBER", f"{_shared(BatchSize).rstrip('.')} on each device.", 8),
         Key("gradient_accumulation_steps", "NUMBER", "Batches per optimizer step.", 1),
         Key("learning_rate", "NUMBER", "Peak learning rate.", 2e-5),
-        Key("lr_scheduler_type", "NAME", "Schedule of transformers; not used with --min-lr.", "linear"),
-        Key("min_lr", "NUMBER", "Floor of the authors' schedule, which it selects."),
+        Key("lr_scheduler_type", "NAME", "One of transformers' schedules; ignored with --min-lr.", "linear"),
+        Key("min_lr", "NUMBER", "Final learning rate; setting it selects the authors' schedule."),
         Key("warmup_steps", "NUMBER", "Steps of linear warmup.", 0),
         Key("warmup_start_lr", "NUMBER", "Learning rate of the first step, in the authors' schedule.", 1e-6),
         Key("iters_per_epoch", "NUMBER", "Steps of the first epoch, in the authors' schedule. By default the warmup."),
@@ -90,7 +90,11 @@ KEYS: dict[str, tuple[Key, ...]] = {
     ),
     "Saving and logging": (
         Key("output", "FOLDER", "Folder for checkpoints, run info and the final model."),
-        Key("resume_from_checkpoint", "BOOL", "true resumes from the last checkpoint in --output; also its path."),
+        Key(
+            "resume_from_checkpoint",
+            "BOOL|FOLDER",
+            "true resumes from the last checkpoint in --output, a folder from that one.",
+        ),
         Key("save_steps", "NUMBER", "Steps between checkpoints.", 500),
         Key("save_total_limit", "NUMBER", "Checkpoints to keep. By default all."),
         Key("logging_steps", "NUMBER", "Steps between log entries.", 10),
@@ -99,7 +103,7 @@ KEYS: dict[str, tuple[Key, ...]] = {
     "Checks before and during a run": (
         Key("check_first_loss", "BOOL", "Stop if the first loss is no better than chance.", True),
         Key("requires_stage1", "BOOL", "Refuse a model with an untrained projector.", False),
-        Key("requires_qformer", "BOOL", "Refuse a model without a Q-Former; false refuses one with it."),
-        Key("requires_projector_layers", "NUMBER", "Refuse a model with another number of projector layers."),
+        Key("requires_qformer", "BOOL", "Refuse a model without a Q-Former; false refuses one with a Q-Former."),
+        Key("requires_projector_layers", "NUMBER", "Refuse a model with a different number of projector layers."),
     ),
 }

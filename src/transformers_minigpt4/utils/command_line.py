@@ -232,6 +232,10 @@ def one_line_errors(context: ClickContext) -> Iterator[None]:
         raise typer.Exit(1) from error
 
 
+# Raised with a message of one's own, rather than by the system with a file name.
+_EXPLAINED = (ValueError, OSError, FileExistsError, FileNotFoundError, NotADirectoryError, PermissionError)
+
+
 def _one_line(error: BaseException) -> str:
     """The first line of an error that explains itself, preceded by its type if it may not."""
     if type(error).__name__ == "OutOfMemoryError":  # torch's, by name, because torch need not be imported yet
@@ -239,7 +243,7 @@ def _one_line(error: BaseException) -> str:
     if isinstance(error, OSError) and error.filename and error.strerror:
         return f"{error.filename}: {error.strerror}"
     line = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-    if type(error) in (ValueError, OSError) or type(error).__module__.startswith("transformers_minigpt4"):
+    if type(error) in _EXPLAINED or type(error).__module__.startswith("transformers_minigpt4"):
         return line or type(error).__name__
     return f"{type(error).__name__}: {line} (`minigpt4 --debug ...` shows the trace)"
 
