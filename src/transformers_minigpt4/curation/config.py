@@ -47,7 +47,7 @@ class CurationConfig:
         prompt: First turn. With `<ImageHere>` it is the complete text that the model sees; without, one user turn
             for the processor's own chat template.
         continue_prompt: Second turn, in the same format.
-        continue_below: An answer of at most so many tokens gets the second turn; 0 for never.
+        continue_below: An answer of at most this many tokens gets the second turn; 0 for never.
         max_new_tokens: Longest answer of a turn, in tokens.
         do_sample: Whether answers are sampled as the checkpoint's generation config says, or decoded greedily.
         batch_size: Images that go through the model at once.
@@ -96,7 +96,7 @@ class CurationConfig:
         if not isinstance(self.rules, dict):
             raise CurationError(f"rules is {self.rules!r:.80}; write it as `rules: {{rule: {{parameter: value}}}}`")
         if ("<ImageHere>" in self.continue_prompt) or self.prompt.count("<ImageHere>") > 1:
-            raise CurationError("the prompt shows one image, once: write <ImageHere> in `prompt` alone, and once")
+            raise CurationError("the prompt shows one image, once: write <ImageHere> once, in `prompt` only")
         if "<ImageHere>" not in self.prompt and "###" in self.continue_prompt:
             raise CurationError(
                 "`prompt` is a plain question, so it goes through the chat template; write "

@@ -124,28 +124,13 @@ def accepted_pairs(repairs: bool, unreviewed: bool) -> str:
 
 
 def pair_of(row: sqlite3.Row) -> Pair:
-    return Pair(
-        row["id"],
-        row["key"],
-        row["image"],
-        row["sha256"],
-        row["source"],
-        json.loads(row["origin"]),
-        row["sampled_at"],
-    )
+    origin = json.loads(row["origin"])
+    return Pair(row["id"], row["key"], row["image"], row["sha256"], row["source"], origin, row["sampled_at"])
 
 
 def result_of(row: sqlite3.Row) -> Result:
-    return Result(
-        row["pair_id"],
-        row["settings"],
-        row["input"],
-        row["outcome"],
-        row["reason"],
-        row["text"],
-        json.loads(row["details"]),
-        row["at"],
-    )
+    outcome = row["outcome"], row["reason"], row["text"]
+    return Result(row["pair_id"], row["settings"], row["input"], *outcome, json.loads(row["details"]), row["at"])
 
 
 def ascii_json(value: object) -> str:

@@ -21,7 +21,7 @@ _RECALL = 0.999  # of pairs whose similarity is exactly the threshold
 _CHUNK = 2_000  # texts whose shingles are hashed at a time, few enough for the processor's cache
 _COLUMNS, _ROWS = 9, 8  # fields of an image's near-duplicate hash
 HASH_BYTES = 8 + 3 * _COLUMNS * _ROWS
-_DRAFT = 32  # JPEG files are decoded at the smallest size with so many pixels a side
+_DRAFT = 32  # JPEG files are decoded at the smallest size with this many pixels per side
 _HASH_BITS = 64
 _MIXERS = np.array([0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9], dtype=np.uint64)
 _NO_PUNCTUATION = dict.fromkeys(map(ord, string.punctuation + "‘’“”„«»–—…·•"), " ")

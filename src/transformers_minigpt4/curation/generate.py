@@ -141,7 +141,7 @@ def _describe_works(
     if not images:
         return results
     if config.do_sample:
-        # Sampled answers depend on the seed and the batch alone, not on how often the run was stopped.
+        # Sampled answers depend only on the seed and the batch, not on how often the run was stopped.
         torch.manual_seed(config.seed * 1_000_003 + readable[0].pair.id)
     for work, found in zip(readable, describe_in_turns(images, model, processor, config)):
         details = {"turns": list(found.turns), "tokens": list(found.tokens)}

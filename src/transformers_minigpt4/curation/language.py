@@ -119,7 +119,7 @@ OTHERS = {
     """,
 }
 
-_MIN_ENGLISH_WORDS = 6  # with at least so many words, English text has function words
+_MIN_ENGLISH_WORDS = 6  # a text of at least this many words has function words if it is English
 _WORD = re.compile(r"[^\W\d_]+")
 _QUOTED = re.compile(r'"[^"]*"')
 # Between two capitalized words these are part of a name.

@@ -22,7 +22,7 @@ FLAGS = {
     "cut off": "ended by the limit of tokens",
 }
 
-# Longer than so many times the source, plus so many words to complete a sentence.
+# Longer than this many times the source, plus this many words to complete a sentence.
 _LONGEST, _MORE_WORDS = 1.25, 10
 # Shorter than this share of the source without repetitions.
 _SHORTEST = 0.5

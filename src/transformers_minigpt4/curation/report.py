@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import NamedTuple
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
@@ -29,14 +28,6 @@ _THUMBNAIL = 240  # pixels of the longer side; shown at 160
 _LONGEST_TEXT = 4_000  # characters shown of one text
 _WIDTH, _HEIGHT, _BUCKETS = 720, 140, 30  # of a histogram
 _EXPLAINED = {"flagged": "flagged in", "failed": "failed in", "dropped": "dropped by", "rejected": "rejected in"}
-
-
-class Sample(NamedTuple):
-    """One pair of a group: its texts with labels, and why it is here."""
-
-    pair: Pair
-    texts: list[tuple[str, str]]
-    why: str
 
 
 def run_report(project: Project, config: CurationConfig, path: str | os.PathLike[str] | None = None) -> Path:
@@ -187,12 +178,13 @@ def _groups(project: Project) -> Iterator[JsonObject]:
                 reasons.setdefault((result.outcome, result.reason), []).append((pair, result))
         for (outcome, reason), found in sorted(reasons.items(), key=lambda item: (-len(item[1]), item[0])):
             chosen = random.Random(0).sample(found, min(_SAMPLES, len(found)))
-            samples = [_sample(pair, result, texts[pair.id], outcome) for pair, result in chosen]
+            samples = [_sample(project, pair, result, texts[pair.id]) for pair, result in chosen]
             title = f"{_EXPLAINED.get(outcome, outcome)} {step}{': ' if reason else ''}{reason}"
-            yield {"title": title, "count": len(found), "samples": list(_with_images(project, samples))}
+            yield {"title": title, "count": len(found), "samples": samples}
 
 
-def _sample(pair: Pair, result: Result, text: str, outcome: str) -> Sample:
+def _sample(project: Project, pair: Pair, result: Result, text: str) -> JsonObject:
+    """One pair of a group: its texts with labels, why it is here, and its image."""
     texts = [("", text)] if text else []
     if result.text is not None and result.text != text:
         texts = [("before", text)] * bool(text) + [("after", result.text)]
@@ -200,22 +192,16 @@ def _sample(pair: Pair, result: Result, text: str, outcome: str) -> Sample:
     why = str(details.pop("why", ""))
     if "of" in details:
         why += f"; like {details.pop('of')}"
-    if outcome != "dropped" and details:
+    if result.outcome != "dropped" and details:
         why = "; ".join(filter(None, [why, ", ".join(f"{name}: {value}" for name, value in details.items())]))
-    return Sample(pair, [(label, shortened) for label, shortened in _shortened(texts)], why)
+    sample = {"key": pair.key, "texts": list(_shortened(texts)), "why": why}
+    try:
+        return {**sample, "image": thumbnail_url(load_image(project.image_path(pair)), _THUMBNAIL), "no_image": ""}
+    except ImageLoadError as error:
+        return {**sample, "image": None, "no_image": f"no image: {error.reason}"}
 
 
 def _shortened(texts: Iterable[tuple[str, str]]) -> Iterator[tuple[str, str]]:
     for label, text in texts:
         rest = len(text) - _LONGEST_TEXT
         yield label, text if rest <= 0 else f"{text[:_LONGEST_TEXT]} … ({rest} further characters)"
-
-
-def _with_images(project: Project, samples: Iterable[Sample]) -> Iterator[JsonObject]:
-    for sample in samples:
-        facts: JsonObject = {"key": sample.pair.key, "texts": sample.texts, "why": sample.why}
-        try:
-            image = thumbnail_url(load_image(project.image_path(sample.pair)), _THUMBNAIL)
-            yield {**facts, "image": image, "no_image": ""}
-        except ImageLoadError as error:
-            yield {**facts, "image": None, "no_image": f"no image: {error.reason}"}

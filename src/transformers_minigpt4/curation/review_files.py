@@ -103,9 +103,9 @@ def import_decisions(project: Project, path: PathLike, reviewer: str | None = No
         reviewer: Who decided, for rows that do not say.
 
     Raises:
-        CurationError: if there is no such file; for others, names the first line that cannot be imported: an unknown
-        pair or
-            action, a pair twice, an edit without text, a text that has changed since the export, no reviewer.
+        CurationError: if there is no such file, or a line cannot be imported, with the number of the first one: an
+            unknown pair or action, a repeated pair, an edit without text, a text that has changed since the export,
+            or no reviewer.
         OSError: if the file cannot be read.
     """
     queue = ReviewQueue(project)

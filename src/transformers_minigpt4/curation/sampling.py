@@ -30,7 +30,7 @@ from .store import Project
 
 
 PYTHON = "python:"  # before MODULE:FUNCTION
-_SHARDS = 64  # from a source with more shards, images of at least so many are sampled
+_SHARDS = 64  # images are sampled from at least this many shards of a source that has more
 _TOGETHER = 32  # images recorded in one transaction
 _SLUG = re.compile(r"[^A-Za-z0-9._-]+")
 # For other formats, PIL's name in lower case.

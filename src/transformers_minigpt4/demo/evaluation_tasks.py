@@ -21,11 +21,9 @@ from transformers_minigpt4.llm.client import ChatModel, Key
 from transformers_minigpt4.llm.types import ChatAnswer, ChatSettings, Message
 
 from .evaluation_data import DATASET
+from .run import MAX_NEW_TOKENS
 from .scoring import ASKED, named_values
 from .world import ATTRIBUTES
-
-
-MAX_NEW_TOKENS = 100  # the longest description of the demo's training texts has 43
 
 
 class TruthJudge(ChatModel):

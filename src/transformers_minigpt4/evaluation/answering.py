@@ -66,7 +66,7 @@ def image_digest(image: ImageSource) -> str:
 
 
 def question_key(question: Question, generation: Mapping[str, object], model: str) -> str:
-    """Hash of all that an answer depends on; a saved answer is reused only where it is the same."""
+    """Hash of all that an answer depends on; a saved answer is reused only if it is the same."""
     facts = [question.prompt, [image_digest(image) for image in question.images], dict(generation), model]
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
@@ -104,7 +104,7 @@ class AnswerStore:
         The last line of each question, by `key`. A last line that a kill cut short is ignored.
 
         Raises:
-            ValueError: where a file holds anything but answers.
+            ValueError: if a file holds anything but answers.
         """
         lines: dict[str, JsonObject] = {}
         for path in (self.finished, *self.parts):

@@ -87,7 +87,7 @@ class EvaluateGroup(Group):
     """`evaluate CHECKPOINT …` is short for `evaluate run CHECKPOINT …`, and `evaluate --demo` for `evaluate demo`."""
 
     def parse_args(self, ctx: ClickContext, args: list[str]) -> list[str]:
-        """Puts the subcommand in front where the short form leaves it out."""
+        """Puts the subcommand in front if the short form leaves it out."""
         if "--demo" in args:
             rest = [word for word in args if word not in ("--demo", "run")]
             _refuse_options(rest, ctx.help_option_names)

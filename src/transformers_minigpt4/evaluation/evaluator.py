@@ -192,11 +192,11 @@ class Task(ABC):
 
         Args:
             data: Folder or file of this task.
-            limit: At most so many questions, the first ones.
+            limit: Maximum number of questions; the first ones are read.
 
         Raises:
             ValueError: what is missing or wrong, in one line that says what to do.
-            OSError: where a file cannot be read.
+            OSError: if a file cannot be read.
         """
 
     @abstractmethod

@@ -35,7 +35,7 @@ class Item:
     """
     One answer to judge.
 
-    `id` and `image` say nothing about the model, which nobody who judges gets to see. `answer` is `None` where the
+    `id` and `image` say nothing about the model, which nobody who judges gets to see. `answer` is `None` if the
     model could not answer; such an item is not judged and does not count as a success.
     """
 

@@ -25,7 +25,7 @@ def load_questions(
     Args:
         task: Reads the files.
         data: As for [`~evaluation.run.evaluate`].
-        limit: At most so many questions, the first ones.
+        limit: Maximum number of questions; the first ones are read.
 
     Raises:
         ValueError: if the data is missing or wrong, holds no question, or one id twice.

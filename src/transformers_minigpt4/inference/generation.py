@@ -66,7 +66,7 @@ def answer_prompts(
         `list[str]`: one answer per prompt, without prompt, special tokens and surrounding white space.
 
     Raises:
-        ValueError: if the model cannot take so many images per prompt, or `generate_kwargs` ask for several answers
+        ValueError: if the model cannot take that many images per prompt, or `generate_kwargs` ask for several answers
             or for more than the answers.
     """
     inputs = _inputs(images, prompts, processor).to(model.device, dtype=model.dtype)

@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from urllib.parse import urlsplit
 
 from transformers_minigpt4.utils.settings import field_names, field_values
@@ -141,7 +141,7 @@ class ChatSettings:
             names: What errors call an option, by its name in `options`; by default that name.
 
         Returns:
-            `None` where the options name no model; they are checked all the same.
+            `None` if the options name no model; their types are checked nevertheless.
 
         Raises:
             ValueError: for settings that cannot work.
@@ -194,13 +194,7 @@ class Usage:
         return self.prompt_tokens + self.completion_tokens
 
     def __add__(self, other: "Usage") -> "Usage":
-        return Usage(
-            self.requests + other.requests,
-            self.cached + other.cached,
-            self.prompt_tokens + other.prompt_tokens,
-            self.completion_tokens + other.completion_tokens,
-            self.cost + other.cost,
-        )
+        return Usage(*(one + more for one, more in zip(astuple(self), astuple(other))))
 
 
 def prefixed(message: str, prefix: str, names: Mapping[str, str] | None = None) -> str:

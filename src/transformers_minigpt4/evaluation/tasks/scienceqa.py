@@ -100,8 +100,8 @@ class ScienceQA(Task):
     """
     Accuracy overall, by subject, context and grade; with a judge also the two ensembles of the LLaVA paper.
 
-    The judge is a text-only language model, which first answers every question alone. `ensemble/complement` takes its
-    answer, or the model's if it gives none. `ensemble/judge` asks it again where the two differ, showing both answers
+    The judge is a text-only language model, which first answers every question by itself. `ensemble/complement` takes
+    its answer, or the model's if it gives none. `ensemble/judge` asks it again if the two differ, showing both answers
     (in an order drawn from the question's id), for one final answer.
     """
 
