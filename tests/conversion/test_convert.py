@@ -100,7 +100,7 @@ def test_the_authors_files_give_the_authors_model(converted, golden, golden_tens
             assert answer[0, prompt.shape[1] :].tolist() == turn["new_token_ids"]
 
 
-def test_prompts_are_tokenised_as_the_authors_do(converted, golden):
+def test_prompts_are_tokenized_as_the_authors_do(converted, golden):
     processor = MiniGPT4Processor.from_pretrained(converted)
     cases = json.loads((ALPHA.parent / "tokenizer" / "golden_tokens.json").read_text())["encode"]
     cases = [case for case in cases if "<ImageHere>" not in case["text"]]

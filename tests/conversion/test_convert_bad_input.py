@@ -246,7 +246,7 @@ def test_names_that_lead_nowhere(tmp_path):
     )
 
 
-def test_quantised_language_model(tmp_path):
+def test_quantized_language_model(tmp_path):
     folder = copy_llm(tmp_path / "llm", quantization_config={"quant_method": "gptq", "bits": 4})
     refuse(tmp_path, ValueError, "is quantized", language_model=str(folder))
 

@@ -120,7 +120,7 @@ def test_index_that_names_what_no_shard_holds(tmp_path):
         open_weights(str(tmp_path))
 
 
-def test_quantised_types_are_refused(tmp_path):
+def test_quantized_types_are_refused(tmp_path):
     save_file({"a": torch.zeros(4).to(torch.float8_e4m3fn)}, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match=r"F8_E4M3.*quantized"):
         read_file(tmp_path / "model.safetensors")

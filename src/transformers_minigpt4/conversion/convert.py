@@ -116,7 +116,7 @@ def convert_checkpoint(
     language, tokenizer = open_language_model(language_model, delta)
     bridge, queries = _open_bridge(vision, source_config, tower, qformer, trained, qformer_config or {}, seed)
     if trained is not None:
-        _check_neighbours(trained, tower, bridge, language.config, tokenizer, language_model)
+        _check_neighbors(trained, tower, bridge, language.config, tokenizer, language_model)
         chat_template = chat_template or _authors_template(language.config, tokenizer, language_model)
 
     processor = MiniGPT4Processor(open_image_processor(vision, tower.config), tokenizer, chat_template=chat_template)
@@ -191,7 +191,7 @@ def _open_trained(projector: str, vision: str, source_config: PreTrainedConfig |
     return open_projector(projector)
 
 
-def _check_neighbours(
+def _check_neighbors(
     trained: Source,
     tower: SubModel,
     bridge: SubModel | None,

@@ -98,7 +98,7 @@ class Command(TyperCommand):
 
     def parse_args(self, ctx: ClickContext, args: list[str]) -> list[str]:
         """Parses the words of a command line; underscores in the names of options are read as dashes."""
-        return super().parse_args(ctx, with_dashes(args, self.params))
+        return super().parse_args(ctx, _with_dashes(args, self.params))
 
     def invoke(self, ctx: ClickContext) -> object:
         """Runs the command."""
@@ -147,10 +147,6 @@ class Group(TyperGroup):
         super().__init__(**attributes)
         self.help, self.examples = _without_examples(self.help)
 
-    def parse_args(self, ctx: ClickContext, args: list[str]) -> list[str]:
-        """Parses the words of a command line up to the subcommand."""
-        return super().parse_args(ctx, with_dashes(args, self.params))
-
     def format_epilog(self, ctx: ClickContext, formatter: ClickFormatter) -> None:
         """Writes the examples."""
         formatter.write(self.examples)
@@ -184,7 +180,7 @@ def _off_by_default(parameters: ClickParameters) -> ClickParameters:
     return parameters
 
 
-def with_dashes(words: list[str], parameters: ClickParameters) -> list[str]:
+def _with_dashes(words: list[str], parameters: ClickParameters) -> list[str]:
     """The words of a command line with dashes in the names of options, and with values as they were."""
     options = {
         name: parameter

@@ -21,7 +21,7 @@ def checkpoint(tmp_path_factory):
         num_query_tokens=4,
         image_token_id=511,
     )
-    folder = tmp_path_factory.mktemp("quantised") / "checkpoint"
+    folder = tmp_path_factory.mktemp("quantized") / "checkpoint"
     MiniGPT4ForConditionalGeneration(config).save_pretrained(folder)
     return folder
 
@@ -42,11 +42,11 @@ def test_bitsandbytes(checkpoint, tmp_path, options, likeness, trained_only):
     model = AutoModelForImageTextToText.from_pretrained(
         folder, quantization_config=BitsAndBytesConfig(**options), device_map="cpu"
     )
-    quantised = {name for name, module in model.named_modules() if type(module).__name__.startswith("Linear") and
+    quantized = {name for name, module in model.named_modules() if type(module).__name__.startswith("Linear") and
                  type(module) is not torch.nn.Linear}  # fmt: skip
-    assert any(name.startswith("model.language_model") for name in quantised)
-    assert any(name.startswith("model.vision_tower") for name in quantised)
-    assert not any("qformer" in name or "multi_modal_projector" in name or "lm_head" in name for name in quantised)
+    assert any(name.startswith("model.language_model") for name in quantized)
+    assert any(name.startswith("model.vision_tower") for name in quantized)
+    assert not any("qformer" in name or "multi_modal_projector" in name or "lm_head" in name for name in quantized)
     assert model.model.multi_modal_projector.linear_1.weight.dtype == torch.float32
 
     ids, pixels = torch.tensor([[1, 511, 511, 511, 511, 5, 6]]), torch.randn(1, 3, 28, 28)
@@ -56,7 +56,7 @@ def test_bitsandbytes(checkpoint, tmp_path, options, likeness, trained_only):
 
     model.requires_grad_(False)
     model.model.multi_modal_projector.requires_grad_(True)
-    model.save_pretrained(tmp_path / "again", trained_only=True)  # what a run on a quantised base saves
+    model.save_pretrained(tmp_path / "again", trained_only=True)  # what a run on a quantized base saves
     assert torch.equal(
         AutoModelForImageTextToText.from_pretrained(tmp_path / "again").lm_head.weight, full.lm_head.weight
     )
