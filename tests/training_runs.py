@@ -122,7 +122,7 @@ def trainer_on(base: Path, folder: Path, data, trainer_class=StageSFTTrainer, co
 # A server that has imported everything forks processes in no time; each started anew would import for seconds.
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
-    ["peft", "transformers_minigpt4.training.optimizations", "transformers_minigpt4.training.trainer"]
+    ["peft", "transformers_minigpt4.training.setup", "transformers_minigpt4.training.trainer"]
 )
 
 

@@ -40,7 +40,7 @@ def fsdp2_losses(base):
     model = AutoModelForImageTextToText.from_pretrained(base, dtype=torch.float32)
     prepare_stage(model)
     keep_labelled(model)
-    touch_trainable(model, whole_tower=True)
+    touch_trainable(model, full_tower=True)
     if world > 1:
         for layer in [*model.model.language_model.layers, *model.model.vision_tower.encoder.layers]:
             fully_shard(layer)

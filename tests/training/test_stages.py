@@ -88,8 +88,8 @@ def test_text_only_gives_a_zero_gradient(model, processor):
     batch = ImageTextCollator(processor)([row])
     before = model(**batch).loss
     assert not before.requires_grad
-    for whole_tower in (False, True):
-        handle = touch_trainable(model, whole_tower)
+    for full_tower in (False, True):
+        handle = touch_trainable(model, full_tower)
         loss = model(**batch).loss
         assert torch.equal(loss, before)
         loss.backward()
@@ -99,14 +99,14 @@ def test_text_only_gives_a_zero_gradient(model, processor):
         handle.remove()
 
 
-@pytest.mark.parametrize("whole_tower", [False, True])
-def test_text_only_through_llava(tmp_path, whole_tower):
+@pytest.mark.parametrize("full_tower", [False, True])
+def test_text_only_through_llava(tmp_path, full_tower):
     save_llava(tmp_path)
     model = AutoModelForImageTextToText.from_pretrained(tmp_path)
     prepare_stage(model)
     batch = {"input_ids": torch.tensor([[1, 5, 6]]), "labels": torch.tensor([[-100, 5, 6]])}
     before = model(**batch).loss
-    touch_trainable(model, whole_tower)
+    touch_trainable(model, full_tower)
     loss = model(**batch).loss
     loss.backward()
     assert torch.equal(loss, before) and not model.model.multi_modal_projector.linear_1.weight.grad.any()

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from .readers import BadRow, Entry, RawRow, caption_row, image_file
+from .readers import CAPTION_COLUMNS, BadRow, Entry, RawRow, caption_row, image_file
 from .schema import DataError, Message, Part
 
 
@@ -14,7 +14,6 @@ Record: TypeAlias = dict[str, Any]  # an object of an annotation file, with any 
 _LLAVA_IMAGE = "<image>"
 _LLAVA_ROLES = {"human": "user", "gpt": "assistant"}
 _PATH_COLUMNS = ("file_name", "image", "path", "image_path", "file")
-_CAPTION_COLUMNS = ("caption", "text")
 
 
 def llava(path: Path, images: Path | None) -> Iterator[Entry]:
@@ -119,7 +118,7 @@ def table(path: Path, images: Path | None) -> Iterator[Entry]:
             yield record
             continue
         name = next((record[column] for column in _PATH_COLUMNS if record.get(column)), None)
-        caption = next((record[column] for column in _CAPTION_COLUMNS if record.get(column)), None)
+        caption = next((record[column] for column in CAPTION_COLUMNS if record.get(column)), None)
         if isinstance(name, str):
             yield caption_row(f"line {number} ({name})", image_file(folder, name), caption)
         else:
@@ -141,7 +140,7 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
         with open(path, encoding="utf-8-sig", newline="") as file:
             rows = csv.DictReader(file)
             columns = rows.fieldnames or []
-            for wanted in (_PATH_COLUMNS, _CAPTION_COLUMNS):
+            for wanted in (_PATH_COLUMNS, CAPTION_COLUMNS):
                 if not set(wanted) & set(columns):
                     raise DataError(
                         f"{path} needs a column {' or '.join(wanted)}; it has {', '.join(columns) or 'none'}"

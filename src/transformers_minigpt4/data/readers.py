@@ -17,7 +17,7 @@ from .schema import DataError, Message, UndecodedImage
 # is read again from its start gives the same order.
 SHUFFLE_BUFFER = 1000
 _TABLE_SHARDS = 256  # slices of a table, for as many data workers of all processes
-_CAPTION_COLUMNS = ("caption", "text")
+CAPTION_COLUMNS = ("caption", "text")
 
 
 class RawRow(NamedTuple):
@@ -141,7 +141,7 @@ class DatasetReader:
     def __init__(self, name: str, dataset: IterableDataset) -> None:
         features = dataset.features or {}
         images = [column for column, feature in features.items() if isinstance(feature, Image)]
-        captions = [column for column in _CAPTION_COLUMNS if column in features]
+        captions = [column for column in CAPTION_COLUMNS if column in features]
         if len(images) != 1 or not captions:
             found = ", ".join(f"{column} ({type(feature).__name__})" for column, feature in features.items())
             raise DataError(

@@ -233,5 +233,5 @@ def _converted(folder: str) -> bool:
     path = Path(folder) / SOURCES_FILE
     if not path.is_file():
         return False
-    projector = json.loads(path.read_text(encoding="utf-8")).get("settings", {}).get("projector")
-    return projector not in (None, "fresh")
+    settings = json.loads(path.read_text(encoding="utf-8")).get("settings", {})
+    return settings.get("projector", settings.get("projection")) not in (None, "fresh")  # its name before 0.1.0

@@ -92,7 +92,7 @@ def load_trained(model: torch.nn.Module, folder: PathLike) -> None:
 
 def run_lock(folder: PathLike) -> AbstractContextManager[None]:
     """
-    Keeps other runs out of an output folder while this one lasts; the system frees the lock when the process ends.
+    Keeps other runs out of an output folder while this one runs; the system frees the lock when the process ends.
 
     Raises:
         RuntimeError: on entry, if another run holds it.

@@ -124,13 +124,11 @@ def train(
         minigpt4 train tiny --output my-run --dry-run
     """
     words = _words(recipe, context.args)
-    if show:
-        from .show import resolved_recipe
+    from .recipe import parse_recipe, resolved_recipe
 
+    if show:
         typer.echo(resolved_recipe(words), nl=False)
         return
-    from .recipe import parse_recipe
-
     arguments = parse_recipe(words)
     if dry_run:
         from .dry_run import first_row, print_row

@@ -92,7 +92,7 @@ def load_model(
     The model and its processor; with `feature_cache` without its vision tower, after a check that the cache fits.
 
     Raises:
-        DataError: for a cache of other weights, or made in another way.
+        DataError: for a cache of other weights, or built in another way.
         ValueError: for a model that is not there, or that the recipe was not written for.
     """
     source = find_model(stage, config, model_args)

@@ -31,7 +31,7 @@ class PackingCollator:
             order.
         image_token_id (`int`): The placeholder's id.
         max_tokens (`int`, *optional*):
-            Positions of a sequence; by default the whole batch is one sequence, with no padding at all. A dense mask
+            Positions of a sequence; by default the batch is one sequence, without padding. A dense mask
             grows with the square of a sequence, so shorter ones are faster without FlashAttention. Rows are then
             fitted best-first, long ones first, and a longer row gets a sequence to itself.
 

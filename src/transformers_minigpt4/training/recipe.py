@@ -1,8 +1,12 @@
-"""Parses a recipe and the command line that overrides its keys."""
+"""Parses a recipe and the command line that overrides its keys, or writes both as one recipe."""
 
+import re
 import sys
+from argparse import Namespace
+from collections.abc import Mapping
 from dataclasses import fields
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
@@ -14,6 +18,7 @@ from .recipe_keys import ALIASES
 
 
 GROUPS: tuple[Any, ...] = (StageArguments, StageConfig, ModelConfig)  # dataclasses
+NAMES = {field.name for group in GROUPS for field in fields(group)}
 # Keys that had another name before 0.1.0.
 RENAMED = {
     "form": "prompt_format",
@@ -21,6 +26,7 @@ RENAMED = {
     "max_bad_share": "max_error_rate",
     "requires_projection_layers": "requires_projector_layers",
 }
+_UNSET = object()
 
 
 class RecipeParser(TrlParser):
@@ -50,17 +56,46 @@ def parse_recipe(arguments: list[str] | None = None) -> tuple[StageArguments, St
         if place == len(words):
             raise ValueError("--config needs a recipe. Give a YAML file, or the name of a recipe of the package.")
         words[place] = find_recipe(words[place])
-    try:
-        *parsed, rest = RecipeParser(GROUPS, allow_abbrev=False).parse_args_and_config(
-            words, return_remaining_strings=True
-        )
-    except yaml.YAMLError as error:
-        raise ValueError(f"The recipe is not valid YAML: {' '.join(str(error).split())}.") from error
+        _check_keys(words[place])
+    stage, config, model_args, rest = RecipeParser(GROUPS, allow_abbrev=False).parse_args_and_config(
+        words, return_remaining_strings=True
+    )
     if rest:
-        raise ValueError(unknown_keys(rest))
-    stage, config, model_args = parsed
+        raise ValueError(_unknown_keys(rest))
     check_arguments(stage, config, model_args)
     return stage, config, model_args
+
+
+def resolved_recipe(words: list[str]) -> str:
+    """
+    The text of a recipe with the values of a command line: comments and order are kept, new keys come last.
+
+    Args:
+        words (`list[str]`): `--config RECIPE`, and options as [`parse_recipe`] takes them.
+
+    Returns:
+        `str`: YAML, which gives the same run as `words`.
+
+    Raises:
+        ValueError: for a recipe or a key that does not exist, and a value that its key cannot have.
+    """
+    words = normalize_options(words)
+    place = words.index("--config")
+    path = find_recipe(words[place + 1])
+    _check_keys(path)
+    # The values of the command line, with the types of their keys, and no defaults.
+    namespace, rest = RecipeParser(GROUPS, allow_abbrev=False).parse_known_args(
+        words[:place] + words[place + 2 :], Namespace(**dict.fromkeys(NAMES, _UNSET))
+    )
+    if rest:
+        raise ValueError(_unknown_keys(rest))
+    text = Path(path).read_text(encoding="utf-8").removesuffix("\n") + "\n"
+    for key, value in vars(namespace).items():
+        if value is not _UNSET:
+            old = re.search(rf"^{key}:.*\n(?:[ \t-].*\n)*", text, re.MULTILINE)
+            start, end = old.span() if old is not None else (len(text), len(text))
+            text = text[:start] + _line(key, value) + text[end:]
+    return text
 
 
 def normalize_options(words: list[str]) -> list[str]:
@@ -92,7 +127,31 @@ def normalize_options(words: list[str]) -> list[str]:
     return found
 
 
-def unknown_keys(rest: list[str]) -> str:
+def _line(key: str, value: object) -> str:
+    """A line of YAML; whole numbers, which TRL's parser may read as floats, are written as such."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    text = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=float("inf"))
+    return f"{key}: {text.partition(chr(10))[0]}\n"  # PyYAML ends a document that is a bare value with a line of dots
+
+
+def _check_keys(path: str) -> None:
+    """
+    Raises:
+        ValueError: for a file that is not YAML, is not a mapping, or has unknown keys.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            recipe = yaml.safe_load(file)
+    except yaml.YAMLError as error:
+        raise ValueError(f"The recipe is not valid YAML: {' '.join(str(error).split())}.") from error
+    if not isinstance(recipe, Mapping):
+        raise ValueError(f"The recipe {path} is not a mapping of keys to values.")
+    if unknown := [f"--{key}" for key in recipe if key not in NAMES | {"env"}]:
+        raise ValueError(_unknown_keys(unknown))
+
+
+def _unknown_keys(rest: list[str]) -> str:
     """What to say about options that are not keys of recipes."""
     unknown = [word.lstrip("-").partition("=")[0] for word in rest if word.startswith("--")]
     for name in unknown:
@@ -102,8 +161,7 @@ def unknown_keys(rest: list[str]) -> str:
             )
         if name in ALIASES:
             return f"{name} is an option of the command line only. In a recipe, write {ALIASES[name]}."
-    keys = {field.name for group in GROUPS for field in fields(group)} | ALIASES.keys()
-    near = get_close_matches(unknown[0].replace("-", "_"), keys, 1) if unknown else []
+    near = get_close_matches(unknown[0].replace("-", "_"), NAMES | ALIASES.keys(), 1) if unknown else []
     return (
         f"Unknown in a recipe or on its command line: {' '.join(rest)}. "
         + (f"Did you mean {near[0]}? " if near else "")

@@ -13,9 +13,12 @@ from transformers_minigpt4.modeling.modeling_minigpt4 import MiniGPT4PreTrainedM
 from transformers_minigpt4.utils.families import PROJECTOR, QFORMER, family_of
 
 from .arguments import StageArguments, StageConfig
-from .collator import make_collator
+from .collator import Collator, ImageTextCollator, make_collator
+from .feature_cache import FeatureCache
+from .features import FeatureCollator, take_features, train_from_features
 from .loading import LoadedRows
-from .optimizations import optimize
+from .loss import LabelledCollator, keep_labeled
+from .packing import pack
 from .run_info import RunInfoCallback, run_info
 from .sanity_checks import SanityCheckCallback
 from .stages import prepare_stage, trainable_parameters
@@ -45,7 +48,7 @@ def make_trainer(
         "model": model,
         "args": config,
         "train_dataset": rows.dataset,
-        "data_collator": optimize(stage, config, model, processor, collator),
+        "data_collator": _optimize(stage, config, model, processor, collator),
         "processing_class": processor,
     }
     trainer: StageSFTTrainer | StageTrainer
@@ -58,6 +61,40 @@ def make_trainer(
     info = run_info([stage, config, model_args], rows.dataset, trainable, rows.fingerprint)
     trainer.add_callback(RunInfoCallback(info, rows.skipped))
     return trainer
+
+
+def _optimize(
+    stage: StageArguments,
+    config: StageConfig,
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    collator: ImageTextCollator,
+) -> Collator:
+    """
+    Wraps a collator, and changes a prepared model, so that steps are cheaper: cached features in place of a tower,
+    packed rows, logits at labels only.
+
+    Logits are computed at labels only wherever that is possible: not for an encoder-decoder, which has its own labels,
+    and not on several GPUs in one process, among which torch would split the batch by rows.
+
+    Raises:
+        DataError: for a cache of other weights, if the model has its tower; without one, see [`source_digest`].
+        ValueError: for rows of a model that cannot be packed.
+    """
+    wrapped: Collator = collator
+    if stage.feature_cache is not None:
+        if has_tower(model):
+            cache = train_from_features(model, processor.image_processor, stage.feature_cache)
+        else:
+            take_features(model)
+            cache = FeatureCache(stage.feature_cache)
+        wrapped = FeatureCollator(collator, cache)
+    if stage.pack_rows:
+        wrapped = pack(model, wrapped, stage.pack_tokens)
+    if not family_of(model.config).encoder_decoder and config.n_gpu <= 1:
+        keep_labeled(model)
+        wrapped = LabelledCollator(wrapped)
+    return wrapped
 
 
 def save_final(trainer: StageSFTTrainer | StageTrainer, revision: str = "main") -> None:

@@ -148,7 +148,7 @@ def _train(self: nn.Module, mode: bool = True) -> nn.Module:
     return self
 
 
-def touch_trainable(model: PreTrainedModel, whole_tower: bool = False) -> torch.utils.hooks.RemovableHandle | None:
+def touch_trainable(model: PreTrainedModel, full_tower: bool = False) -> torch.utils.hooks.RemovableHandle | None:
     """
     Connects the trainable modules in front of the language model to the output of batches without images.
 
@@ -157,7 +157,7 @@ def touch_trainable(model: PreTrainedModel, whole_tower: bool = False) -> torch.
 
     Args:
         model (`PreTrainedModel`): A prepared model, not yet wrapped for distribution.
-        whole_tower (`bool`, *optional*, defaults to `False`):
+        full_tower (`bool`, *optional*, defaults to `False`):
             Send a blank image through tower, Q-Former and projector. Needed if parameters are sharded over ranks
             (FSDP, ZeRO-3), which gather them module by module, all ranks together.
 
@@ -177,7 +177,7 @@ def touch_trainable(model: PreTrainedModel, whole_tower: bool = False) -> torch.
         if kwargs.get("pixel_values") is not None or kwargs.get("mm_encoder_outputs") is not None:
             return None
         # Before the language model, when other ranks run their towers: sharded layers must be gathered in one order.
-        zero = _tower_zero(base, input_ids.device) if whole_tower else _parameter_zero(base)
+        zero = _tower_zero(base, input_ids.device) if full_tower else _parameter_zero(base)
         if zero is None:
             return None
         embeddings = base.get_input_embeddings()(input_ids)

@@ -72,7 +72,7 @@ class StageTrainerMixin(_Trainer):
             self.add_callback(ThroughputBar())
         sharded = self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
         model = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
-        touch_trainable(model, whole_tower=sharded)
+        touch_trainable(model, full_tower=sharded)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """See [`~Trainer.train`]. A folder that holds checkpoints is resumed or refused, never overwritten."""
@@ -108,16 +108,13 @@ class StageTrainerMixin(_Trainer):
         """
         See [`~Trainer.create_scheduler`]; the authors' schedule if `args.min_lr` is set.
 
-        transformers refuses `optimizers=` for sharded models, whose optimizer it must create itself, and calls this
-        documented method instead.
+        It cannot be passed as `optimizers=`: its optimizer exists only after TRL has added adapters, and transformers
+        refuses that argument for models sharded by FSDP.
         """
         if self.args.min_lr is None or self.lr_scheduler is not None:
             return super().create_scheduler(num_training_steps, optimizer)
-        optimizer = optimizer or self.optimizer
-        if optimizer is None:
-            raise ValueError("The schedule needs an optimizer. Call create_optimizer first.")
         self.lr_scheduler = get_minigpt4_schedule(
-            optimizer,
+            optimizer or self.create_optimizer(),
             num_training_steps,
             self.args.get_warmup_steps(num_training_steps),
             min_lr=self.args.min_lr,

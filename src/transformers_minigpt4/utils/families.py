@@ -26,7 +26,7 @@ class ModelFamily:
             Whether answers have a decoder of their own, so that rows can be neither packed nor trained by TRL's
             `SFTTrainer`, and logits cannot be limited to labels.
         records_stages (`bool`, *optional*, defaults to `False`):
-            Whether a config tells which modules have been trained (`trained_parameters`).
+            Whether a config records which modules have been trained (`trained_parameters`).
     """
 
     name: str

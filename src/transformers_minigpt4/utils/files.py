@@ -1,4 +1,4 @@
-"""Files and folders that are replaced as a whole, JSON Lines that survive a kill, and a lock on a folder."""
+"""Files and folders that are replaced atomically, JSON Lines that survive a kill, and a lock on a folder."""
 
 import contextlib
 import glob
@@ -21,7 +21,7 @@ LOCK_FILE = ".lock"
 @contextlib.contextmanager
 def atomic_file(path: PathLike) -> Iterator[Path]:
     """
-    Yields a path beside `path`; what is written there takes the name `path` at the end, or vanishes on an error.
+    Yields a path next to `path`; what is written there takes the name `path` at the end, or vanishes on an error.
 
     Args:
         path (`str` or `os.PathLike`): The file to write. Its folder must exist.
@@ -59,13 +59,13 @@ def write_json(path: PathLike, content: object) -> None:
 @contextlib.contextmanager
 def atomic_folder(folder: PathLike, locked: bool = False) -> Iterator[Path]:
     """
-    Yields an empty folder beside `folder`, which replaces it at the end, or vanishes on an error.
+    Yields an empty folder next to `folder`, which replaces it at the end, or vanishes on an error.
 
     Args:
         folder (`str` or `os.PathLike`): The folder to make or to replace. Its parent is created. After a kill in the
             middle of replacing it, the next call puts the old one back first.
         locked (`bool`, *optional*, defaults to `False`): Whether the caller holds a lock on it, so that what killed
-            calls have left beside it can be deleted.
+            calls have left next to it can be deleted.
     """
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -139,7 +139,7 @@ class JsonLinesWriter:
     Args:
         path (`str` or `os.PathLike`): Created if it does not exist; its folder must exist.
         check (`Callable`, *optional*): Called on entry with the number (from 1) and the bytes of every line; raises
-            `ValueError` for a line that is no record of this file.
+            `ValueError` for a line that is not a record of this file.
         is_cut (`Callable`, *optional*): Whether the bytes of a last line without line break may be a record cut short,
             and so be dropped. By default every such line that is not JSON.
     """
@@ -200,7 +200,7 @@ class JsonLinesWriter:
 
 
 def to_json(record: Mapping[str, object]) -> str:
-    """One line of JSON: readable UTF-8, or ASCII escapes where a file name is no valid Unicode."""
+    """One line of JSON: readable UTF-8, or ASCII escapes where a file name is not valid Unicode."""
     text = json.dumps(record, ensure_ascii=False)
     return text if text.isascii() or not any("\ud800" <= char <= "\udfff" for char in text) else json.dumps(record)
 
@@ -222,7 +222,7 @@ def folder_lock(
 
     Args:
         folder (`str` or `os.PathLike`): Created if it does not exist; the lock is its file `.lock`.
-        refusal (`str`): Message for the one that comes second; `{owner}` in it stands for what the first one is.
+        refusal (`str`): Message for the one that comes second; `{owner}` in it becomes what the first one is.
         purpose (`str`, *optional*): What the folder is locked for; part of `{owner}`.
         error (`type`, *optional*): Class of the error.
 

@@ -1,4 +1,4 @@
-"""Where the tensors of a safetensors file lie."""
+"""Positions of the tensors in a safetensors file."""
 
 from dataclasses import dataclass
 from pathlib import Path

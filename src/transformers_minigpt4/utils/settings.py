@@ -13,7 +13,7 @@ class Dataclass(Protocol):
 
 
 def field_names(settings: type[Dataclass], prefix: str = "") -> list[str]:
-    """The names under which the fields of a dataclass stand among flat settings."""
+    """The names of a dataclass's fields among flat settings."""
     return [prefix + field.name for field in fields(settings)]
 
 
@@ -24,7 +24,7 @@ def field_values(settings: type[Dataclass], values: Mapping[str, object], prefix
     Args:
         settings (`type`): A dataclass whose fields have plain types, such as `int` or `str | None`.
         values (`Mapping`): Settings by name; those that are not fields of the dataclass are ignored.
-        prefix (`str`, *optional*): Stands before the field's name in `values`.
+        prefix (`str`, *optional*): Precedes the field's name in `values`.
 
     Raises:
         ValueError: for a value of another type; the message begins with its name. Whole numbers pass as `float`.
