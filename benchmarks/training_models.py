@@ -18,7 +18,7 @@ from trl.trainer.utils import add_fused_lm_head
 from transformers_minigpt4 import MiniGPT4Processor
 from transformers_minigpt4.training.collator import ImageTextCollator
 from transformers_minigpt4.training.features import FeatureCollator, train_from_features
-from transformers_minigpt4.training.loss import LabelledCollator, keep_labelled
+from transformers_minigpt4.training.loss import LabeledCollator, keep_labeled
 from transformers_minigpt4.training.packing import pack
 from transformers_minigpt4.training.stages import prepare_stage
 
@@ -162,8 +162,8 @@ class Variant:
         if self.name != PADDED:
             collator = pack(self.model, collator)
         if self.name in (LABELLED, CACHED):
-            keep_labelled(self.model)
-            collator = LabelledCollator(collator)
+            keep_labeled(self.model)
+            collator = LabeledCollator(collator)
         return collator
 
     def loss(self, batch: dict[str, Any]) -> torch.Tensor:

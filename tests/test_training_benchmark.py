@@ -67,7 +67,7 @@ def test_benchmark_refuses_to_compare_different_work(training, tmp_path, monkeyp
     benchmark, models = training
     options = "cpu", torch.float32, 1
     benchmark.build_cache("tiny", str(tmp_path), options)
-    monkeypatch.setattr(models, "LabelledCollator", Wrong)
+    monkeypatch.setattr(models, "LabeledCollator", Wrong)
     names = [name for name in models.VARIANTS if name != models.TRL_LLAVA]
     variants = {name: models.Variant(name, "tiny", str(tmp_path), "cpu", torch.float32) for name in names}
     with pytest.raises(RuntimeError, match="losses differ"):

@@ -17,7 +17,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from transformers_minigpt4.training.collator import make_collator
 from transformers_minigpt4.training.feature_building import build_features
-from transformers_minigpt4.training.loss import LabelledCollator, keep_labelled
+from transformers_minigpt4.training.loss import LabeledCollator, keep_labeled
 from transformers_minigpt4.training.recipe import parse_recipe
 from transformers_minigpt4.training.stages import prepare_stage, touch_trainable
 
@@ -39,7 +39,7 @@ def fsdp2_losses(base):
     world, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
     model = AutoModelForImageTextToText.from_pretrained(base, dtype=torch.float32)
     prepare_stage(model)
-    keep_labelled(model)
+    keep_labeled(model)
     touch_trainable(model, full_tower=True)
     if world > 1:
         for layer in [*model.model.language_model.layers, *model.model.vision_tower.encoder.layers]:
@@ -48,7 +48,7 @@ def fsdp2_losses(base):
         assert isinstance(model, FSDPModule)
         assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    collate = LabelledCollator(make_collator(model, AutoProcessor.from_pretrained(base), 32))
+    collate = LabeledCollator(make_collator(model, AutoProcessor.from_pretrained(base), 32))
     losses = []
     model.train()
     for step in range(STEPS):

@@ -22,7 +22,7 @@ from transformers_minigpt4.training.feature_building import build_feature_cache
 from transformers_minigpt4.training.feature_cache import FeatureCache
 from transformers_minigpt4.training.features import FeatureCollator, train_from_features
 from transformers_minigpt4.training.fingerprints import feature_fingerprint
-from transformers_minigpt4.training.loss import LabelledCollator, keep_labelled
+from transformers_minigpt4.training.loss import LabeledCollator, keep_labeled
 from transformers_minigpt4.training.packing import pack
 from transformers_minigpt4.training.stages import prepare_stage
 
@@ -101,8 +101,8 @@ def test_cached_training_equals_uncached(kind, tmp_path, golden, encoded):
         # bf16 keeps 8 bits; the gradients here pass through a few layers of random weights.
         assert (found[1][name] - exact[1][name]).norm() < 0.05 * exact[1][name].norm()
 
-    keep_labelled(model)
-    both = LabelledCollator(pack(model, cached, 60))(rows)  # images change their order with their rows
+    keep_labeled(model)
+    both = LabeledCollator(pack(model, cached, 60))(rows)  # images change their order with their rows
     again = gradients(model, both)
     assert again[0] == pytest.approx(found[0], abs=1e-5)
     for name, gradient in found[1].items():

@@ -13,7 +13,7 @@ from trl.trainer.utils import add_fused_lm_head
 from transformers_minigpt4 import MiniGPT4ForConditionalGeneration, MiniGPT4Processor
 from transformers_minigpt4.training.arguments import StageConfig
 from transformers_minigpt4.training.collator import ImageTextCollator
-from transformers_minigpt4.training.loss import LabelledCollator, keep_labelled
+from transformers_minigpt4.training.loss import LabeledCollator, keep_labeled
 from transformers_minigpt4.training.packing import best_fit, pack
 from transformers_minigpt4.training.sanity_checks import LabelsRequired, TrainingError
 from transformers_minigpt4.training.stages import prepare_stage
@@ -72,9 +72,9 @@ def test_golden_batches_packed(model, processor, golden, golden_tensors, picture
     collator = ImageTextCollator(processor, max_completion_length=case["max_txt_len"])
     with_pixels = WithPixels(collator, golden_tensors["pixel_values"][numbers] if numbers else None)
     prepare_stage(model)
-    keep_labelled(model)
+    keep_labeled(model)
     model.train()
-    batch = LabelledCollator(pack(model, with_pixels, max_tokens))(rows)
+    batch = LabeledCollator(pack(model, with_pixels, max_tokens))(rows)
     assert "attention_mask" not in batch
     loss = model(**batch).loss
     assert loss.item() == pytest.approx(case["loss"], abs=1e-5)
@@ -105,9 +105,9 @@ def test_mixed_rows_packed(model, processor, mixed, max_tokens, fused):
     expected = loss_and_gradients(model, collator(mixed), fused)
     packed = pack(model, collator, max_tokens)
     check_equal(loss_and_gradients(model, packed(mixed), fused), expected)
-    keep_labelled(model)
-    check_equal(loss_and_gradients(model, LabelledCollator(packed)(mixed), fused), expected)
-    check_equal(loss_and_gradients(model, LabelledCollator(collator)(mixed), fused), expected)
+    keep_labeled(model)
+    check_equal(loss_and_gradients(model, LabeledCollator(packed)(mixed), fused), expected)
+    check_equal(loss_and_gradients(model, LabeledCollator(collator)(mixed), fused), expected)
     check_equal(loss_and_gradients(model, collator(mixed), fused), expected)  # other batches are left unchanged
 
 
@@ -128,8 +128,8 @@ def test_llava_packed(llava, max_tokens, fused):
     expected = loss_and_gradients(model, collator(rows), fused)
     packed = pack(model, collator, max_tokens)
     check_equal(loss_and_gradients(model, packed(rows), fused), expected)
-    keep_labelled(model)
-    check_equal(loss_and_gradients(model, LabelledCollator(packed)(rows), fused), expected)
+    keep_labeled(model)
+    check_equal(loss_and_gradients(model, LabeledCollator(packed)(rows), fused), expected)
 
 
 def test_rows_do_not_see_each_other(model, processor, mixed):
@@ -156,8 +156,8 @@ def test_packed_batches_have_no_padding(model, processor, mixed):
 
 def test_logits_are_computed_where_labels_are(model, processor, mixed):
     collator = ImageTextCollator(processor)
-    keep_labelled(model)
-    batch = LabelledCollator(collator)(mixed)
+    keep_labeled(model)
+    batch = LabeledCollator(collator)(mixed)
     count = int((collator(mixed)["labels"][:, 1:] != -100).sum())
     assert model(**batch).logits.shape[:2] == (1, count + 1)
     assert int((batch["labels"] != -100).sum()) == count  # what trainers divide the loss by
@@ -190,7 +190,7 @@ def test_bad_input(model, processor, mixed):
     with pytest.raises(ValueError, match="not the same number for each image"):
         pack(model, WithPixels(collator, torch.zeros(3, 3, 56, 56)))(mixed)
     with pytest.raises(TrainingError, match="nothing to learn"):
-        LabelsRequired(LabelledCollator(lambda rows: {"labels": torch.full((2, 4), -100)}))(mixed)
+        LabelsRequired(LabeledCollator(lambda rows: {"labels": torch.full((2, 4), -100)}))(mixed)
     model.config.text_config._attn_implementation = "flash_attention_2"
     assert pack(model, collator).max_tokens is None
     with pytest.raises(ValueError, match="FlashAttention"):
@@ -218,8 +218,8 @@ def test_trainers_learn_the_same(trainer_class, tmp_path, golden, mixed):
         prepare_stage(model)
         collator = ImageTextCollator(processor)
         if optimized:
-            keep_labelled(model)
-            collator = LabelledCollator(pack(model, collator))
+            keep_labeled(model)
+            collator = LabeledCollator(pack(model, collator))
         arguments = StageConfig(
             str(tmp_path / f"run-{optimized}"),
             max_steps=3,

@@ -145,9 +145,8 @@ def features(context: typer.Context, recipe: Recipe) -> None:
     Cache the image features of a recipe for faster training.
 
     Each image is encoded once, and training needs no vision tower. Every key of the recipe can be overridden, as with
-    `train`; --feature-cache names the folder. If interrupted, rerun
-    the same command to resume; with more sources it adds the missing features. Then train with the same
-    --feature-cache.
+    `train`; --feature-cache names the folder. If interrupted, rerun the same command to resume; with more sources it
+    adds the missing features. Then train with the same --feature-cache.
 
     Examples:
         minigpt4 features minigpt4_stage2 --model my-stage1 --feature-cache features

@@ -16,7 +16,7 @@ POSITIONS = "label_positions"
 
 
 @dataclass
-class LabelledCollator:
+class LabeledCollator:
     """
     Wraps a collator and adds which positions of a batch predict a label; for models of [`keep_labeled`].
 

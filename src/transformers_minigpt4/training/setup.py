@@ -17,7 +17,7 @@ from .collator import Collator, ImageTextCollator, make_collator
 from .feature_cache import FeatureCache
 from .features import FeatureCollator, take_features, train_from_features
 from .loading import LoadedRows
-from .loss import LabelledCollator, keep_labeled
+from .loss import LabeledCollator, keep_labeled
 from .packing import pack
 from .run_info import RunInfoCallback, run_info
 from .sanity_checks import SanityCheckCallback
@@ -93,7 +93,7 @@ def _optimize(
         wrapped = pack(model, wrapped, stage.pack_tokens)
     if not family_of(model.config).encoder_decoder and config.n_gpu <= 1:
         keep_labeled(model)
-        wrapped = LabelledCollator(wrapped)
+        wrapped = LabeledCollator(wrapped)
     return wrapped
 
 
