@@ -2,13 +2,14 @@
 
 import json
 import os
-from collections.abc import Mapping
 from pathlib import Path
 
 from datasets import Dataset, Features, Value
 from datasets import Image as ImageFeature
 from PIL import Image, UnidentifiedImageError
 
+from transformers_minigpt4.data.images import image_bytes
+from transformers_minigpt4.data.schema import UndecodedImage
 from transformers_minigpt4.utils.files import atomic_folder
 
 from .cards import read_facts
@@ -104,26 +105,19 @@ def write_cc_sbu_align(dataset: Dataset, folder: str | os.PathLike[str]) -> None
             if image_id in seen:
                 raise ValueError(f"row {number}: the id {image_id!r} occurs twice; each image has one caption")
             seen.add(image_id)
-            (scratch / "image" / f"{image_id}.jpg").write_bytes(image_bytes(row["image"], number))
+            (scratch / "image" / f"{image_id}.jpg").write_bytes(image_file(row["image"], number))
             annotations.append({"image_id": image_id, "caption": caption})
         text = json.dumps({"annotations": annotations}, ensure_ascii=False)
         (scratch / "filter_cap.json").write_text(text, encoding="utf-8")
 
 
-def image_bytes(image: Mapping[str, bytes | str | None] | None, number: int) -> bytes:
+def image_file(image: UndecodedImage | None, number: int) -> bytes:
     """
-    The file of an undecoded image.
-
-    Args:
-        image: What an `Image(decode=False)` column contains: `{"bytes", "path"}`.
-        number: Of its row, for the message.
+    Content of the image file in row `number` of a dataset.
 
     Raises:
         ValueError: for a row without an image.
     """
-    content, path = (image["bytes"], image["path"]) if image is not None else (None, None)
-    if isinstance(content, bytes):
-        return content
-    if not path:
+    if image is None or (image["bytes"] is None and not image["path"]):
         raise ValueError(f"row {number} has no image")
-    return Path(str(path)).read_bytes()
+    return image_bytes(image)

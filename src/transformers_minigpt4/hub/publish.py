@@ -22,7 +22,7 @@ from transformers_minigpt4.utils.file_names import RUN_FILE
 from transformers_minigpt4.utils.files import JsonObject
 
 from .cards import License, dataset_card, derive_license, model_card, read_facts, read_sources
-from .cc_sbu_align import image_bytes, read_cc_sbu_align
+from .cc_sbu_align import image_file, read_cc_sbu_align
 from .upload import CARD_FILE, MAIN, WEIGHTS, Content, Publication, Published, publish
 
 
@@ -355,7 +355,7 @@ def _write_shards(dataset: Dataset, split: str, images: list[str], scratch: Path
     raw = dataset.select_columns(images)
     for name in images:
         raw = raw.cast_column(name, ImageFeature(decode=False))
-    total = sum(len(image_bytes(row[name], number)) for number, row in enumerate(raw) for name in images)
+    total = sum(len(image_file(row[name], number)) for number, row in enumerate(raw) for name in images)
     shards = total // SHARD_BYTES + 1
     files: dict[str, Content] = {}
     num_bytes = 0
