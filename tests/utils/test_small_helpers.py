@@ -21,15 +21,19 @@ def test_versions():
     assert versions["python"] == platform.python_version() and "transformers" in versions
 
 
-def test_revision_of_a_folder(tmp_path):
-    assert git_revision(tmp_path) is None
+def test_revision_of_a_repository(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert git_revision() is None
     git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
     subprocess.run([*git, "init", "-q"], check=True)
     subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "first"], check=True)
-    commit = git_revision(tmp_path)
+    commit = git_revision()
     assert commit is not None and len(commit) == 40
     (tmp_path / "new").touch()
-    assert git_revision(tmp_path) == f"{commit}+changes"
+    assert git_revision() == f"{commit}+changes"
+    (tmp_path / "folder").mkdir()
+    monkeypatch.chdir(tmp_path / "folder")
+    assert git_revision() == f"{commit}+changes", "changes elsewhere in the repository count"
     assert git_revision(tracked=tmp_path / "new") is None
     subprocess.run([*git, "add", "new"], check=True)
     assert git_revision(tracked=tmp_path / "new") == f"{commit}+changes"

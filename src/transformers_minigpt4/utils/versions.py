@@ -34,25 +34,25 @@ def package_versions(names: Iterable[str] = CORE_PACKAGES) -> dict[str, str]:
     return {"python": platform.python_version(), **{name: package_version(name) for name in names}}
 
 
-def git_revision(folder: Path | None = None, tracked: Path | None = None) -> str | None:
+def git_revision(tracked: Path | None = None) -> str | None:
     """
-    Commit of a folder, with `+changes` where it has uncommitted ones; `None` outside of git.
+    Commit of the working folder's repository, with `+changes` if it has uncommitted ones; `None` outside of git.
 
     Args:
-        folder (`Path`, *optional*): By default the folder of `tracked`, else the working folder.
-        tracked (`Path`, *optional*): A file without which the commit says nothing: `None` if git does not track it,
-            as for a package that is installed somewhere inside another repository.
+        tracked (`Path`, *optional*): A file whose folder is looked at instead. `None` is returned if git does not
+            track it, as for a package that is installed somewhere inside another repository.
     """
+    folder = Path.cwd() if tracked is None else tracked.parent
     try:
         if tracked is not None:
-            folder = folder or tracked.parent
             _git(folder, "ls-files", "--error-unmatch", str(tracked))
-        commit, changes = (_git(folder, *words) for words in (("rev-parse", "HEAD"), ("status", "--porcelain", ".")))
+        commit = _git(folder, "rev-parse", "HEAD")
+        changes = _git(folder, "status", "--porcelain", *([] if tracked is None else ["."]))
     except (OSError, subprocess.CalledProcessError):
         return None
     return commit + ("+changes" if changes else "")
 
 
-def _git(folder: Path | None, *words: str) -> str:
-    command = ["git", "-C", str(folder or Path.cwd()), *words]
+def _git(folder: Path, *words: str) -> str:
+    command = ["git", "-C", str(folder), *words]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
