@@ -208,14 +208,14 @@ def test_commands(app, tmp_path):
 
     done = CliRunner().invoke(app, ["verify", str(out)])
     assert done.exit_code == 1  # its language model is random
-    assert "fail  language model" in done.output and "NOT good" in done.output
+    assert "fail  language model" in done.output and "FAILED" in done.output
 
 
 def test_verify_with_sentences(app, good, language, tmp_path):
     (tmp_path / "sentences.txt").write_text("\n".join(language) + "\n\n")
     done = CliRunner().invoke(app, ["verify", str(good), "--sentences", str(tmp_path / "sentences.txt")])
     assert done.exit_code == 0, done.output
-    assert "6 sentences" in done.output and done.output.strip().splitlines()[-1].startswith("good: ")
+    assert "6 sentences" in done.output and done.output.strip().splitlines()[-1].startswith("passed: ")
     (tmp_path / "empty.txt").write_text("\n")
     done = CliRunner().invoke(app, ["verify", str(good), "--sentences", str(tmp_path / "empty.txt")])
     assert isinstance(done.exception, ValueError) and "is empty" in str(done.exception)

@@ -28,7 +28,7 @@ def test_the_report(tmp_path):
     sheet = tmp_path / "sheet.png"
     done = run(table(tmp_path, [1]), "--output", sheet, "--images", 4)
     assert done.exit_code == 0, done.output
-    for line in ("shards   6", "rows     6 read, all of them", "usable   5", "median 5, least 2, most 7"):
+    for line in ("shards   6", "rows     6 read, all of them", "usable   5", "median 5, minimum 2, maximum 7"):
         assert line in done.output
     assert "unreadable_image 1: an image that is missing" in done.output
     assert "line 2 (1.png): cannot load image" in done.output

@@ -153,3 +153,20 @@ def test_colors_on_a_terminal(monkeypatch, capsys):
 def test_dry_run_complains_as_a_run_would(tmp_path):
     result = train("tiny_stage2", "--model", tmp_path / "gone", "--dry-run")
     assert result.exit_code == 1 and "gone" in result.stderr and result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("command", "function", "hint"),
+    [
+        ("train", "sft.main", "--resume-from-checkpoint true resumes from the last checkpoint in"),
+        ("features", "feature_building.build_features", "rerun the same command to resume"),
+    ],
+)
+def test_interrupted_says_how_to_resume(command, function, hint, tmp_path, monkeypatch):
+    def interrupt(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(f"transformers_minigpt4.training.{function}", interrupt)
+    words = [command, "tiny", "--output", str(tmp_path / "out"), "--feature-cache", str(tmp_path / "cache")]
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 130 and hint in result.stderr

@@ -76,7 +76,7 @@ class Report:
                 lines.append(f"{'':<23} -> {check.advice}")
         counts = Counter(check.status for check in self.checks)
         summary = ", ".join(f"{counts[status]} {status}" for status in ("ok", "warn", "fail") if counts[status])
-        return "\n".join([*lines, f"{'good' if self.ok else 'NOT good'}: {summary}"])
+        return "\n".join([*lines, f"{'passed' if self.ok else 'FAILED'}: {summary}"])
 
 
 def verify_checkpoint(

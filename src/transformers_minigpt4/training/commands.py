@@ -6,7 +6,7 @@ from typing import Annotated, Any, TypeAlias
 import typer
 from typer.core import CompletionItem
 
-from transformers_minigpt4.utils.command_line import ClickContext, ClickFormatter, Command, DryRun
+from transformers_minigpt4.utils.command_line import ClickContext, ClickFormatter, Command, DryRun, interruptible
 
 from .recipe_files import find_recipe, recipe_names
 from .recipe_keys import KEYS
@@ -137,7 +137,11 @@ def train(
         return
     from .sft import main
 
-    main(*arguments)
+    output = arguments[1].output_dir
+    with interruptible(
+        f"stopped; --resume-from-checkpoint true resumes from the last checkpoint in {output}, if it has one"
+    ):
+        main(*arguments)
 
 
 def features(context: typer.Context, recipe: Recipe) -> None:
@@ -155,7 +159,8 @@ def features(context: typer.Context, recipe: Recipe) -> None:
     from .recipe import parse_recipe
 
     stage, config, model_args = parse_recipe(_words(recipe, context.args))
-    counts = build_features(stage, config, model_args)
+    with interruptible(f"stopped; the features so far are in {stage.feature_cache}, rerun the same command to resume"):
+        counts = build_features(stage, config, model_args)
     typer.echo(", ".join(f"{count} {what}" for what, count in counts.items()) + f" in {stage.feature_cache}", err=True)
 
 

@@ -142,7 +142,7 @@ def histogram(values: Sequence[int]) -> list[str]:
     for value in values:
         counts[value // width] += 1
     ordered = sorted(values)
-    lines = [f"median {ordered[len(ordered) // 2]}, least {ordered[0]}, most {ordered[-1]}"]
+    lines = [f"median {ordered[len(ordered) // 2]}, minimum {ordered[0]}, maximum {ordered[-1]}"]
     for place, count in enumerate(counts):
         first, last = place * width, (place + 1) * width - 1
         label = str(first) if first == last else f"{first}-{last}"
