@@ -98,7 +98,7 @@ def run_lock(folder: PathLike) -> AbstractContextManager[None]:
         RuntimeError: on entry, if another run holds it.
     """
     return folder_lock(
-        folder, f"Another run ({{owner}}) writes into {folder}. Wait for it, or choose another output_dir."
+        folder, f"Another run ({{owner}}) writes into {folder}. Wait for it, or choose another --output."
     )
 
 
@@ -123,7 +123,7 @@ def resolve_resume(folder: PathLike, resume: str | bool | None) -> str | None:
     if last is not None:
         raise ValueError(
             f"{folder} contains {os.path.basename(last)} of an earlier run. Resume with --resume-from-checkpoint "
-            "true, or choose another output_dir."
+            "true, or choose another --output."
         )
     return None
 

@@ -213,9 +213,13 @@ def _is_no_json(line: bytes) -> bool:
     return False
 
 
+class FolderInUseError(RuntimeError):
+    """Another process, or another thread of this one, holds the lock of a folder."""
+
+
 @contextlib.contextmanager
 def folder_lock(
-    folder: PathLike, refusal: str, purpose: str = "", error: type[Exception] = RuntimeError
+    folder: PathLike, refusal: str, purpose: str = "", error: type[Exception] = FolderInUseError
 ) -> Iterator[None]:
     """
     Keeps other processes, and other threads of this one, out of a folder; the system frees it when the process ends.
@@ -224,10 +228,10 @@ def folder_lock(
         folder (`str` or `os.PathLike`): Created if it does not exist; the lock is its file `.lock`.
         refusal (`str`): Message for the one that comes second; `{owner}` in it becomes what the first one is.
         purpose (`str`, *optional*): What the folder is locked for; part of `{owner}`.
-        error (`type`, *optional*): Class of the error.
+        error (`type`, *optional*, defaults to `FolderInUseError`): Class of the error.
 
     Raises:
-        RuntimeError: (or `error`) with `refusal`, when somebody else has it.
+        FolderInUseError: (or `error`) with `refusal`, when somebody else has it.
     """
     path = Path(folder) / LOCK_FILE
     path.parent.mkdir(parents=True, exist_ok=True)
