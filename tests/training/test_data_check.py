@@ -28,7 +28,7 @@ def test_the_report(tmp_path):
     sheet = tmp_path / "sheet.png"
     done = run(table(tmp_path, [1]), "--output", sheet, "--images", 4)
     assert done.exit_code == 0, done.output
-    for line in ("shards   6", "rows     6 read, all of them", "usable   5", "median 5, minimum 2, maximum 7"):
+    for line in ("shards           6", "rows             6 read, all of them", "median 5, minimum 2, maximum 7"):
         assert line in done.output
     assert "unreadable_image 1: an image that is missing" in done.output
     assert "line 2 (1.png): cannot load image" in done.output
@@ -42,7 +42,7 @@ def test_the_report(tmp_path):
 def test_the_loader_by_itself(tmp_path, workers):
     done = run(table(tmp_path), "--throughput", 0.1, "--workers", workers)
     found = re.search(
-        rf"loader   (\d+) rows/s, decoded and resized to 224 x 224, {workers} worker processes", done.output
+        rf"loader           (\d+) rows/s, decoded and resized to 224 x 224, {workers} worker processes", done.output
     )
     assert done.exit_code == 0 and found and int(found[1]) > 0, done.output
 
@@ -50,7 +50,9 @@ def test_the_loader_by_itself(tmp_path, workers):
 def test_nothing_usable(tmp_path):
     done = run(table(tmp_path, range(6)), table(tmp_path / "b"))
     assert done.exit_code == 1 and "no usable row in table:" in done.stderr
-    assert "usable   0" in done.output and "usable   6" in done.output  # the second is looked at all the same
+    assert (
+        "usable           0" in done.output and "usable           6" in done.output
+    )  # the second is looked at all the same
 
 
 def test_the_limit_counts_bad_rows_too(tmp_path):

@@ -38,18 +38,23 @@ class Check:
         read = "all of them" if self.complete else "up to the limit"
         lines = [
             self.source,
-            f"  shards   {self.shards}",
-            f"  rows     {seen['rows']} read, {read}",
-            f"  usable   {len(self.words)}",
+            report_line("shards", self.shards),
+            report_line("rows", f"{seen['rows']} read, {read}"),
+            report_line("usable", len(self.words)),
         ]
         for kind, meaning in KINDS.items():
             if seen[kind]:
-                lines.append(f"  {kind:<8} {seen[kind]}: {meaning}")
+                lines.append(report_line(kind, f"{seen[kind]}: {meaning}"))
                 examples = self.skipped.examples[self.skipped.sources[0], kind]
-                lines += [f"           {key}: {reason}" for key, reason in examples]
+                lines += [report_line("", f"{key}: {reason}") for key, reason in examples]
         if self.words:
             lines += ["  words", *(f"    {line}" for line in histogram(self.words))]
         return "\n".join(lines)
+
+
+def report_line(name: str, value: object) -> str:
+    """A line of the report, with the name in a column as wide as the longest kind of skipped row."""
+    return f"  {name:<{max(map(len, KINDS))}} {value}"
 
 
 def check_source(

@@ -40,7 +40,7 @@ def check(
     """
     from transformers_minigpt4.data.sources import parse_source
 
-    from .data_check import check_source, loader_throughput, save_contact_sheet
+    from .data_check import check_source, loader_throughput, report_line, save_contact_sheet
 
     empty = []
     for number, source in enumerate([parse_source(text) for text in sources]):
@@ -54,6 +54,7 @@ def check(
             typer.echo(f"  contact sheet in {path}")
         if throughput is not None and found.words:
             rate = loader_throughput(source, prompt_format, workers=workers, seconds=throughput)
-            typer.echo(f"  loader   {rate:.0f} rows/s, decoded and resized to 224 x 224, {workers} worker processes")
+            what = f"{rate:.0f} rows/s, decoded and resized to 224 x 224, {workers} worker processes"
+            typer.echo(report_line("loader", what))
     if empty:
         raise ValueError(f"no usable row in {', '.join(empty)}")
