@@ -66,7 +66,7 @@ def test_the_limit_counts_bad_rows_too(tmp_path):
 def test_a_truncated_shard(tmp_path):
     source = shards(tmp_path, 2, 3)
     (tmp_path / "00000.tar").write_bytes((tmp_path / "00000.tar").read_bytes()[:3000])
-    assert "shard    1: a file of many rows" in check_source(source).report()
+    assert "shard            1: a file of many rows" in check_source(source).report()
 
 
 def test_several_sheets_and_a_random_order(tmp_path):
