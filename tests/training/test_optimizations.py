@@ -177,7 +177,10 @@ def minigpt4(*words):
 def test_the_commands(tmp_path):
     """Features and training of `tiny` on the command line."""
     more = ["tiny", *SMALL, "--output_dir", str(tmp_path / "out"), "--feature_cache", str(tmp_path / "cache")]
-    for said in ("4 encoded, 0 present, 0 broken", "0 encoded, 4 present, 0 broken"):
+    for said in (
+        "4 images encoded, 0 already cached, 0 unreadable",
+        "0 images encoded, 4 already cached, 0 unreadable",
+    ):
         done = minigpt4("features", *more)
         assert done.exit_code == 0 and said in done.stderr, done.output
     done = minigpt4("train", *more)

@@ -161,7 +161,9 @@ def features(context: typer.Context, recipe: Recipe) -> None:
     stage, config, model_args = parse_recipe(_words(recipe, context.args))
     with interruptible(f"stopped; the features so far are in {stage.feature_cache}, rerun the same command to resume"):
         counts = build_features(stage, config, model_args)
-    typer.echo(", ".join(f"{count} {what}" for what, count in counts.items()) + f" in {stage.feature_cache}", err=True)
+    encoded, present, broken = (counts[kind] for kind in ("encoded", "present", "broken"))
+    done = f"{encoded} images encoded, {present} already cached, {broken} unreadable"
+    typer.echo(f"{done}; the features are in {stage.feature_cache}", err=True)
 
 
 def _words(recipe: str, options: list[str]) -> list[str]:
