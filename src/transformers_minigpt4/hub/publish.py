@@ -201,14 +201,16 @@ def _reason_to_leave(path: Path) -> str | None:
 
 def _add_code(publication: Publication, folder: Path) -> None:
     """Adds the modules that the configs name, and what these import; from this package if the folder lacks them."""
-    todo = {module for name in publication.files if name.endswith(".json") for module in _modules(publication, name)}
-    if not todo:
+    modules = {
+        module for name in publication.files if name.endswith(".json") for module in _modules(publication, name)
+    }
+    if not modules:
         raise ValueError(
             f"no config in {folder} names the model's code (auto_map), so that nobody without this package could load "
             "it; save it again with save_pretrained of this package"
         )
-    while todo:
-        module = todo.pop()
+    while modules:
+        module = modules.pop()
         name = f"{module}.py"
         places = (folder, _PACKAGE / "modeling", _PACKAGE / "processing")
         path = next((place / name for place in places if (place / name).is_file()), None)
@@ -216,7 +218,7 @@ def _add_code(publication: Publication, folder: Path) -> None:
             raise ValueError(f"{folder} names code in {name}, which is not there; save the checkpoint again")
         publication.files[name] = path
         publication.left_out.pop(name, None)
-        todo |= {found for found in _relative_imports(path) if f"{found}.py" not in publication.files}
+        modules |= {found for found in _relative_imports(path) if f"{found}.py" not in publication.files}
 
 
 def _relative_imports(path: Path) -> set[str]:

@@ -82,8 +82,8 @@ def describe(
             raise ValueError("the list of images is empty; name at least one file, folder or URL")
         checkpoint = model or demo_checkpoint()
         captions = stack.enter_context(CaptionFile(output, prompt, checkpoint)) if output else None
-        todo = [source for source in sources if captions is None or source not in captions.done]
-        if captions is not None and not todo:
+        remaining = [source for source in sources if captions is None or source not in captions.done]
+        if captions is not None and not remaining:
             typer.echo(f"all {len(sources)} images are in {output} already", err=True)
             return
         loaded, processor = load_model_and_processor(checkpoint, dtype, device, trust_remote_code)
@@ -93,9 +93,11 @@ def describe(
             batch_size = 1
             settings["streamer"] = CaptionStreamer(processor, lambda text: typer.echo(text, nl=False))
         records = describe_images(
-            todo, loaded, processor, prompt=prompt, batch_size=batch_size, do_sample=sample, **settings
+            remaining, loaded, processor, prompt=prompt, batch_size=batch_size, do_sample=sample, **settings
         )
-        failed = _finish_one(records) if streamed else _write_all(records, len(todo), captions, prompt, checkpoint)
+        failed = (
+            _finish_one(records) if streamed else _write_all(records, len(remaining), captions, prompt, checkpoint)
+        )
         if failed:
             raise typer.Exit(1)
 
