@@ -30,6 +30,8 @@ from transformers_minigpt4 import MiniGPT4Config, MiniGPT4ForConditionalGenerati
 
 
 SIZE = {"height": 56, "width": 56}
+WIDTHS = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+TOWER = {**WIDTHS, "image_size": 56, "patch_size": 14}
 LLAVA_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{{ message.role.upper() + ': ' }}"
     "{% for part in message.content %}{% if part.type == 'image' %}{{ '<image>' }}{% endif %}{% endfor %}"
@@ -72,14 +74,7 @@ def save_modern(folder: Path) -> None:
     """A SigLIP tower and a LLaMA of another width, without Q-Former."""
     torch.manual_seed(0)
     config = MiniGPT4Config(
-        vision_config=SiglipVisionConfig(
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            image_size=56,
-            patch_size=14,
-        ),
+        vision_config=SiglipVisionConfig(**TOWER),
         qformer_config=None,
         text_config=_llama(1201),
         image_token_id=1200,
@@ -101,14 +96,7 @@ def save_llava(folder: Path) -> None:
         chat_template=LLAVA_TEMPLATE,
     )
     config = LlavaConfig(
-        vision_config=CLIPVisionConfig(
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            image_size=56,
-            patch_size=14,
-        ),
+        vision_config=CLIPVisionConfig(**TOWER),
         text_config=_llama(1201),
         image_token_index=1200,
     )
@@ -126,17 +114,8 @@ def save_blip2(folder: Path) -> None:
     )
     processor = Blip2Processor(BlipImageProcessorPil(size=SIZE), tokenizer, num_query_tokens=8)
     config = Blip2Config(
-        vision_config=Blip2VisionConfig(
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            image_size=56,
-            patch_size=14,
-        ).to_dict(),
-        qformer_config=Blip2QFormerConfig(
-            hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, encoder_hidden_size=32
-        ).to_dict(),
+        vision_config=Blip2VisionConfig(**TOWER).to_dict(),
+        qformer_config=Blip2QFormerConfig(**WIDTHS, encoder_hidden_size=32).to_dict(),
         text_config=T5Config(
             vocab_size=1201, d_model=32, d_kv=16, d_ff=48, num_layers=2, num_heads=2, decoder_start_token_id=0
         ).to_dict(),
@@ -148,16 +127,7 @@ def save_blip2(folder: Path) -> None:
 
 
 def _llama(vocabulary: int) -> LlamaConfig:
-    return LlamaConfig(
-        vocab_size=vocabulary,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=0,
-    )
+    return LlamaConfig(vocab_size=vocabulary, **WIDTHS, bos_token_id=1, eos_token_id=2, pad_token_id=0)
 
 
 def drawn_image(number: int) -> Image.Image:
