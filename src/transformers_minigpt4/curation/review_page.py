@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from transformers_minigpt4.utils.files import JsonObject
-from transformers_minigpt4.web.html import escape, image_html, person_name
+from transformers_minigpt4.web.html import escape, image_html, keep_name, person_name
 from transformers_minigpt4.web.server import LOCAL_HOSTS, PageServer, import_gradio, new_page, serve
 
 from .config import CurationError
@@ -22,11 +22,6 @@ if TYPE_CHECKING:
 KEYS = {"a": "accept", "r": "reject", "u": "undo"}  # `elem_id`s of the buttons
 _WELCOME = "Give your name and press Start."
 _HELP = "A accepts · E edits the text, Ctrl-Enter saves it, Esc leaves it · R rejects · U undoes"
-_SET_NAME = """(name) => {
-  history.replaceState(null, "", "?reviewer=" + encodeURIComponent(name));
-  if (document.activeElement) document.activeElement.blur();
-  return [name];
-}"""
 _CSS = """
 #before del { background: #fbd0d0; color: #7a0b0b; }
 #after ins { background: #c9efcf; color: #0b4d17; }
@@ -209,7 +204,7 @@ def build_page(queue: ReviewQueue) -> "gr.Blocks":
 
         page.load(load, None, api_name="load", **plain)
         for event in (start.click, name.submit):
-            event(reviewing.start, [name], js=_SET_NAME, api_name="start", **plain)
+            event(reviewing.start, [name], js=keep_name("reviewer"), api_name="start", **plain)
         accept.click(reviewing.accept, [reviewer, shown, text], api_name="accept", **plain)
         save.click(reviewing.save, [reviewer, shown, text], api_name="save", **plain)
         reject.click(reviewing.reject, [reviewer, shown], api_name="reject", **plain)

@@ -4,6 +4,7 @@ HTML and scripts of the local web pages, in which foreign text is only ever text
     escape(text), image_html(name, alt)             # for gradio.HTML
     keys_script({"a": "accept"}, submit="save")     # keys that press the buttons with these `elem_id`s
     person_name(text)                               # one spelling for each person
+    keep_name("reviewer")                           # `js` of the event that takes a name: the address remembers it
 """
 
 import base64
@@ -64,6 +65,22 @@ def person_name(text: str) -> str:
     if any(map(is_hidden, name)):
         raise ValueError(f"the name {name!r} holds invisible characters; use letters and digits")
     return name
+
+
+def keep_name(parameter: str) -> str:
+    """
+    The `js` of the event that takes a person's name.
+
+    It puts the name into the page's address, so that a reload keeps it, and leaves the text box at once, so that the
+    next letters are keys of the page and not part of the name.
+
+    Args:
+        parameter: Name of the address's query parameter.
+    """
+    return (
+        f'(name) => {{ history.replaceState(null, "", "?{parameter}=" + encodeURIComponent(name)); '
+        "if (document.activeElement) document.activeElement.blur(); return [name]; }"
+    )
 
 
 def escape(text: str) -> str:
