@@ -17,6 +17,7 @@ class Reply:
     `text` is what the assistant says (`None` is the JSON null). `finish_reason` is `"length"` for an answer that was
     cut off by its limit of tokens. With a `status` of 400 or more, the body is an error in OpenAI's form. `body` is
     sent as it is in place of all that. `delay`: seconds before the answer. `trickle`: seconds between two bytes.
+    `drip`: seconds between two bytes of the headers, which never end.
     `cut`: the connection breaks halfway in the body. `drop`: it breaks before any answer. Without token counts, one
     word counts as one token; `usage=False` leaves the counts out, as some servers do.
     """
@@ -30,6 +31,7 @@ class Reply:
     cut: bool = False
     drop: bool = False
     trickle: float = 0.0
+    drip: float = 0.0
     finish_reason: str = "stop"
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
@@ -156,6 +158,11 @@ class _Handler(BaseHTTPRequestHandler):
         if reply.drop:
             self.close_connection = True
             self.connection.close()
+            return
+        if reply.drip:
+            self.wfile.write(b"HTTP/1.1 200 OK\r\nX-Slow: ")
+            while not self.server.stopping.wait(reply.drip):
+                self.wfile.write(b"x")
             return
         self.send_response(reply.status)
         self.send_header("Content-Type", reply.content_type)

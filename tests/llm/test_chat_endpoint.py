@@ -1,6 +1,8 @@
 """The endpoint's client against a real HTTP server: answers, pace, retries, budget, and every fault in plain words."""
 
+import contextlib
 import json
+import socket
 import sys
 import threading
 import time
@@ -182,6 +184,7 @@ FAULTS = {
         2,
     ),
     "HTML": (HTML_PAGE, "garbage", "a web page: '<!DOCTYPE html>", "ending in /v1", 2),
+    "nested": (Reply(body="[" * 100_000 + "]" * 100_000), "garbage", "not a chat completion", "base_url", 2),
     "empty": (Reply(" \n"), "empty", "an empty answer", "another model", 2),
     "null": (Reply(None), "empty", "an empty answer", "another model", 2),
     "cut connection": (Reply(cut=True), "connection", "broke the connection", "server's log", 2),
@@ -231,6 +234,48 @@ def test_a_trickle_is_slow_too():
     began = time.monotonic()
     assert failure([Reply(trickle=0.05)], timeout=0.5, max_retries=0).kind == "timeout"
     assert time.monotonic() - began < 2
+
+
+def test_headers_that_never_end_are_slow_too():
+    """Each read gets a byte in time, so that the client's own time-out never comes."""
+    began = time.monotonic()
+    assert failure([Reply(drip=0.05)], timeout=0.5, max_retries=0).kind == "timeout"
+    assert time.monotonic() - began < 5
+
+
+def test_a_connection_that_never_comes_about():
+    """A server whose queue is full answers no attempt to connect; it is down, and not only slow."""
+    with socket.create_server(("127.0.0.1", 0), backlog=0) as server, contextlib.ExitStack() as opened:
+        address = server.getsockname()
+        for _ in range(2):
+            waiting = opened.enter_context(socket.socket())
+            waiting.setblocking(False)
+            waiting.connect_ex(address)
+        chosen = ChatSettings("m", f"http://127.0.0.1:{address[1]}/v1", timeout=0.5, max_retries=0)
+        with open_chat_model(chosen) as model, pytest.raises(ChatError, match="start the server") as caught:
+            model.complete(ask("?"))
+    assert caught.value.kind == "down"
+
+
+@pytest.mark.parametrize("status", [301, 302, 307, 308])
+def test_a_redirect_to_another_server_is_not_followed(status, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    with ScriptedEndpoint() as other:
+        error = failure([Reply(status=status, headers={"Location": f"{other.base_url}/chat/completions"})])
+        assert not other.requests
+    assert error.kind == "redirected" and error.fatal and error.sent == 1
+    assert f"redirects elsewhere, to {other.base_url}/chat/completions" in str(error)
+    assert error.usage.tokens == 0
+
+
+def test_a_redirect_on_the_same_server_is_followed_a_few_times():
+    again = Reply(status=307, headers={"Location": "/v1/chat/completions"})
+    with ScriptedEndpoint([again, "fine"]) as endpoint, open_chat_model(settings(endpoint)) as model:
+        assert model.complete(ask("?")).text == "fine"
+        assert endpoint.requests[0] == endpoint.requests[1]
+    error = failure([again])
+    assert error.kind == "redirected" and error.fatal and error.sent == 4
+    assert "redirects more than 3 times" in str(error)
 
 
 def test_a_wrong_key_stops_at_once_and_is_shown_nowhere(monkeypatch, caplog):
@@ -297,16 +342,28 @@ def test_a_lost_answer_counts_in_full():
 
 
 def test_missing_and_absurd_counts_become_the_most_it_can_have_been():
-    absurd = Reply(body='{"choices": [{"message": {"content": "abc"}}], "usage": {"prompt_tokens": -5}}')
-    for reply in (Reply("abc", usage=False), absurd):
+    absurd = [
+        Reply(body=f'{{"choices": [{{"message": {{"content": "abc"}}}}], "usage": {usage}}}')
+        for usage in (
+            '{"prompt_tokens": -5}',
+            f'{{"prompt_tokens": {10**30}, "completion_tokens": {2**63}}}',
+            '{"prompt_tokens": NaN, "completion_tokens": 1e400}',
+            '{"prompt_tokens": "many", "completion_tokens": true}',
+            "[1, 2]",
+        )
+    ]
+    for reply in (Reply("abc", usage=False), *absurd):
         with ScriptedEndpoint([reply]) as endpoint, open_chat_model(settings(endpoint)) as model:
             answer = model.complete(ask("x" * 10))
             assert (answer.prompt_tokens, answer.completion_tokens) == (10 + 16 + 64, 3)
 
 
-def test_half_a_surrogate_pair_becomes_a_character_that_files_can_hold():
-    broken = Reply(body='{"choices": [{"message": {"content": "a \\ud800 b"}, "finish_reason": "stop"}]}')
-    with ScriptedEndpoint([broken]) as endpoint, open_chat_model(settings(endpoint)) as model:
+def test_half_a_surrogate_pair_becomes_a_character_that_files_can_hold(tmp_path):
+    broken = Reply(body='{"choices": [{"message": {"content": "a \\ud800 b"}, "finish_reason": "\\udfff"}]}')
+    with (
+        ScriptedEndpoint([broken]) as endpoint,
+        open_chat_model(settings(endpoint), tmp_path / "answers.sqlite") as model,
+    ):
         assert model.complete(ask("\udc80 ok")).text == "a ? b"
         assert endpoint.requests[0]["messages"] == ask("? ok")
 

@@ -345,6 +345,10 @@ class Pictures(BaseHTTPRequestHandler):
             self.server.released.wait(20)
         elif self.path.startswith("/drip"):
             self.stream(b"x", pause=0.1, times=200)
+        elif self.path.startswith("/headers"):
+            self.wfile.write(b"HTTP/1.1 200 OK\r\nX-Slow: ")
+            while not self.server.released.wait(0.05):
+                self.wfile.write(b"x")
         elif self.path.startswith("/to/"):
             self.send_response(302)
             self.send_header("Location", self.path.removeprefix("/to/"))
@@ -421,7 +425,7 @@ class TestUrls:
     def test_connection_that_breaks_off(self, url):
         assert "the download failed" in error_of(f"{url}/short.png")
 
-    @pytest.mark.parametrize("path", ["hang", "drip"])
+    @pytest.mark.parametrize("path", ["hang", "drip", "headers"])
     def test_time_out(self, url, path):
         started = time.monotonic()
         assert "longer than 0.5 seconds" in error_of(f"{url}/{path}.png", timeout=0.5)

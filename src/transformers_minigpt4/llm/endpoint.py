@@ -8,6 +8,8 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import TYPE_CHECKING, Any
 
+from transformers_minigpt4.processing.deadline_minigpt4 import run_within
+
 from .cache import AnswerCache
 from .client import ChatModel, Key
 from .responses import read_completion, retry_after_seconds, used_tokens
@@ -15,6 +17,7 @@ from .types import ChatAnswer, ChatError, ChatSettings, Message, Usage, checked_
 
 
 if TYPE_CHECKING:
+    from httpx2 import Response
     from openai import APIStatusError
 
 # Faults that a retry may resolve. Those of the second line cost tokens each time, and seldom go away by themselves.
@@ -30,6 +33,7 @@ _TOKENS_PER_MESSAGE, _TOKENS_PER_REQUEST = 16, 64
 _DETAIL_LENGTH = 200  # characters of an endpoint's own words that an error quotes
 # From a gateway that did not wait for the server behind it, which may have finished nevertheless.
 _MAYBE_BILLED = (408, 502, 504, 524)
+_MAX_REDIRECTS = 3  # on the same server, such as from /v1 to /api/v1
 _SHORTEST_KEY = 8  # characters; what is shorter is a placeholder for a local server, such as "none"
 
 
@@ -61,12 +65,16 @@ class EndpointChatModel(ChatModel):
                 "set it again",
                 fatal=True,
             )
-        self._client = openai.OpenAI(
+        self._client = openai.AsyncOpenAI(
             base_url=settings.base_url,
             api_key=self._key or "none",
             # Retries are counted, paced and paid for in this class.
             max_retries=0,
-            timeout=settings.timeout,
+            # Connecting takes its time out before the complete exchange does, and has another message.
+            timeout=openai.Timeout(settings.timeout, connect=0.9 * settings.timeout),
+            http_client=openai.DefaultAsyncHttpxClient(
+                max_redirects=_MAX_REDIRECTS, event_hooks={"response": [self._check_redirect]}
+            ),
         )
         self._headers = {} if self._key else {"Authorization": openai.omit}
         self._gate = _Gate(settings.requests_per_minute)
@@ -80,7 +88,7 @@ class EndpointChatModel(ChatModel):
         return str(self.settings.base_url).rstrip("/")
 
     def close(self) -> None:
-        self._client.close()
+        run_within(self.settings.timeout, self._client.close())
         super().close()
 
     def complete_many(
@@ -201,25 +209,11 @@ class EndpointChatModel(ChatModel):
         Raises:
             _Fault: for everything that can go wrong.
         """
-        settings, openai = self.settings, self._openai
-        deadline = time.monotonic() + settings.timeout
-        arguments: dict[str, Any] = {
-            "model": settings.model,
-            "messages": messages,
-            "temperature": settings.temperature,
-            self._limit_name: settings.max_tokens,
-            "extra_headers": self._headers,
-        }
-        received = bytearray()
+        openai = self._openai
         try:
-            # As a stream, because the client's time-out is one for each read and a slow trickle never reaches it.
-            with self._client.chat.completions.with_streaming_response.create(**arguments) as response:
-                for chunk in response.iter_bytes():
-                    received += chunk
-                    if time.monotonic() > deadline:
-                        raise self._timed_out()
-                    if len(received) > _LARGEST_ANSWER:
-                        raise self._garbage(bytes(received))
+            return run_within(self.settings.timeout, self._exchange(messages))
+        except TimeoutError as error:
+            raise self._timed_out() from error
         except openai.APITimeoutError as error:
             connected = type(error.__cause__).__name__ != "ConnectTimeout"
             raise (self._timed_out() if connected else self._unreachable(error)) from error
@@ -238,7 +232,43 @@ class EndpointChatModel(ChatModel):
             if type(error).__module__.partition(".")[0] in ("httpx", "httpx2", "httpcore", "httpcore2"):
                 raise self._unreachable(error) from error
             raise
+
+    async def _exchange(self, messages: list[Message]) -> bytes:
+        settings = self.settings
+        arguments: dict[str, Any] = {
+            "model": settings.model,
+            "messages": messages,
+            "temperature": settings.temperature,
+            self._limit_name: settings.max_tokens,
+            "extra_headers": self._headers,
+        }
+        received = bytearray()
+        # As a stream, to stop an answer that is too long.
+        async with self._client.chat.completions.with_streaming_response.create(**arguments) as response:
+            async for chunk in response.iter_bytes():
+                received += chunk
+                if len(received) > _LARGEST_ANSWER:
+                    raise self._garbage(bytes(received))
         return bytes(received)
+
+    async def _check_redirect(self, response: "Response") -> None:
+        """
+        Lets redirects on the same server pass.
+
+        Raises:
+            _Fault: for another server, which was not named to get the conversation and the key.
+        """
+        if not response.has_redirect_location:
+            return
+        target = response.url.join(response.headers["location"])
+        if (target.scheme, target.host, target.port) != (response.url.scheme, response.url.host, response.url.port):
+            raise _Fault(
+                "redirected",
+                f"redirects elsewhere, to {self._quote(str(target))}",
+                "if you trust that server, set base_url to its address",
+                fatal=True,
+                used=(0, 0),
+            )
 
     def _garbage(self, payload: bytes) -> "_Fault":
         text = payload[:_LARGEST_QUOTED].decode(errors="replace").lstrip("\ufeff").lstrip()
@@ -258,6 +288,9 @@ class EndpointChatModel(ChatModel):
 
     def _unreachable(self, error: Exception) -> "_Fault":
         reason = self._quote(str(error.__cause__ or error))
+        if "TooManyRedirects" in (type(error).__name__, type(error.__cause__).__name__):
+            what = f"redirects more than {_MAX_REDIRECTS} times"
+            return _Fault("redirected", what, "correct base_url", fatal=True, used=(0, 0))
         cause: BaseException | None = error
         while cause is not None:
             if type(cause).__name__ in ("ConnectError", "ConnectTimeout", "UnsupportedProtocol"):

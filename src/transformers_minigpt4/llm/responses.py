@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 
+from transformers_minigpt4.utils.text import without_surrogates
+
 from .budget import Reservation
 
 
@@ -16,6 +18,9 @@ class Completion:
     text: str
     finish_reason: str
     usage: object
+
+
+_MOST_TOKENS = 10**9  # of one request; far above any model's context, and sums of it fit into a database
 
 
 def read_completion(payload: bytes) -> Completion | None:
@@ -29,9 +34,8 @@ def read_completion(payload: bytes) -> Completion | None:
         return None
     if not isinstance(text, str | None):
         return None
-    # JSON can hold half a surrogate pair, which no file can.
-    text = (text or "").encode("utf-8", "replace").decode().strip()
-    return Completion(text, finish_reason if isinstance(finish_reason, str) else "stop", usage)
+    finish_reason = finish_reason if isinstance(finish_reason, str) else "stop"
+    return Completion(without_surrogates(text or "").strip(), without_surrogates(finish_reason), usage)
 
 
 def used_tokens(completion: Completion, reservation: Reservation) -> tuple[int, int]:
@@ -39,7 +43,7 @@ def used_tokens(completion: Completion, reservation: Reservation) -> tuple[int, 
     said = completion.usage if isinstance(completion.usage, dict) else {}
     longest = min(reservation.completion_tokens, len(completion.text.encode()))
     prompt, answer = (
-        count if isinstance(count, int) and not isinstance(count, bool) and count >= 0 else bound
+        count if isinstance(count, int) and not isinstance(count, bool) and 0 <= count <= _MOST_TOKENS else bound
         for count, bound in (
             (said.get("prompt_tokens"), reservation.prompt_tokens),
             (said.get("completion_tokens"), longest),

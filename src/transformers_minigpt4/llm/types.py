@@ -7,6 +7,7 @@ from dataclasses import astuple, dataclass
 from urllib.parse import urlsplit
 
 from transformers_minigpt4.utils.settings import field_names, field_values
+from transformers_minigpt4.utils.text import without_surrogates
 
 
 Message = dict[str, str]  # {"role": "system", "user" or "assistant", "content": text}
@@ -25,6 +26,7 @@ KINDS = {
     "not_found": "the endpoint has no such address or model",
     "quota": "the account's own quota is used up",
     "rate_limit": "too many requests, after all retries",
+    "redirected": "the endpoint redirects to another server, or in a circle",
     "refused": "the endpoint refuses this one request, for instance because it is too long",
     "server": "the endpoint failed, after all retries",
     "stopped": "given up because another request has failed for a reason that affects all",
@@ -222,4 +224,4 @@ def checked_messages(messages: list[Message]) -> list[Message]:
         for message in messages
     ):
         raise ValueError(f"a conversation is a list of {{'role', 'content'}} with text, not {str(messages)[:100]}")
-    return [{**message, "content": message["content"].encode("utf-8", "replace").decode()} for message in messages]
+    return [{**message, "content": without_surrogates(message["content"])} for message in messages]

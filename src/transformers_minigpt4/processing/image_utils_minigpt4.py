@@ -6,13 +6,14 @@ import functools
 import io
 import os
 import re
-import time
 import urllib.parse
 from typing import Any, BinaryIO
 
 import numpy as np
 from huggingface_hub.utils import httpx
 from PIL import Image, ImageOps, UnidentifiedImageError
+
+from .deadline_minigpt4 import run_within
 
 
 # Far above any photograph, far below what fills the memory of a machine that loads several at once.
@@ -188,44 +189,48 @@ def _open_base64(text: str, name: str) -> Image.Image:
 
 
 @functools.lru_cache(maxsize=1)
-def _http_client(process_id: int) -> httpx.Client:
-    # Kept, because making one loads the certificate store each time; httpx clients are safe to share among threads.
+def _http_client(process_id: int) -> httpx.AsyncClient:
+    # Kept, because making one loads the certificate store each time; it is used in the one event loop of the process.
     # One per process, because a forked data worker must not read answers from its parent's connections.
-    return httpx.Client(follow_redirects=True, max_redirects=_MAX_REDIRECTS, headers=_HEADERS)
+    return httpx.AsyncClient(follow_redirects=True, max_redirects=_MAX_REDIRECTS, headers=_HEADERS)
 
 
 def _download(url: str, name: str, timeout: float | None) -> tuple[bytes, str]:
     """Fetch `url` within the limits; returns the body and its content type."""
-    started, content = time.monotonic(), bytearray()
-    too_slow = ImageLoadError(
-        name, f"the server took longer than {timeout} seconds", "try again, raise the timeout or download it first"
-    )
-    too_large = ImageLoadError(
-        name, f"it is larger than {MAX_DOWNLOAD_BYTES // 2**20} MiB", "download it and make it smaller first"
-    )
     try:
-        with _http_client(os.getpid()).stream("GET", url, timeout=timeout) as response:
-            if not response.is_success:
-                raise ImageLoadError(
-                    name, f"the server answered {response.status_code} {response.reason_phrase}", "check the URL"
-                )
-            # The header spares a download that must fail; without or against it the count below decides.
-            announced = response.headers.get("content-length", "")
-            if announced.isdecimal() and int(announced) > MAX_DOWNLOAD_BYTES:
-                raise too_large
-            for chunk in response.iter_bytes():
-                content += chunk
-                if len(content) > MAX_DOWNLOAD_BYTES:
-                    raise too_large
-                if timeout is not None and time.monotonic() - started > timeout:
-                    raise too_slow
-            return bytes(content), response.headers.get("content-type", "")
-    except httpx.TimeoutException as error:
-        raise too_slow from error
+        return run_within(timeout, _fetch(url, name, timeout))
+    except (httpx.TimeoutException, TimeoutError) as error:
+        raise ImageLoadError(
+            name, f"the server took longer than {timeout} seconds", "try again, raise the timeout or download it first"
+        ) from error
     except httpx.UnsupportedProtocol as error:
         raise ImageLoadError(name, "it leads to an address that is not http or https", "check the URL") from error
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise ImageLoadError(name, f"the download failed ({_reason(error)})", "check the URL and network") from error
+
+
+async def _fetch(url: str, name: str, timeout: float | None) -> tuple[bytes, str]:
+    content = bytearray()
+    async with _http_client(os.getpid()).stream("GET", url, timeout=timeout) as response:
+        if not response.is_success:
+            raise ImageLoadError(
+                name, f"the server answered {response.status_code} {response.reason_phrase}", "check the URL"
+            )
+        # The header spares a download that must fail; without or against it the count below decides.
+        announced = response.headers.get("content-length", "")
+        if announced.isdecimal() and int(announced) > MAX_DOWNLOAD_BYTES:
+            raise _too_large(name)
+        async for chunk in response.aiter_bytes():
+            content += chunk
+            if len(content) > MAX_DOWNLOAD_BYTES:
+                raise _too_large(name)
+        return bytes(content), response.headers.get("content-type", "")
+
+
+def _too_large(name: str) -> ImageLoadError:
+    return ImageLoadError(
+        name, f"it is larger than {MAX_DOWNLOAD_BYTES // 2**20} MiB", "download it and make it smaller first"
+    )
 
 
 def _open(file: BinaryIO, name: str, served_as: str = "") -> Image.Image:
