@@ -516,6 +516,25 @@ def test_projector_with_a_trained_qformer(tmp_path):
     )
 
 
+@pytest.mark.parametrize("qformer", [True, False])
+def test_projector_with_a_trained_layernorm(tmp_path, qformer):
+    """`ckpt_with_ln_vision.pth`: what was trained replaces BLIP-2's `ln_vision`, and the plain one of variant (a)."""
+    weight, bias = torch.linspace(0.5, 2, 64), torch.linspace(-1, 1, 64)
+
+    def add(state):
+        state.update({"ln_vision.weight": weight, "ln_vision.bias": bias})
+        if not qformer:
+            state["llama_proj.weight"] = torch.randn(64, 256)
+
+    file = edit_pickle(Path(ORIGINAL["projector"]), tmp_path / "ckpt_with_ln_vision.pth", add)
+    sources = {**ORIGINAL, "projector": str(file), **({} if qformer else {"qformer": "none"})}
+    folder = convert_checkpoint(tmp_path / "out", dtype="float16", **sources)
+    output = stored(folder)
+    assert torch.equal(output[key_maps.POST_LAYERNORM + "weight"], weight)
+    assert torch.equal(output[key_maps.POST_LAYERNORM + "bias"], bias)
+    assert torch.equal(load(folder).model.vision_tower.post_layernorm.bias, bias)
+
+
 # Key maps
 
 

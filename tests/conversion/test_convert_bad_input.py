@@ -100,6 +100,14 @@ def test_projector_with_qformer_on_a_model_without(tmp_path):
     refuse(tmp_path, ValueError, "takes features that are 48 wide, but gets 256", qformer="none")
 
 
+def test_half_a_layernorm_beside_the_projector(tmp_path):
+    def add(state):
+        state["ln_vision.weight"] = torch.ones(64)
+
+    file = edit_pickle(Path(ORIGINAL["projector"]), tmp_path / "half.pth", add)
+    refuse(tmp_path, ValueError, "half.pth has ln_vision.weight alone", projector=str(file))
+
+
 def test_llama_projector_on_another_language_model(tmp_path):
     """The widths agree here, as they do for Vicuna-7B and Qwen3-8B."""
     save_modern_language_model(tmp_path / "qwen")

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-from .key_maps import EMBEDDING, HEAD, PROJECTOR, THIRDS, KeyMap, shorten
+from .key_maps import EMBEDDING, HEAD, POST_LAYERNORM, PROJECTOR, THIRDS, KeyMap, shorten
 from .weights import Piece, Weights
 
 
@@ -132,6 +132,12 @@ def check_projector(pieces: Mapping[str, Piece], label: str, in_features: int, l
     missing = [part for part in ("weight", "bias") if f"{PROJECTOR}linear_1.{part}" not in pieces]
     if missing:
         raise ValueError(f"{label} has no llama_proj.{' and no llama_proj.'.join(missing)}: it contains no projector.")
+    halves = [part for part in ("weight", "bias") if POST_LAYERNORM + part in pieces]
+    if len(halves) == 1:
+        raise ValueError(
+            f"{label} has ln_vision.{halves[0]} alone. Weight and bias of the LayerNorm after the tower are replaced "
+            "together: save both or neither."
+        )
     out_width, in_width = pieces[f"{PROJECTOR}linear_1.weight"].shape
     if out_width != width:
         raise ValueError(

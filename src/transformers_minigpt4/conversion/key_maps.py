@@ -143,10 +143,15 @@ LAVIS_QFORMER = KeyMap(
     (*_LAVIS_TEXT_BRANCH, "t5_proj.{part}", "opt_proj.{part}", "itm_head.{part}", "temp"),
 )
 
-# The authors' checkpoints hold what was trained, and every buffer. Variant (c) trained the Q-Former too.
+# The authors' checkpoints hold what was trained, and every buffer. Variant (c) trained the Q-Former too, and some
+# (`ckpt_with_ln_vision.pth`) hold the LayerNorm after the tower, which then replaces the one of BLIP-2.
 AUTHORS_PROJECTOR = KeyMap(
     "the authors' checkpoints of MiniGPT-4",
-    {"llama_proj.{part}": PROJECTOR + "linear_1.{part}", **_LAVIS_QFORMER_USED},
+    {
+        "llama_proj.{part}": PROJECTOR + "linear_1.{part}",
+        "ln_vision.{part}": POST_LAYERNORM + "{part}",
+        **_LAVIS_QFORMER_USED,
+    },
     ("Qformer.bert.embeddings.position_ids", "llama_model.model.layers.{n}.self_attn.rotary_emb.inv_freq"),
 )
 # Entries next to "model" in a file of the authors or of LAVIS.
