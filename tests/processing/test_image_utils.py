@@ -6,6 +6,7 @@ import os
 import pickle
 import re
 import struct
+import subprocess
 import tempfile
 import threading
 import time
@@ -17,13 +18,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image, ImageChops
+from PIL import EpsImagePlugin, Image, ImageChops
 
+from transformers_minigpt4.processing import image_utils_minigpt4
 from transformers_minigpt4.processing.image_utils_minigpt4 import (
     MAX_DOWNLOAD_BYTES,
     ImageLoadError,
     _http_client,
     load_image,
+    open_image,
     to_rgb,
 )
 
@@ -148,11 +151,31 @@ class TestGoodPictures:
 
     @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
     def test_named_pipe(self, tmp_path):
-        os.mkfifo(tmp_path / "pipe")
-        writer = threading.Thread(target=(tmp_path / "pipe").write_bytes, args=(encoded(photo(), "PNG"),))
-        writer.start()
-        assert load_image(tmp_path / "pipe").tobytes() == photo().tobytes()
-        writer.join()
+        """It would wait for a writer, for ever if there is none."""
+        os.mkfifo(tmp_path / "pipe.jpg")
+        assert "it is a pipe, a socket or a device" in error_of(tmp_path / "pipe.jpg")
+        with pytest.raises(OSError, match="not a regular file"):
+            open_image(tmp_path / "pipe.jpg")
+        assert "a device" in error_of("/dev/zero")
+
+    @pytest.mark.parametrize("name", ["photo.jpg", "drawing.eps"])
+    def test_postscript_starts_no_program(self, tmp_path, monkeypatch, name):
+        """PIL would hand it to Ghostscript, whatever it is called."""
+        started = []
+        monkeypatch.setattr(subprocess, "Popen", lambda *a, **_: started.append(a) or pytest.fail("a program started"))
+        monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *a, **_: started.append(a) or photo())
+        photo().save(tmp_path / "a.eps", "EPS")
+        (tmp_path / name).write_bytes((tmp_path / "a.eps").read_bytes())
+        assert "not an image in a format that is read here, JPEG, PNG" in error_of(tmp_path / name)
+        assert "not an image" in error_of((tmp_path / name).read_bytes())
+        assert not started
+
+    def test_every_image_is_opened_with_the_list_of_formats(self):
+        """`Image.open` without `formats` reads whatever a plugin recognizes."""
+        package = Path(image_utils_minigpt4.__file__).parents[1]
+        lines = [line.strip() for path in package.rglob("*.py") for line in path.read_text().splitlines()]
+        calls = [line for line in lines if "Image.open(" in line and not line.startswith(("...", ">>>"))]
+        assert len(calls) == 1 and "formats=" in calls[0]
 
     @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs /proc")
     def test_no_file_is_left_open(self, tmp_path):

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from transformers_minigpt4.processing.image_utils_minigpt4 import load_image, to_rgb
+from transformers_minigpt4.processing.image_utils_minigpt4 import load_image, open_image, to_rgb
 
 
 _SHINGLE = 3  # words
@@ -189,7 +189,7 @@ def near_duplicate_hash(path: Path) -> bytes:
         ImageLoadError: for a file that is missing or cannot be read as an image.
     """
     try:
-        with Image.open(path) as image:
+        with open_image(path) as image:
             # A JPEG reduced by 2, 4 or 8 while decoding saves most of the time; the fields need no more pixels.
             image.draft("RGB", (_DRAFT, _DRAFT))
             rgb = to_rgb(image)

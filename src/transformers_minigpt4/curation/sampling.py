@@ -20,7 +20,7 @@ from transformers_minigpt4.data.readers import BadRow, Reader
 from transformers_minigpt4.data.schema import UndecodedImage
 from transformers_minigpt4.data.sources import KINDS, open_reader, parse_source
 from transformers_minigpt4.inference.sources import IMAGE_SUFFIXES, expand_sources
-from transformers_minigpt4.processing.image_utils_minigpt4 import ImageLoadError, load_image
+from transformers_minigpt4.processing.image_utils_minigpt4 import ImageLoadError, load_image, open_image
 from transformers_minigpt4.utils.files import JsonObject, write_atomically
 
 from .config import CONFIG_FILE, CurationConfig, CurationError
@@ -228,7 +228,7 @@ def _pair_key(number: int, key: str) -> str:
 
 
 def _suffix(content: bytes) -> str:
-    with Image.open(io.BytesIO(content)) as image:
+    with open_image(io.BytesIO(content)) as image:
         kind = image.format or "png"
     return _SUFFIXES.get(kind, f".{kind.lower()}")
 

@@ -1,6 +1,8 @@
 """Images as rows hold them: the bytes of a file, and a key for what an image shows."""
 
+import errno
 import hashlib
+import os
 from pathlib import Path
 from typing import cast
 
@@ -33,6 +35,9 @@ def image_bytes(image: UndecodedImage) -> bytes:
 
     Args:
         image (`dict`): `{"bytes", "path"}` with one of the two set; the path may be remote.
+
+    Raises:
+        OSError: if the file cannot be read, or is a pipe, a socket or a device.
     """
     content, path = image.get("bytes"), str(image.get("path"))
     if content is not None:
@@ -40,4 +45,6 @@ def image_bytes(image: UndecodedImage) -> bytes:
     if "://" in path:  # image folders of the Hub
         with fsspec.open(path, "rb") as file:
             return file.read()
+    if os.path.exists(path) and not os.path.isfile(path):  # a pipe that nobody writes to would never end
+        raise OSError(errno.EINVAL, "it is not a regular file", path)
     return Path(path).read_bytes()

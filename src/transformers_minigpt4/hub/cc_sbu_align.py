@@ -6,10 +6,11 @@ from pathlib import Path
 
 from datasets import Dataset, Features, Value
 from datasets import Image as ImageFeature
-from PIL import Image, UnidentifiedImageError
+from PIL import UnidentifiedImageError
 
 from transformers_minigpt4.data.images import image_bytes
 from transformers_minigpt4.data.schema import UndecodedImage
+from transformers_minigpt4.processing.image_utils_minigpt4 import open_image
 from transformers_minigpt4.utils.files import atomic_folder
 
 from .cards import read_facts
@@ -70,7 +71,7 @@ def _check_image(path: Path, where: str) -> None:
     if not path.is_file():
         raise ValueError(f"{where}: there is no image {path}")
     try:
-        with Image.open(path) as image:
+        with open_image(path) as image:
             image.verify()
     except (UnidentifiedImageError, OSError, SyntaxError) as error:
         raise ValueError(f"{where}: {path} is not a readable image ({error})") from error

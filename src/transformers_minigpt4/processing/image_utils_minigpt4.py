@@ -2,6 +2,7 @@
 
 import base64
 import binascii
+import errno
 import functools
 import io
 import os
@@ -16,11 +17,18 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from .deadline_minigpt4 import run_within
 
 
+# PIL reads more: EPS, for which it starts Ghostscript, and formats of programs and instruments. What a file is called
+# does not matter to PIL, so the list is the only thing that keeps an EPS named `.jpg` from running its program.
+IMAGE_FORMATS = (
+    *("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"),
+    *("AVIF", "HEIF", "JPEG2000", "PPM", "TGA", "ICO"),  # HEIF where a plugin of PIL is installed and registered
+)
 # Far above any photograph, far below what fills the memory of a machine that loads several at once.
 MAX_DOWNLOAD_BYTES = 100 * 1024 * 1024
 # Seconds for a complete download.
 DEFAULT_TIMEOUT = 30.0
 
+_NOT_REGULAR = "it is not a regular file, but a directory, pipe, socket or device"
 _ORIENTATION_TAG = 0x0112
 _MAX_REDIRECTS = 5
 _MAX_NAME_LENGTH = 200
@@ -73,6 +81,25 @@ def to_rgb(image: Image.Image) -> Image.Image:
         raise ImageLoadError(
             _name_of(image), f"its mode {image.mode!r} has no conversion to RGB ({error})", "convert it to RGB first"
         ) from error
+
+
+def open_image(file: str | os.PathLike[str] | BinaryIO) -> Image.Image:
+    """
+    `PIL.Image.open` for the formats of `IMAGE_FORMATS` only, and for regular files only.
+
+    Every image file of this package is opened here. Use the result in a `with` statement; pixels are not read yet.
+
+    Args:
+        file (`str`, `os.PathLike` or binary file): path, or a file opened in binary mode.
+
+    Raises:
+        OSError: if the file cannot be read, is a pipe, a socket or a device, which may never end, or is no image of
+            these formats (`PIL.UnidentifiedImageError`).
+    """
+    if isinstance(file, (str, os.PathLike)) and os.path.exists(file) and not os.path.isfile(file):
+        raise OSError(errno.EINVAL, _NOT_REGULAR, os.fspath(file))
+    Image.init()  # `Image.open` takes no format whose plugin it has not loaded
+    return Image.open(file, formats=[name for name in IMAGE_FORMATS if name in Image.OPEN])
 
 
 def load_image(source: object, timeout: float | None = DEFAULT_TIMEOUT) -> Image.Image:
@@ -143,9 +170,11 @@ def _open_path(path: str | os.PathLike[str], name: str) -> Image.Image:
     if os.path.isdir(path):
         raise ImageLoadError(name, "it is a directory", "give the files inside")
     try:
+        # Opening a pipe that nobody writes to would never return.
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise ImageLoadError(name, "it is a pipe, a socket or a device", "copy the image to a regular file")
         with open(path, "rb") as file:
-            # A pipe (`<(...)` in a shell) cannot seek, and PIL must.
-            return _open(file if file.seekable() else io.BytesIO(file.read()), name)
+            return _open(file, name)
     except ImageLoadError:
         raise
     except FileNotFoundError as error:
@@ -239,7 +268,7 @@ def _open(file: BinaryIO, name: str, served_as: str = "") -> Image.Image:
         if not file.read(1):
             raise ImageLoadError(name, "it is empty", "copy or download it again")
         file.seek(0)
-        with Image.open(file) as image:
+        with open_image(file) as image:
             # PIL only warns up to twice its limit, and nobody sees a warning in a batch job that runs out of memory.
             if Image.MAX_IMAGE_PIXELS is not None and image.width * image.height > Image.MAX_IMAGE_PIXELS:
                 raise Image.DecompressionBombError
@@ -247,7 +276,9 @@ def _open(file: BinaryIO, name: str, served_as: str = "") -> Image.Image:
     except UnidentifiedImageError as error:
         served = f" (served as {served_as})" if served_as and not served_as.startswith("image/") else ""
         raise ImageLoadError(
-            name, f"it is not an image of a kind that PIL {Image.__version__} reads{served}", "give JPEG, PNG or WebP"
+            name,
+            f"it is not an image in a format that is read here, {', '.join(IMAGE_FORMATS)}{served}",
+            "convert it to JPEG, PNG or WebP",
         ) from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ImageLoadError(
