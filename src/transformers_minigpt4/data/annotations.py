@@ -1,46 +1,53 @@
 """Reads annotation files, which list images and texts: LLaVA, cc_sbu_align, Localized Narratives, COCO, CSV, JSONL."""
 
 import csv
-import json
+import io
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeAlias
+
+from transformers_minigpt4.utils.json_files import JsonText, brief, json_lines, open_regular, refuse_surrogates
 
 from .readers import CAPTION_COLUMNS, BadRow, Entry, RawRow, caption_row, image_file
 from .schema import DataError, Message, Part
 
 
 Record: TypeAlias = dict[str, Any]  # an object of an annotation file, with any keys
+# Records of a file, each with where it is, such as `line 3`, or why it cannot be read.
+Located: TypeAlias = Iterator[tuple[str, Record | BadRow]]
+_COCO_ADVICE = "give a captions file of COCO, such as captions_train2017.json"
 _LLAVA_IMAGE = "<image>"
 _LLAVA_ROLES = {"human": "user", "gpt": "assistant"}
+METADATA = ("metadata.jsonl", "metadata.csv")  # of an image folder
 _PATH_COLUMNS = ("file_name", "image", "path", "image_path", "file")
 
 
 def llava(path: Path, images: Path | None) -> Iterator[Entry]:
     """LLaVA's `[{"id", "image", "conversations": [{"from": "human"|"gpt", "value"}]}]`, JSON or JSON Lines."""
     folder = images or path.parent
-    records = json_lines(path) if path.suffix == ".jsonl" else enumerate(_json_list(path))
-    for number, record in records:
+    records = _lines(path) if path.suffix == ".jsonl" else _list(path, "LLaVA's format is a list of conversations")
+    for number, (where, record) in enumerate(records):
         if isinstance(record, BadRow):
             yield record
             continue
-        key = str(record.get("id", number)) if isinstance(record, dict) else str(number)
+        key = str(record.get("id", number))
         try:
-            yield _conversation(key, record, folder)
+            yield _located(where, _conversation(key, record, folder))
         except (KeyError, TypeError, AttributeError) as error:
-            yield BadRow("entry", key, f"not in LLaVA's format ({type(error).__name__}: {error}): {record!r:.80}")
+            reason = f"not in LLaVA's format ({type(error).__name__}: {error}): {brief(record)}"
+            yield _located(where, BadRow("entry", key, reason))
 
 
 def _conversation(key: str, record: Record, folder: Path) -> Entry:
     name = record.get("image")
     if not (name is None or (isinstance(name, str) and name)):
-        return BadRow("image", key, f"`image` must be a file name, not {name!r:.40}")
+        return BadRow("image", key, f"`image` must be a file name, not {brief(name)}")
     messages: list[Message] = []
     placed = 0
     for turn in record["conversations"]:
         role, text = _LLAVA_ROLES.get(turn["from"]), turn["value"]
         if role != ("user", "assistant")[len(messages) % 2] or not isinstance(text, str):
-            return BadRow("entry", key, f"turn {len(messages)} is out of order or not a text: {turn!r:.60}")
+            return BadRow("entry", key, f"turn {len(messages)} is out of order or not a text: {brief(turn)}")
         here = text.count(_LLAVA_IMAGE)
         if role == "assistant" and here:
             return BadRow("entry", key, f"an answer contains {_LLAVA_IMAGE}")
@@ -65,123 +72,150 @@ def _conversation(key: str, record: Record, folder: Path) -> Entry:
 
 def cc_sbu_align(path: Path, images: Path | None) -> Iterator[Entry]:
     """The authors' stage-2 folder: `filter_cap.json` with `image_id` and `caption` of each `image/2.jpg`."""
-    for number, record in enumerate(_annotated(path / "filter_cap.json")["annotations"]):
-        image_id = record.get("image_id") if isinstance(record, dict) else None
-        if not isinstance(image_id, (str, int)) or not str(image_id):
-            yield BadRow("entry", str(number), f"no image_id: {record!r:.80}")
+    for where, record in _list(path / "filter_cap.json", "the authors' file has one", "annotations"):
+        if isinstance(record, BadRow):
+            yield record
+        elif not isinstance(image_id := record.get("image_id"), (str, int)) or not str(image_id):
+            yield BadRow("entry", where, f"no image_id: {brief(record)}")
         else:
-            yield caption_row(str(image_id), image_file(path / "image", f"{image_id}.jpg"), record.get("caption"))
+            image = image_file(path / "image", f"{image_id}.jpg")
+            yield _located(where, caption_row(str(image_id), image, record.get("caption")))
 
 
 def coco(path: Path, images: Path | None) -> Iterator[Entry]:
     """COCO's captions: `images` with `id` and `file_name`, `annotations` with `image_id` and `caption`; a row each."""
     folder = images or path.parent
-    captions = _annotated(path)
-    listed = captions.get("images")
-    if not isinstance(listed, list):
-        raise DataError(f'{path} has no list "images"; give a captions file of COCO, such as captions_train2017.json')
-    names = {image.get("id"): image.get("file_name") for image in listed if isinstance(image, dict)}
-    for number, record in enumerate(captions["annotations"]):
-        if not isinstance(record, dict):
-            yield BadRow("entry", str(number), f"not an object: {record!r:.80}")
+    names: dict[object, object] = {}
+    for _, image in _list(path, _COCO_ADVICE, "images"):
+        if isinstance(image, BadRow):
+            yield image
+        elif isinstance(image_id := image.get("id"), (str, int)):
+            names[image_id] = image.get("file_name")
+    for number, (where, record) in enumerate(_list(path, _COCO_ADVICE, "annotations")):
+        if isinstance(record, BadRow):
+            yield record
             continue
-        key = str(record.get("id", number))
-        if name := names.get(record.get("image_id")):
-            yield caption_row(key, image_file(folder, name), record.get("caption"))
+        key, image_id = str(record.get("id", number)), record.get("image_id")
+        name = names.get(image_id) if isinstance(image_id, (str, int)) else None
+        if isinstance(name, str) and name:
+            yield _located(where, caption_row(key, image_file(folder, name), record.get("caption")))
         else:
-            yield BadRow("image", key, f"image_id {record.get('image_id')!r} is not among `images`")
+            reason = f"image_id {brief(image_id)} is not among `images`, or has no file_name there"
+            yield _located(where, BadRow("image", key, reason))
 
 
 def localized_narratives(path: Path, images: Path | None) -> Iterator[Entry]:
     """Localized Narratives: JSON Lines with `dataset_id`, `image_id` and `caption`; traces are not read."""
     folder = images or path.parent
-    for number, record in json_lines(path):
+    for where, record in _lines(path):
         if isinstance(record, BadRow):
             yield record
             continue
         image_id = record.get("image_id")
         if not isinstance(image_id, (str, int)) or not str(image_id):
-            yield BadRow("entry", f"line {number}", f"no image_id: {record!r:.80}")
+            yield BadRow("entry", where, f"no image_id: {brief(record)}")
             continue
         # COCO's file names are padded to twelve digits, the narratives' ids are not.
         width = 12 if str(record.get("dataset_id", "")).startswith("mscoco") else 0
-        key = f"{image_id}/{record.get('annotator_id', number)}"
-        yield caption_row(key, image_file(folder, f"{image_id!s:0>{width}}.jpg"), record.get("caption"))
+        key = f"{image_id}/{record.get('annotator_id', where.removeprefix('line '))}"
+        image = image_file(folder, f"{image_id!s:0>{width}}.jpg")
+        yield _located(where, caption_row(key, image, record.get("caption")))
 
 
 def table(path: Path, images: Path | None) -> Iterator[Entry]:
-    """A CSV or JSON Lines file with a column for the path and one for the caption."""
+    """A CSV, TSV or JSON Lines file, or a JSON list, with a column for the path and one for the caption."""
     folder = images or path.parent
-    records = json_lines(path) if path.suffix in (".jsonl", ".json") else _csv_rows(path)
-    for number, record in records:
+    suffix = path.suffix.lower()
+    records: Located
+    if suffix in (".jsonl", ".json"):
+        records = (
+            _list(path, "give a list of objects")
+            if suffix == ".json" and JsonText(path).first() == "["
+            else _lines(path)
+        )
+    else:
+        records = _csv_rows(path, "\t" if suffix == ".tsv" else ",")
+    for where, record in records:
         if isinstance(record, BadRow):
             yield record
             continue
         name = next((record[column] for column in _PATH_COLUMNS if record.get(column)), None)
         caption = next((record[column] for column in CAPTION_COLUMNS if record.get(column)), None)
         if isinstance(name, str):
-            yield caption_row(f"line {number} ({name})", image_file(folder, name), caption)
+            yield caption_row(f"{where} ({name})", image_file(folder, name), caption)
         else:
-            yield BadRow("image", f"line {number}", f"no path under any of {', '.join(_PATH_COLUMNS)}")
+            yield BadRow("image", where, f"no path under any of {', '.join(_PATH_COLUMNS)}")
 
 
 def imagefolder(path: Path, images: Path | None) -> Iterator[Entry]:
     """A Hugging Face image folder: images, and `metadata.csv` or `metadata.jsonl` with `file_name` and `caption`."""
-    for name in ("metadata.jsonl", "metadata.csv"):
+    for name in METADATA:
         if (path / name).is_file():
-            return table(path / name, path)
+            return _named(name, table(path / name, path))
     raise DataError(
         f"{path} contains no metadata.jsonl or metadata.csv; name the folder that has one, such as {path}/train"
     )
 
 
-def _csv_rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            rows = csv.DictReader(file)
+def _named(name: str, entries: Iterator[Entry]) -> Iterator[Entry]:
+    """Entries whose bad ones name the file too, since the source names its folder."""
+    for entry in entries:
+        yield entry._replace(key=f"{name} {entry.key}") if isinstance(entry, BadRow) else entry
+
+
+def _csv_rows(path: Path, delimiter: str) -> Located:
+    # Bytes that are not UTF-8 become lone surrogates, which the rows are checked for.
+    with (
+        open_regular(path) as raw,
+        io.TextIOWrapper(raw, encoding="utf-8-sig", errors="surrogateescape", newline="") as file,
+    ):
+        rows = csv.DictReader(file, delimiter=delimiter)
+        try:
             columns = rows.fieldnames or []
-            for wanted in (_PATH_COLUMNS, CAPTION_COLUMNS):
-                if not set(wanted) & set(columns):
-                    raise DataError(
-                        f"{path} needs a column {' or '.join(wanted)}; it has {', '.join(columns) or 'none'}"
-                    )
-            for row in rows:
-                yield rows.line_num, row
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise DataError(f"{path} is not a CSV file in UTF-8: {error}") from error
-
-
-def json_lines(path: Path) -> Iterator[tuple[int, Record | BadRow]]:
-    """(line number from 1, object or `BadRow`) of a JSON Lines file, read line by line."""
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
+        except csv.Error as error:
+            raise DataError(f"{path} is not a table of text: {error}") from error
+        for wanted in (_PATH_COLUMNS, CAPTION_COLUMNS):
+            if not set(wanted) & set(columns):
+                raise DataError(
+                    f"{path} needs a column {' or '.join(wanted)}; it has {', '.join(columns)[:200] or 'none'}"
+                )
+        while True:
             try:
-                record = json.loads(line)
+                row = next(rows)
+                refuse_surrogates(row)
+                yield f"line {rows.line_num}", row
+            except StopIteration:
+                return
+            except csv.Error as error:  # a field of more than 128 KiB, which an open quote makes of what follows it
+                where = f"line {rows.line_num + 1}"
+                yield where, BadRow("entry", where, f"not a row of a table: {error}")
             except ValueError as error:
-                record = BadRow("entry", f"line {number}", f"not JSON: {error}")
-            if not isinstance(record, (dict, BadRow)):
-                record = BadRow("entry", f"line {number}", f"not an object: {record!r:.80}")
-            yield number, record
+                where = f"line {rows.line_num}"
+                yield where, BadRow("entry", where, f"not a row of a table: {error}")
 
 
-def _json(path: Path) -> object:
+def _lines(path: Path) -> Located:
+    """The objects of a JSON Lines file."""
+    for number, value in json_lines(path):
+        yield f"line {number}", _record(f"line {number}", value)
+
+
+def _list(path: Path, advice: str, key: str | None = None) -> Located:
+    """The objects of the list in a JSON file, or of the list under a key of its object."""
     try:
-        return json.loads(path.read_bytes())
+        for number, item in enumerate(JsonText(path).items(key)):
+            where = f"{key or 'entry'} {number} in line {item.line}"
+            yield where, _record(where, item.value)
     except ValueError as error:
-        raise DataError(f"{path} is not JSON, or was cut short: {error}") from error
+        raise DataError(f"{error}; {advice}") from error
 
 
-def _json_list(path: Path) -> list[Record]:
-    records = _json(path)
-    if not isinstance(records, list):
-        raise DataError(f"{path} contains a {type(records).__name__}, but LLaVA's format is a list of conversations")
-    return records
+def _record(where: str, value: object) -> Record | BadRow:
+    if isinstance(value, ValueError):
+        return BadRow("entry", where, str(value))
+    return value if isinstance(value, dict) else BadRow("entry", where, f"not an object: {brief(value)}")
 
 
-def _annotated(path: Path) -> Record:
-    record = _json(path)
-    if not isinstance(record, dict) or not isinstance(record.get("annotations"), list):
-        raise DataError(f'{path} has no list "annotations"')
-    return record
+def _located(where: str, entry: Entry) -> Entry:
+    """An entry; where it is, if it is a bad one, which people look for in the file."""
+    return entry._replace(key=f"{where} ({entry.key})") if isinstance(entry, BadRow) else entry

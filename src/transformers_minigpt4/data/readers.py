@@ -10,6 +10,8 @@ import numpy as np
 import pyarrow as pa
 from datasets import Image, IterableDataset
 
+from transformers_minigpt4.utils.json_files import brief
+
 from .schema import DataError, Message, UndecodedImage
 
 
@@ -58,7 +60,7 @@ class Reader(Protocol):
 def caption_row(key: str, images: list[UndecodedImage], caption: object) -> Entry:
     """The row of a caption, or why there is none."""
     if not isinstance(caption, str) or not caption.strip():
-        return BadRow("caption", key, "there is no caption" if caption is None else f"the caption is {caption!r:.40}")
+        return BadRow("caption", key, "there is no caption" if caption is None else f"the caption is {brief(caption)}")
     return RawRow(key, images, caption)
 
 

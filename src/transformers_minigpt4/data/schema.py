@@ -34,6 +34,8 @@ class Message(TypedDict):
 RowImage: TypeAlias = Image.Image | UndecodedImage
 # The position of an image in a prompt; the processor's own token. Messages have a part `{"type": "image"}` instead.
 IMAGE_PLACEHOLDER = "<ImageHere>"
+# Far above what any model reads; a text of many megabytes would stop a data worker for minutes.
+MAX_CHARACTERS = 1_000_000
 _KEYS = {"images", "prompt", "completion", "messages", "key", "source"}
 
 
@@ -130,6 +132,12 @@ def _check_messages(messages: object, images: int) -> None:
 
 
 def _check_text(text: str) -> None:
+    if len(text) > MAX_CHARACTERS:
+        raise DataError(f"a text has {len(text):,} characters, more than the {MAX_CHARACTERS:,} of any row")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"a text contains half of a character (a lone surrogate) at position {error.start}") from error
     if IMAGE_PLACEHOLDER in text:
         raise DataError(f"a text contains {IMAGE_PLACEHOLDER}, which would be replaced by an image: {text!r:.120}")
 

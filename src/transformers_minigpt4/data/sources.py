@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, cast
 from datasets import IterableDataset, interleave_datasets, load_dataset, load_from_disk
 from PIL import Image
 
-from transformers_minigpt4.processing.image_utils_minigpt4 import ImageLoadError, load_image
+from transformers_minigpt4.processing.image_utils_minigpt4 import load_image
 
 from . import annotations
 from .images import image_bytes, image_key
@@ -156,7 +156,9 @@ class _Renderer:
         source, key = raw["source"], raw["key"]
         try:
             images = [self._image(image) for image in raw["images"]]
-        except (ImageLoadError, OSError) as error:
+        except DataError:  # of an image without features
+            raise
+        except (OSError, ValueError) as error:
             self.skipped.add(source, "unreadable_image", key, str(error))
             return None
         instruction = draw_instruction(self.seed, source, raw["epoch"], key)

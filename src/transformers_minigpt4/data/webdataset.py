@@ -2,7 +2,7 @@
 
 import glob
 import itertools
-import json
+import math
 import os
 import re
 import tarfile
@@ -10,6 +10,9 @@ import zlib
 from collections.abc import Iterator
 
 import fsspec
+
+from transformers_minigpt4.processing.image_utils_minigpt4 import MAX_DOWNLOAD_BYTES
+from transformers_minigpt4.utils.json_files import MAX_RECORD_BYTES, parse_json
 
 from .readers import BadRow, Entry, caption_row, shuffled
 from .schema import DataError
@@ -19,6 +22,8 @@ _IMAGES = {"jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff"}
 _REMOTE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _BRACES = re.compile(r"\{([^{}]*)\}")
+# 5.8 billion pairs, as LAION-5B has, in img2dataset's shards of 10,000 are 580,000.
+MAX_SHARDS = 1_000_000
 
 
 class _StrictTarInfo(tarfile.TarInfo):
@@ -66,6 +71,9 @@ class WebdatasetReader:
     def _read(self, url: str) -> Iterator[Entry]:
         name = url.rsplit("/", 1)[-1]
         read = 0
+        if os.path.exists(url) and not os.path.isfile(url):
+            yield BadRow("shard", url, "it is not a regular file")
+            return
         try:
             for key, files in _samples(url):
                 yield _entry(f"{name}/{key}", files)
@@ -78,9 +86,13 @@ class WebdatasetReader:
         return repr(list(zip(self.shards, sizes)))
 
 
-def _samples(url: str) -> Iterator[tuple[str, dict[str, bytes | None]]]:
-    """(key, {extension: content}) of the samples of a shard, whose files are adjacent; `None` for one that recurs."""
-    key, files = "", dict[str, bytes | None]()
+def _samples(url: str) -> Iterator[tuple[str, dict[str, bytes | str]]]:
+    """
+    (key, {extension: content}) of the samples of a shard, whose files are adjacent.
+
+    Content that cannot be used is a `str`, which says why.
+    """
+    key, files = "", dict[str, bytes | str]()
     with (
         fsspec.open(url, "rb") as stream,
         tarfile.open(fileobj=stream, mode="r|*", tarinfo=_StrictTarInfo) as archive,
@@ -96,30 +108,51 @@ def _samples(url: str) -> Iterator[tuple[str, dict[str, bytes | None]]]:
                 yield key, files
                 files = {}
             key, extension = this, extension.lower()
-            content = archive.extractfile(member)
-            files[extension] = None if extension in files or content is None else content.read()
+            files[extension] = _content(archive, member, extension in files)
     if files:
         yield key, files
 
 
-def _entry(key: str, files: dict[str, bytes | None]) -> Entry:
+def _content(archive: tarfile.TarFile, member: tarfile.TarInfo, recurs: bool) -> bytes | str:
+    if recurs:
+        return "a file of this name occurs twice in the shard"
+    # A compressed archive can announce, and contain, more than the memory holds.
+    if member.size > MAX_DOWNLOAD_BYTES:
+        return f"a file of it has {member.size:,} bytes, more than {MAX_DOWNLOAD_BYTES:,}"
+    content = archive.extractfile(member)
+    return "a file of it has no content" if content is None else content.read()
+
+
+def _entry(key: str, files: dict[str, bytes | str]) -> Entry:
+    key = key.encode("utf-8", "backslashreplace").decode()  # names in an archive need not be UTF-8
     images = [extension for extension in files if extension in _IMAGES]
-    if None in files.values():
-        return BadRow("entry", key, "a file of this name occurs twice in the shard")
+    for content in files.values():
+        if isinstance(content, str):
+            return BadRow("entry", key, content)
     if len(images) != 1:
         return BadRow("image", key, f"{len(images)} images among {', '.join(sorted(files))}")
-    caption: object = None
+    found = {extension: content for extension, content in files.items() if isinstance(content, bytes)}
     try:
-        if content := files.get("json"):
-            record = json.loads(content)
-            if not isinstance(record, dict):
-                return BadRow("entry", key, "the JSON is not an object")
-            caption = record.get("caption")
-        if caption is None and (content := files.get("txt")):
-            caption = content.decode()
+        caption = _caption(found.get("json", b""), found.get("txt", b""))
     except ValueError as error:
         return BadRow("entry", key, f"the text cannot be read: {error}")
-    return caption_row(key, [{"bytes": files[images[0]], "path": None}], caption)
+    return caption_row(key, [{"bytes": found[images[0]], "path": None}], caption)
+
+
+def _caption(metadata: bytes, text: bytes) -> object:
+    """
+    Raises:
+        ValueError: for metadata that are not JSON, and text that is not UTF-8.
+    """
+    if max(len(metadata), len(text)) > MAX_RECORD_BYTES:
+        raise ValueError(f"it has more than {MAX_RECORD_BYTES:,} bytes")
+    if metadata:
+        record = parse_json(metadata)
+        if not isinstance(record, dict):
+            raise ValueError("the JSON is not an object")
+        if record.get("caption") is not None:
+            return record["caption"]
+    return text.decode() if text else None
 
 
 def find_shards(pattern: str) -> list[str]:
@@ -160,16 +193,31 @@ def _expand_remote(url: str) -> list[str]:
 
 
 def expand_braces(pattern: str) -> list[str]:
-    """`a{1..3}b` and `a{x,y}b` as the names that they expand to; a range keeps the width of its first number."""
-    pieces: list[list[str]] = []
+    """
+    `a{1..3}b` and `a{x,y}b` as the names that they expand to; a range keeps the width of its first number.
+
+    Raises:
+        DataError: for a range that is reversed, and for more than `MAX_SHARDS` names.
+    """
+    choices: list[list[str] | range] = []
+    widths: list[int] = []
     for number, piece in enumerate(_BRACES.split(pattern)):
-        if number % 2 == 0:
-            pieces.append([piece])
-        elif match := re.fullmatch(r"(\d+)\.\.(\d+)", piece):
-            first, last = int(match[1]), int(match[2])
-            if first > last:
+        if number % 2 and (match := re.fullmatch(r"(\d{1,4000})\.\.(\d{1,4000})", piece)):
+            choices.append(range(int(match[1]), int(match[2]) + 1))
+            widths.append(len(match[1]))
+            if not choices[-1]:
                 raise DataError(f"the range {{{piece}}} is reversed in {pattern!r}")
-            pieces.append([f"{value:0{len(match[1])}}" for value in range(first, last + 1)])
         else:
-            pieces.append(piece.split(","))
-    return ["".join(chosen) for chosen in itertools.product(*pieces)]
+            choices.append(piece.split(",") if number % 2 else [piece])
+            widths.append(0)
+    count = math.prod(chosen.stop - chosen.start if isinstance(chosen, range) else len(chosen) for chosen in choices)
+    if count > MAX_SHARDS:
+        raise DataError(
+            f"the braces in {pattern!r} stand for {count:,} shards, more than the limit of {MAX_SHARDS:,}; write the "
+            "range of the shards that exist"
+        )
+    texts = [
+        [f"{value:0{width}}" for value in chosen] if isinstance(chosen, range) else chosen
+        for chosen, width in zip(choices, widths)
+    ]
+    return ["".join(chosen) for chosen in itertools.product(*texts)]
