@@ -5,6 +5,12 @@ Importing this package is cheap: it loads neither torch nor transformers. As soo
 after it, MiniGPT-4 is registered with the Auto classes, the pipelines and the tables of serving, see `auto.py`.
 """
 
+from .utils.interrupts import handle_interrupts, is_command
+
+
+if is_command():
+    handle_interrupts()  # before the other imports, which take most of a short command's time
+
 import importlib
 import sys
 from types import ModuleType

@@ -17,15 +17,18 @@ from transformers_minigpt4.hub.commands import push
 from transformers_minigpt4.inference.commands import describe
 from transformers_minigpt4.training.commands import RecipeCommand, TrainCommand, features, train
 from transformers_minigpt4.training.data_commands import check
-from transformers_minigpt4.utils.command_line import INTERRUPTED, Command, Group, to_stdout_in_utf8
+from transformers_minigpt4.utils.command_line import Command, Group, to_stdout_in_utf8
+from transformers_minigpt4.utils.interrupts import INTERRUPTED, finish, handle_interrupts
 
 
 def main() -> None:
     """Runs the `minigpt4` command and exits with its status."""
+    handle_interrupts()
     to_stdout_in_utf8()
     try:
         app()
     except SystemExit as exit_:
+        finish(exit_.code if isinstance(exit_.code, int) else int(exit_.code is not None))
         if exit_.code == INTERRUPTED:
             # Python would wait at exit for the threads that still hang on a slow download.
             sys.stdout.flush()

@@ -169,7 +169,8 @@ def test_interrupted(checkpoint, data, monkeypatch):
 
     monkeypatch.setattr(running, "answer_batches", stop)
     result = evaluate(checkpoint, "--tasks", "letters", "--data", data)
-    assert result.exit_code == 130 and "rerun the same command to resume" in result.stderr
+    command = f"minigpt4 evaluate run {checkpoint} --tasks letters --data {data}"
+    assert (result.exit_code, result.stderr.endswith(f"`{command}` resumes\n")) == (130, True), result.stderr
 
 
 @pytest.mark.parametrize(

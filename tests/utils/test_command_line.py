@@ -5,7 +5,7 @@ import typer
 from typer.testing import CliRunner, Result
 
 from transformers_minigpt4.utils import command_line
-from transformers_minigpt4.utils.command_line import BatchSize, Command, Group, interruptible
+from transformers_minigpt4.utils.command_line import BatchSize, Command, Group, interruptible, this_command
 from transformers_minigpt4.utils.files import FolderInUseError
 
 
@@ -67,6 +67,33 @@ def test_ctrl_c(message):
 
     result = run(stop)
     assert (result.exit_code, result.stderr) == (130, "minigpt4: stopped\n")
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, None])
+def test_ctrl_c_outside_of_such_a_block(error):
+    def stop(name: str, number: int = 1) -> None:
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt as interrupt:
+            # A library that is being imported may turn it into an error.
+            raise error or ImportError("half a module") from interrupt
+
+    result = run(stop, "a b", "--number=3")
+    line = "stopped; nothing can be resumed, `minigpt4 go 'a b' --number=3` starts again from the beginning"
+    assert (result.exit_code, result.stderr) == (130, f"minigpt4: {line}\n")
+
+
+@pytest.mark.parametrize(
+    "given", [[], ["--resume-from", "false"], ["--resume_from=false"], ["--resume-from", "false", "--resume-from=x"]]
+)
+def test_this_command_with_another_value(given):
+    def show(resume_from: str = "", name: str = "") -> None:
+        typer.echo(this_command("--resume-from", "true"))
+        typer.echo(this_command())
+
+    changed, as_typed = run(show, *given, "--name", "b c").stdout.splitlines()
+    assert changed == "minigpt4 go --name 'b c' --resume-from true"
+    assert as_typed == " ".join(["minigpt4 go", *given, "--name 'b c'"])
 
 
 def test_help():

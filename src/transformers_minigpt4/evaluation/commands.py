@@ -16,6 +16,7 @@ from transformers_minigpt4.utils.command_line import (
     TrustRemoteCode,
     complain,
     interruptible,
+    this_command,
 )
 
 
@@ -175,7 +176,7 @@ def run(
     names = _names(tasks)
     where = output or default_output(checkpoint)
     answers = where / "answers"
-    with interruptible(f"stopped; the answers so far are in {answers}, rerun the same command to resume"):
+    with interruptible(f"stopped; the answers so far are in {answers}, `{this_command()}` resumes"):
         results = evaluate(
             checkpoint,
             names,

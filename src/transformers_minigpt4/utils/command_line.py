@@ -5,9 +5,10 @@ Light on purpose: typer is all that it imports, so that help is quick.
 """
 
 import contextlib
+import shlex
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from textwrap import dedent, indent
 from typing import Annotated, Any, Literal, TypeAlias
@@ -15,8 +16,9 @@ from typing import Annotated, Any, Literal, TypeAlias
 import typer
 from typer.core import TyperArgument, TyperCommand, TyperGroup, TyperOption
 
+from .interrupts import INTERRUPTED, Message, stoppable, text_of
 
-INTERRUPTED = 130  # what shells report for a program ended by Ctrl-C
+
 EXAMPLES = "\nExamples:\n"  # heading in a command's docstring; what follows is printed verbatim at the end of its help
 
 # Typer bundles its own copy of click and exports none of its types.
@@ -68,18 +70,63 @@ def complain(message: str) -> None:
 
 
 @contextlib.contextmanager
-def interruptible(message: str | Callable[[], str]) -> Iterator[None]:
+def interruptible(message: Message) -> Iterator[None]:
     """
     Turns Ctrl-C into one line on stderr and exit status 130.
 
+    Every command is in such a block already, whose line says that nothing can be resumed; a block inside of it takes
+    precedence.
+
     Args:
-        message (`str` or `Callable`): What has been kept and how to resume, or a function that returns it.
+        message (`str` or `Callable`): What has been kept and, from [`this_command`], how to resume; or a function that
+            returns it.
     """
-    try:
-        yield
-    except KeyboardInterrupt as interrupt:
-        complain(message if isinstance(message, str) else message())
-        raise typer.Exit(INTERRUPTED) from interrupt
+    with stoppable(message):
+        try:
+            yield
+        except BaseException as error:
+            if not _is_interrupt(error):
+                raise
+            complain(text_of(message))
+            raise typer.Exit(INTERRUPTED) from error
+
+
+def _is_interrupt(error: BaseException | None) -> bool:
+    """Whether an error is Ctrl-C, or what a library that was being imported made of it."""
+    while error is not None and not isinstance(error, (KeyboardInterrupt, typer.Exit)):
+        error = error.__cause__ or error.__context__
+    return isinstance(error, KeyboardInterrupt)
+
+
+_running: list[str] = []  # the words of the command that runs in this process
+
+
+def this_command(*options: str) -> str:
+    """
+    The command line that is being run, as one types it in a shell.
+
+    Args:
+        options (`str`): An option and its value, such as `"--resume-from-checkpoint", "true"`, added to the command or
+            in place of that option's value.
+    """
+    words, found = iter(_running), []
+    for word in words:
+        name, equals, _ = word.partition("=")
+        if options and name.startswith("--") and name.replace("_", "-") == options[0]:
+            if not equals:
+                next(words, None)
+        else:
+            found.append(word)
+    return shlex.join(["minigpt4", *found, *options])
+
+
+def _words_of(ctx: ClickContext, args: list[str]) -> list[str]:
+    """The words of a command line after `minigpt4`, without the options of the program."""
+    names: list[str] = []
+    while ctx.parent is not None:
+        names.insert(0, ctx.info_name)
+        ctx = ctx.parent
+    return [*names, *args]
 
 
 class Command(TyperCommand):
@@ -98,11 +145,13 @@ class Command(TyperCommand):
 
     def parse_args(self, ctx: ClickContext, args: list[str]) -> list[str]:
         """Parses the words of a command line; underscores in the names of options are read as dashes."""
+        _running[:] = _words_of(ctx, args)
         return super().parse_args(ctx, _with_dashes(args, self.params))
 
     def invoke(self, ctx: ClickContext) -> object:
         """Runs the command."""
-        with one_line_errors(ctx):
+        restart = f"stopped; nothing can be resumed, `{this_command()}` starts again from the beginning"
+        with one_line_errors(ctx), interruptible(restart):
             quieten_libraries(ctx.obj)
             return super().invoke(ctx)
 
