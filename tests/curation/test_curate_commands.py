@@ -1,11 +1,18 @@
 """`minigpt4 curate`: the settings file, what each command says, and one line for what goes wrong."""
 
+import importlib
 import json
 import os
+import shlex
+import signal
+import sys
+import time
 from dataclasses import replace
 
 import pytest
 from PIL import Image
+from processes import program
+from scripted_endpoint import Reply, ScriptedEndpoint, user_text
 from typer.testing import CliRunner
 
 from transformers_minigpt4.cli import app
@@ -168,14 +175,55 @@ def test_the_endpoint_is_down(project):
     assert "127.0.0.1:9" in fails("repair", project)
 
 
-def test_ctrl_c_says_how_to_resume(project, monkeypatch):
-    from transformers_minigpt4.curation import generate
-
-    def stopped(*_):
+@pytest.mark.parametrize("command", ["generate", "repair", "filter", "build", "run", "status", "report", "push"])
+def test_ctrl_c_names_the_command_that_resumes(project, monkeypatch, command):
+    def stopped(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(generate, "describe_in_turns", stopped)
-    result = minigpt4("generate", project)
+    step = "generate" if command == "run" else command
+    module, function = {
+        "status": ("status", "status_text"),
+        "push": ("build", "built_dataset"),
+    }.get(step, (step, f"run_{step}"))
+    owner = importlib.import_module(f"transformers_minigpt4.curation.{'run' if command == 'run' else module}")
+    monkeypatch.setattr(owner, function, stopped)
+    with Project.create(project):
+        pass
+    result = minigpt4(command, project, *["me/set"] * (command == "push"))
     assert result.exit_code == 130
-    assert result.stderr.startswith("minigpt4: stopped; everything finished so far is kept, rerun the same command")
-    assert result.stderr.count("\n") == 1
+    assert result.stderr == (
+        "minigpt4: stopped; everything finished so far is kept, resume with: "
+        f"minigpt4 curate {command} {shlex.quote(str(project))}\n"
+    )
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
+def test_ctrl_c_does_not_wait_for_a_slow_endpoint(project):
+    write_good_texts(project)
+    with ScriptedEndpoint([Reply(delay=60)]) as endpoint:
+        slow = replace(load_config(project / CONFIG_FILE), repair=ChatSettings("m", endpoint.base_url))
+        (project / CONFIG_FILE).write_text(commented_yaml(slow))
+        command = [sys.executable, "-m", "transformers_minigpt4.cli", "curate", "repair", str(project)]
+        with program(command) as process:
+            deadline = time.monotonic() + 120
+            while not endpoint.requests and process.poll() is None and time.monotonic() < deadline:
+                time.sleep(0.02)
+            started = time.monotonic()
+            process.send_signal(signal.SIGINT)
+            _, stderr = process.communicate(timeout=60)
+            assert time.monotonic() - started < 30
+    assert process.returncode == 130
+    assert stderr.endswith(f"resume with: minigpt4 curate repair {project}\n") and stderr.count("\n") == 1
+
+
+def test_a_repair_without_any_result_is_a_failure(project):
+    write_good_texts(project)
+    with ScriptedEndpoint([Reply(status=400)]) as endpoint:
+        refusing = replace(load_config(project / CONFIG_FILE), repair=ChatSettings("m", endpoint.base_url))
+        (project / CONFIG_FILE).write_text(commented_yaml(refusing))
+        result = minigpt4("repair", project)
+        assert result.exit_code == 1
+        assert "3  refused, such as: http://127.0.0.1" in result.stderr
+        assert result.stderr.splitlines()[-1].startswith("minigpt4: the repair failed for all 3 texts")
+        endpoint.respond = lambda body: Reply(status=400) if "red" in user_text(body) else user_text(body)
+        assert minigpt4("repair", project).exit_code == 0

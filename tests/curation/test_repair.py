@@ -1,5 +1,6 @@
 """Repair of texts by a language model at a real endpoint: what is flagged, what is kept, what is asked again."""
 
+import json
 import multiprocessing
 import os
 import signal
@@ -139,6 +140,38 @@ def test_failed_texts_are_tried_again_and_do_not_go_on(tmp_path):
         broken.clear()
         assert run_repair(project, config, progress=False).outcomes == {"ok": 5}
         assert [text for _, text in project.texts("filter")] == texts
+
+
+def test_a_run_in_which_every_text_fails_is_a_failure(tmp_path):
+    with ScriptedEndpoint([Reply(status=400)]) as endpoint:
+        project, config = make_project(tmp_path / "p", endpoint, [f"A star number {n}." for n in range(3)])
+        for _ in range(2):
+            summary = run_repair(project, config, progress=False)
+            assert summary.outcomes == {"failed": 3}
+            with pytest.raises(CurationError, match="the repair failed for all 3 texts"):
+                summary.check()
+        endpoint.respond = lambda body: Reply(status=400) if "number 0" in text_of(body) else text_of(body)
+        run_repair(project, config, progress=False).check()
+        # What is hopeless fails again and again, and must not keep the others from the next step.
+        again = run_repair(project, config, progress=False)
+        assert again.outcomes == {"failed": 1}
+        again.check()
+        write(project, {2: "A new text."})
+        endpoint.respond = [Reply(status=400)]
+        with pytest.raises(CurationError, match="for all 2 texts"):
+            run_repair(project, config, progress=False).check()
+
+
+def test_absurd_answers_are_stored(tmp_path):
+    """Token counts that SQLite cannot hold, and halves of surrogate pairs, which it cannot encode."""
+    usage = {"prompt_tokens": 10**30, "completion_tokens": -1}
+    choice = {"message": {"content": "A star. \ud800"}, "finish_reason": "\udfff"}
+    reply = Reply(body=json.dumps({"choices": [choice], "usage": usage}))
+    with ScriptedEndpoint([reply]) as endpoint:
+        project, config = make_project(tmp_path / "p", endpoint, ["A star."], price_in=1.0, price_out=1.0)
+        summary = run_repair(project, config, progress=False)
+        assert summary.usage == used_so_far(project) and 0 < summary.usage.tokens < 10_000
+        assert results(project)[1].text == "A star. ?"
 
 
 def test_an_exhausted_budget_stops_and_keeps_what_is_done(tmp_path):

@@ -81,6 +81,13 @@ def test_an_edit_that_changes_nothing_accepts(queue, project):
     assert outcomes(project)["00000"] == ("accepted", None)
 
 
+def test_an_edit_with_half_a_surrogate_pair_is_kept(queue, project):
+    """Browsers cut emoji in halves where somebody deletes one."""
+    pair = queue.next("anna")
+    queue.decide("anna", pair.id, pair.text_id, "edited", "A parrot \ud83e.")
+    assert {text for _, text in project.accepted()} == {"A parrot ?."}
+
+
 def test_a_decision_is_on_the_disk_for_other_processes_at_once(queue, project):
     decide(queue, "anna", "rejected")
     with sqlite3.connect(f"file:{project.database}?mode=ro", uri=True) as other:
@@ -392,6 +399,8 @@ def test_the_line_is_right_behind_texts_of_several_lines(project, tmp_path):
         ("a.csv", b'pair,text_id,action\n"1,x,accept\n', "is not CSV"),
         ("a.csv", "pair,text_id,action\nä,x,accept\n".encode("latin-1"), "not UTF-8"),
         ("a.jsonl", b'{"pair": "1"\n', "line 1 .* is not JSON"),
+        ("a.jsonl", b"\n" + b"[" * 100_000 + b"\n", "line 2 .* nested too deeply"),
+        ("a.jsonl", b'{"pair": "1", "text_id": "x", "action": "edit", "text": "\\ud800"}\n', "line 1 .* surrogate"),
         ("a.jsonl", b"[]\n", "line 1 .* not an object of texts"),
         ("a.jsonl", b'{"pair": "1", "action": "accept"}\n', "line 1 .* has no text_id"),
         ("a.txt", b"", r"neither \.csv nor \.jsonl"),

@@ -200,3 +200,17 @@ def test_a_full_disk(tmp_path, monkeypatch):
             sample_images(project, settings, False)
         assert list((tmp_path / "project" / IMAGES).iterdir()) == []
         assert sample_images(project, settings, False).new == 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="file names of other systems are Unicode")
+def test_a_file_name_that_is_not_unicode(tmp_path):
+    folder = os.fsencode(tmp_path / "images")
+    os.mkdir(folder)
+    for name, data in ((b"\xff.png", content(1)), (b"\xfe.png", content(2)), (b"\xfd.png", b"no image")):
+        with open(os.path.join(folder, name), "wb") as file:
+            file.write(data)
+    settings = config(str(tmp_path / "images"), 3)
+    for _ in range(2):  # the second run knows them
+        assert sorted(sampled(tmp_path / "project", settings)) == ["\udcfe.png", "\udcff.png"]
+    with Project.open(tmp_path / "project", settings) as project:
+        assert [row["source_key"] for row in project.skipped()] == ["\\udcfd.png"]

@@ -14,7 +14,7 @@ from histories import history
 from transformers_minigpt4.curation import store
 from transformers_minigpt4.curation.config import CONFIG_FILE, CurationConfig, CurationError, load_config
 from transformers_minigpt4.curation.database import DATABASE, SCHEMA_VERSION, erase_result
-from transformers_minigpt4.curation.records import Result, text_hash
+from transformers_minigpt4.curation.records import Result
 from transformers_minigpt4.curation.repair import repair_digest
 from transformers_minigpt4.curation.store import Project
 from transformers_minigpt4.llm.types import ChatSettings
@@ -166,7 +166,11 @@ def test_odd_texts_come_back_as_they_were(tmp_path):
     assert found == text
     ((_, result),) = project.current("generate")
     assert result.details == {"odd": "\ud800"}
-    assert text_hash("\ud800")  # no valid Unicode
+    # Half a surrogate pair is no valid Unicode, which SQLite refuses.
+    project.record("generate", [Result(1, "s", "digest 1", "ok", "\udc80", "a \ud800 b")])
+    ((_, result),) = project.current("generate")
+    assert (result.text, result.reason) == ("a ? b", "?") and result.input == "digest 1"
+    assert [text for _, text in project.texts("repair")] == ["a ? b"]
 
 
 def test_a_kill_leaves_complete_transactions(tmp_path):
@@ -277,6 +281,8 @@ def test_files_that_are_not_a_project(tmp_path):
     [
         ("- a list", "holds no settings"),
         ("source: [", "is not YAML"),
+        ("source: " + "[" * 100_000, "nested too deeply"),
+        ('source: x\ncheckpoint: "\\ud800"', "checkpoint contains half a surrogate pair"),
         ("source: x", "lacks checkpoint"),
         ("source: x\ncheckpoint: y\nimage: 5", "unknown keys image; it may have source"),
         ("source: x\ncheckpoint: y\nimages: many", "must be of type int"),

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shlex
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeAlias
@@ -84,9 +85,9 @@ def generate(project: ProjectPath) -> None:
     Examples:
         minigpt4 curate generate my-curation
     """
-    from .generate import run_generate
+    with _opened(project, "generate", create=True) as opened:
+        from .generate import run_generate
 
-    with _opened(project, create=True) as opened:
         typer.echo(str(run_generate(opened, opened.config)), err=True)
 
 
@@ -94,13 +95,17 @@ def repair(project: ProjectPath) -> None:
     """
     Have a language model repair the descriptions.
 
+    Texts that fail are tried again by the next call. The exit status is 1 if every text failed.
+
     Examples:
         minigpt4 curate repair my-curation
     """
-    from .repair import run_repair
+    with _opened(project, "repair") as opened:
+        from .repair import run_repair
 
-    with _opened(project) as opened:
-        typer.echo(str(run_repair(opened, opened.config)), err=True)
+        summary = run_repair(opened, opened.config)
+        typer.echo(str(summary), err=True)
+        summary.check()
 
 
 def filter_texts(project: ProjectPath) -> None:
@@ -110,9 +115,9 @@ def filter_texts(project: ProjectPath) -> None:
     Examples:
         minigpt4 curate filter my-curation
     """
-    from .filter import run_filter
+    with _opened(project, "filter") as opened:
+        from .filter import run_filter
 
-    with _opened(project) as opened:
         typer.echo(str(run_filter(opened, opened.config)), err=True)
 
 
@@ -144,7 +149,7 @@ def review(
     """
     if export is not None and import_from is not None:
         raise ValueError("--export and --import are two steps; give one of them")
-    with _opened(project) as opened:
+    with _opened(project, "review") as opened:
         if export is not None:
             _export(opened, export, reviewer)
         elif import_from is not None:
@@ -170,9 +175,9 @@ def build(
     Examples:
         minigpt4 curate build my-curation
     """
-    from .build import run_build
+    with _opened(project, "build") as opened:
+        from .build import run_build
 
-    with _opened(project) as opened:
         typer.echo(str(run_build(opened, opened.config, unreviewed=unreviewed)), err=True)
 
 
@@ -193,9 +198,9 @@ def push(
     Examples:
         minigpt4 curate push my-curation my-name/my-set --license cc-by-4.0 --dry-run
     """
-    from .build import built_dataset
+    with _opened(project, "push") as opened:
+        from .build import built_dataset
 
-    with _opened(project) as opened:
         folder = built_dataset(opened)
     hub.push(
         folder,
@@ -220,9 +225,9 @@ def run(project: ProjectPath) -> None:
     Examples:
         minigpt4 curate run my-curation
     """
-    from .run import run_all
+    with _opened(project, "run", create=True) as opened:
+        from .run import run_all
 
-    with _opened(project, create=True) as opened:
         run_all(opened, opened.config, say=typer.echo)
 
 
@@ -236,9 +241,9 @@ def status(
     Examples:
         minigpt4 curate status my-curation --output funnel.png
     """
-    from .status import save_status_png, status_text
+    with _opened(project, "status") as opened:
+        from .status import save_status_png, status_text
 
-    with _opened(project) as opened:
         typer.echo(status_text(opened))
         if output is not None:
             save_status_png(opened, output)
@@ -259,9 +264,9 @@ def report(
     Examples:
         minigpt4 curate report my-curation
     """
-    from .report import run_report
+    with _opened(project, "report") as opened:
+        from .report import run_report
 
-    with _opened(project) as opened:
         typer.echo(str(run_report(opened, opened.config, output)))
 
 
@@ -281,19 +286,20 @@ COMMANDS: dict[str, Callable[..., None]] = {
 
 
 @contextlib.contextmanager
-def _opened(where: Path, create: bool = False) -> Iterator["Project"]:
-    """The project of a folder or of a `curation.yaml`; Ctrl-C ends the command and says how to resume."""
-    from .config import CONFIG_FILE, CurationError
-    from .store import Project
+def _opened(where: Path, command: str, create: bool = False) -> Iterator["Project"]:
+    """The project of a folder or of a `curation.yaml`; Ctrl-C ends the command and says which one resumes."""
+    resume = shlex.join(["minigpt4", "curate", command, str(where)])
+    with interruptible(f"stopped; everything finished so far is kept, resume with: {resume}"):
+        from .config import CONFIG_FILE, CurationError
+        from .store import Project
 
-    if where.is_file() and where.name != CONFIG_FILE:
-        raise CurationError(
-            f"{where} is not a project: settings are in a file {CONFIG_FILE}, and its folder is the project"
-        )
-    folder = where.parent if where.name == CONFIG_FILE and not where.is_dir() else where
-    message = "stopped; everything finished so far is kept, rerun the same command to resume"
-    with Project.create(folder) if create else Project.open(folder) as project, interruptible(message):
-        yield project
+        if where.is_file() and where.name != CONFIG_FILE:
+            raise CurationError(
+                f"{where} is not a project: settings are in a file {CONFIG_FILE}, and its folder is the project"
+            )
+        folder = where.parent if where.name == CONFIG_FILE and not where.is_dir() else where
+        with Project.create(folder) if create else Project.open(folder) as project:
+            yield project
 
 
 def _absolute(name: str) -> str:

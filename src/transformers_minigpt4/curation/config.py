@@ -10,7 +10,7 @@ import yaml
 
 from transformers_minigpt4.llm.types import ChatSettings
 from transformers_minigpt4.utils.settings import field_values
-from transformers_minigpt4.utils.text import first_line
+from transformers_minigpt4.utils.text import first_line, without_surrogates
 
 
 CONFIG_FILE = "curation.yaml"
@@ -135,6 +135,8 @@ def load_config(path: Path) -> CurationConfig:
         ) from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise CurationError(f"{path} is not YAML: {first_line(error)}") from error
+    except RecursionError:
+        raise CurationError(f"{path} is nested too deeply; write one `key: value` per line") from None
     if not isinstance(values, dict):
         raise CurationError(f"{path} holds no settings; write lines such as `images: 5000`")
     known = [name for name, _, _ in _flat()]
@@ -142,6 +144,8 @@ def load_config(path: Path) -> CurationConfig:
         raise CurationError(f"{path} has unknown keys {', '.join(unknown)}; it may have {', '.join(known)}")
     if missing := [name for name in ("source", "checkpoint") if name not in values]:
         raise CurationError(f"{path} lacks {' and '.join(missing)}")
+    if broken := [name for name, value in values.items() if isinstance(value, str) and not _encodes(value)]:
+        raise CurationError(f"{path}: {broken[0]} contains half a surrogate pair, which is no character; remove it")
     if values.get("rules", "") is None:  # `rules:` without a value
         del values["rules"]
     try:
@@ -150,6 +154,10 @@ def load_config(path: Path) -> CurationConfig:
         raise
     except ValueError as error:
         raise CurationError(f"{path}: {error}") from error
+
+
+def _encodes(text: str) -> bool:
+    return without_surrogates(text) == text
 
 
 def commented_yaml(config: CurationConfig) -> str:

@@ -4,7 +4,10 @@ import contextlib
 import json
 import sqlite3
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+
+from transformers_minigpt4.utils.text import without_surrogates
 
 from .config import CurationError
 from .records import PASSING, STEPS, Pair, Result, now, text_hash
@@ -75,7 +78,7 @@ def write_results(connection: sqlite3.Connection, step: str, results: Iterable[R
             result.input if result.text is None else text_hash(result.text),
             *(result.outcome, result.reason, result.text, ascii_json(result.details), result.at or now()),
         )
-        for result in results
+        for result in map(_storable, results)
     ]
     connection.executemany("INSERT OR REPLACE INTO results VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", rows)
     connection.executemany(
@@ -83,6 +86,17 @@ def write_results(connection: sqlite3.Connection, step: str, results: Iterable[R
         "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
         rows,
     )
+
+
+def _storable(result: Result) -> Result:
+    """With `?` for half surrogate pairs, which models and libraries may write and SQLite refuses."""
+    text = None if result.text is None else without_surrogates(result.text)
+    return replace(result, text=text, reason=without_surrogates(result.reason))
+
+
+def file_name(key: str) -> str:
+    """A key that is the name of a file, which may not be valid Unicode, as SQLite can store it; no two become one."""
+    return key.encode("utf-8", "backslashreplace").decode()
 
 
 def erase_result(connection: sqlite3.Connection, step: str, pair_id: int, reason: str) -> None:

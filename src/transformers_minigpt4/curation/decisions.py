@@ -3,6 +3,8 @@
 import sqlite3
 from typing import Literal, get_args
 
+from transformers_minigpt4.utils.text import without_surrogates
+
 from .config import CurationError
 from .database import erase_result, fetch, incoming, write_results
 from .records import Result, now
@@ -76,11 +78,12 @@ def add_decision(
     current: sqlite3.Row | None,
 ) -> None:
     """Writes a decision within the caller's transaction, and the pair's result if it is about the `current` text."""
+    text = without_surrogates(text or "").strip()
     if action == "edited" and current is not None and current["text_id"] == text_id:
-        action = "accepted" if same_text(text or "", current["after"]) else action
+        action = "accepted" if same_text(text, current["after"]) else action
     connection.execute(
         "INSERT INTO decisions (pair_id, reviewer, action, text, input, at) VALUES (?, ?, ?, ?, ?, ?)",
-        (pair_id, reviewer, action, (text or "").strip() if action == "edited" else None, text_id, now()),
+        (pair_id, reviewer, action, text if action == "edited" else None, text_id, now()),
     )
     if current is not None and current["text_id"] == text_id:
         _write_result(connection, pair_id, text_id)

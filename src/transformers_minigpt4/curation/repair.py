@@ -12,7 +12,7 @@ from transformers_minigpt4.llm.opening import open_chat_model
 from transformers_minigpt4.llm.types import BudgetExhausted, ChatAnswer, ChatError, Usage, prefixed
 from transformers_minigpt4.utils.files import JsonObject
 
-from .config import CONFIG_FILE, REPAIR, CurationConfig, settings_hash
+from .config import CONFIG_FILE, REPAIR, CurationConfig, CurationError, settings_hash
 from .database import write_results
 from .progress import bar
 from .records import Result, Work, now
@@ -40,6 +40,8 @@ class RepairSummary:
         errors: For each reason of a failure, the message for the first text.
         changed: How many texts were changed.
         usage: What this run used; `total` includes earlier runs.
+        failure: Whether every text failed. Not if all had failed before while others are repaired: a few hopeless
+            texts must not keep the rest from the next step.
     """
 
     outcomes: dict[str, int]
@@ -48,6 +50,18 @@ class RepairSummary:
     changed: int
     usage: Usage
     total: Usage
+    failure: bool = False
+
+    def check(self) -> None:
+        """
+        Raises:
+            CurationError: if every text failed.
+        """
+        if self.failure:
+            raise CurationError(
+                f"the repair failed for all {self.outcomes[FAILED]} texts, for the reasons above; the same "
+                "command tries them again"
+            )
 
     def __str__(self) -> str:
         if not self.outcomes:
@@ -92,6 +106,7 @@ def run_repair(project: Project, config: CurationConfig, progress: bool = True) 
         _count_lost(project)
         spent = used_so_far(project)
         works = {work.pair.id: work for work in _works(project, config, digest)}
+        before = {pair.id: result.outcome for pair, result in project.current(STEP) if result.settings == digest}
         if not works:
             return RepairSummary({}, {}, {}, 0, Usage(), spent)
         with open_chat_model(settings, project.folder / ANSWERS, spent) as model:
@@ -102,7 +117,9 @@ def run_repair(project: Project, config: CurationConfig, progress: bool = True) 
                 run.close()
                 raise _explained(error, len(works) - run.left, run.left) from error
             run.close()
-            return run.summary(spent)
+            failed_before = all(before.get(pair_id) == FAILED for pair_id in works)
+            others = any(outcome != FAILED for outcome in before.values())
+            return run.summary(spent, hopeless=failed_before and others)
 
 
 def repair_digest(config: CurationConfig) -> str:
@@ -253,11 +270,12 @@ class _Run:
             (usage.requests, usage.cached, usage.prompt_tokens, usage.completion_tokens, usage.cost, self._row),
         )
 
-    def summary(self, spent: Usage) -> RepairSummary:
+    def summary(self, spent: Usage, hopeless: bool) -> RepairSummary:
         usage = self.model.usage
         outcomes = {name: self.outcomes[name] for name in (OK, FLAGGED, FAILED) if self.outcomes[name]}
+        failure = list(outcomes) == [FAILED] and not hopeless
         return RepairSummary(
-            outcomes, dict(self.reasons.most_common()), self.errors, self.changed, usage, spent + usage
+            outcomes, dict(self.reasons.most_common()), self.errors, self.changed, usage, spent + usage, failure
         )
 
 

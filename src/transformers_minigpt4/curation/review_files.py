@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TextIO
 
 from transformers_minigpt4.utils.files import PathLike, atomic_file, to_json
+from transformers_minigpt4.utils.text import from_spreadsheet_cell, spreadsheet_cell, without_surrogates
 from transformers_minigpt4.web.html import person_name
 
 from .config import CurationError
@@ -22,8 +23,6 @@ from .store import Project
 FIELDS = ("pair", "image", "text_before", "text_after", "flag", "text_id", "action", "text", "reviewer")
 _NEEDED = ("pair", "text_id", "action")
 _ACTIONS = {"accept": "accepted", "edit": "edited", "reject": "rejected"}
-# Spreadsheets take a cell that begins like this for a formula. With a leading apostrophe they show it as text.
-_FORMULA = ("=", "+", "-", "@", "\t", "\r", "'")
 # A spreadsheet would take a digest of digits only, or of digits and one e, for a number.
 _ID = "text-"
 
@@ -83,7 +82,7 @@ def export_pairs(project: Project, path: PathLike, reviewer: str | None = None) 
         if kind == "csv":
             writer = csv.DictWriter(file, FIELDS)
             writer.writeheader()
-            writer.writerows({field: _shield(value) for field, value in row.items()} for row in rows)
+            writer.writerows({field: spreadsheet_cell(value) for field, value in row.items()} for row in rows)
         else:
             file.writelines(to_json(row) + "\n" for row in rows)
     return Export(len(rows), missing)
@@ -194,7 +193,7 @@ def _read_csv(file: TextIO, path: PathLike) -> Iterator[tuple[int, dict[str, str
                     "imported"
                 )
             if cells:
-                yield line, {name: _unshield(cell) for name, cell in zip(names, cells)}
+                yield line, {name: from_spreadsheet_cell(cell) for name, cell in zip(names, cells)}
             line = reader.line_num + 1
     except csv.Error as error:
         raise CurationError(f"line {reader.line_num} of {os.fspath(path)} is not CSV: {error}") from error
@@ -208,9 +207,16 @@ def _read_jsonl(file: TextIO, path: PathLike) -> Iterator[tuple[int, dict[str, s
             row = json.loads(line)
         except ValueError as error:
             raise CurationError(f"line {number} of {os.fspath(path)} is not JSON: {error}") from error
+        except RecursionError:
+            raise CurationError(f"line {number} of {os.fspath(path)} is nested too deeply; is it an export?") from None
         if not isinstance(row, dict) or not all(isinstance(value, str | None) for value in row.values()):
             raise CurationError(f"line {number} of {os.fspath(path)} is not an object of texts; nothing was imported")
         row = {name: value or "" for name, value in row.items()}
+        if broken := [name for name, value in row.items() if without_surrogates(value) != value]:
+            raise CurationError(
+                f"line {number} of {os.fspath(path)} has half a surrogate pair in {broken[0]!r}; remove it, since "
+                "it is no character; nothing was imported"
+            )
         _need(row, path, number)
         yield number, row
 
@@ -228,11 +234,3 @@ def _kind(path: PathLike) -> str:
     if kind not in ("csv", "jsonl"):
         raise CurationError(f"{os.fspath(path)} is neither .csv nor .jsonl; choose one of these")
     return kind
-
-
-def _shield(text: str) -> str:
-    return f"'{text}" if text.startswith(_FORMULA) else text
-
-
-def _unshield(text: str) -> str:
-    return text[1:] if text.startswith("'") and text[1:].startswith(_FORMULA) else text

@@ -27,13 +27,16 @@ def run_all(
         say: Called with a line or two on what each step did.
 
     Raises:
-        CurationError: before the first step, for settings of any step that cannot work; and what the steps raise.
+        CurationError: before the first step, for settings of any step that cannot work; if the repair failed for every
+            text; and what the steps raise.
     """
     # Mistakes in what only a later step reads are better reported before hours of describing.
     project_rules(config)
     say(str(run_generate(project, config, progress)))
     if config.repairs:
-        say(str(run_repair(project, config, progress)))
+        repaired = run_repair(project, config, progress)
+        say(str(repaired))
+        repaired.check()
     say(str(run_filter(project, config, progress)))
     say(f"report in {run_report(project, config)}")
     funnel = project.funnel()

@@ -24,6 +24,7 @@ from transformers_minigpt4.processing.image_utils_minigpt4 import ImageLoadError
 from transformers_minigpt4.utils.files import JsonObject, write_atomically
 
 from .config import CONFIG_FILE, CurationConfig, CurationError
+from .database import file_name
 from .progress import bar
 from .records import IMAGES
 from .store import Project
@@ -111,16 +112,17 @@ class _Sampling:
     def __init__(self, project: Project, config: CurationConfig) -> None:
         self.project, self.source = project, config.source
         pairs = list(project.pairs())
-        self.known = {str(pair.origin["key"]) for pair in pairs} | {row["source_key"] for row in project.skipped()}
+        self.known = {file_name(str(pair.origin["key"])) for pair in pairs}
+        self.known |= {row["source_key"] for row in project.skipped()}
         self.digests = {pair.sha256: pair.key for pair in pairs}
         self.total = len(pairs)
         self.waiting: list[tuple[str, str, str, JsonObject]] = []
 
     def take(self, candidate: Candidate | BadRow) -> int:
         """How many images it added: 0 or 1."""
-        if candidate.key in self.known:
+        if file_name(candidate.key) in self.known:
             return 0
-        self.known.add(candidate.key)
+        self.known.add(file_name(candidate.key))
         if isinstance(candidate, BadRow):
             return self._skip(candidate.key, candidate.kind, candidate.reason)
         try:

@@ -19,6 +19,7 @@ from .database import (
     accepted_pairs,
     ascii_json,
     fetch,
+    file_name,
     incoming,
     pair_of,
     plain_errors,
@@ -182,7 +183,7 @@ class Project:
                 "INSERT INTO pairs (key, image, sha256, source, source_key, origin, sampled_at) "
                 "VALUES (?, ?, ?, ?, ?, ?, ?)",
                 [
-                    (key, image, digest, source, str(origin["key"]), ascii_json(origin), now())
+                    (key, image, digest, file_name(source), file_name(str(origin["key"])), ascii_json(origin), now())
                     for key, image, digest, origin in rows
                 ],
             )
@@ -191,7 +192,8 @@ class Project:
         """Notes a sampled row that cannot be used; `kind` is counted, `reason` is for people."""
         with self.transaction() as connection:
             connection.execute(
-                "INSERT OR IGNORE INTO skipped VALUES (?, ?, ?, ?, ?)", (source, source_key, kind, reason, now())
+                "INSERT OR IGNORE INTO skipped VALUES (?, ?, ?, ?, ?)",
+                (file_name(source), file_name(source_key), kind, file_name(reason), now()),
             )
 
     def meta(self, key: str) -> str | None:

@@ -15,6 +15,7 @@ import sys
 from collections import Counter
 
 from transformers_minigpt4.utils.files import atomic_file
+from transformers_minigpt4.utils.text import from_spreadsheet_cell
 
 from .scoring import failure, named_values, right_attributes
 from .world import COLOURS, COLUMNS, ROWS, SHAPES, SIZES, Scene
@@ -119,7 +120,7 @@ def review(export: str | os.PathLike, decisions: str | os.PathLike) -> Counter[s
         writer = csv.DictWriter(file, COLUMNS_OUT)
         writer.writeheader()
         for row in rows:
-            action, text = judge(row["text_after"].removeprefix("'"), shown_scene(row["pair"]))
+            action, text = judge(from_spreadsheet_cell(row["text_after"]), shown_scene(row["pair"]))
             counts[action] += 1
             writer.writerow(dict(zip(COLUMNS_OUT, (row["pair"], row["text_id"], action, text, REVIEWER))))
     return counts

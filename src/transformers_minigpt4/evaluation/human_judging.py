@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TypedDict
 
 from transformers_minigpt4.utils.files import JsonLinesWriter, atomic_file, write_json
+from transformers_minigpt4.utils.text import spreadsheet_cell
 from transformers_minigpt4.web.html import person_name
 
 from .answering import AnswerStore
@@ -240,13 +241,8 @@ def export_csv(sheet: Sheet, path: Path, person: str | None = None) -> int:
         for item in sheet.asked:
             success = {True: "yes", False: "no", None: ""}[decided.get(item.id)]
             image, answer = f"{IMAGES}/{item.image}", item.answer or ""
-            writer.writerow([item.id, item.task, item.prompt, image, _no_formula(answer), success])
+            writer.writerow([item.id, item.task, item.prompt, image, spreadsheet_cell(answer), success])
     return len(sheet.asked)
-
-
-def _no_formula(text: str) -> str:
-    """A text that spreadsheets show instead of evaluating it as a formula."""
-    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
 
 
 def import_csv(sheet: Sheet, path: Path, person: str) -> int:

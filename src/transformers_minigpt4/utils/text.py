@@ -1,4 +1,7 @@
-"""Words of messages that several rooms need."""
+"""What several rooms do to texts: for messages, for files, for spreadsheets."""
+
+# Spreadsheets take a cell that begins like this for a formula. With a leading apostrophe they show it as text.
+_FORMULA = ("=", "+", "-", "@", "\t", "\r", "'")
 
 
 def first_line(error: BaseException | str) -> str:
@@ -10,3 +13,13 @@ def first_line(error: BaseException | str) -> str:
 def without_surrogates(text: str) -> str:
     """The text with `?` for halves of surrogate pairs, which JSON can hold and UTF-8, and so files, cannot."""
     return text.encode("utf-8", "replace").decode()
+
+
+def spreadsheet_cell(text: str) -> str:
+    """A text for a CSV file, so that spreadsheets show it and do not evaluate it as a formula."""
+    return f"'{text}" if text.startswith(_FORMULA) else text
+
+
+def from_spreadsheet_cell(cell: str) -> str:
+    """The text that [`spreadsheet_cell`] made a cell of."""
+    return cell[1:] if cell.startswith("'") and cell[1:].startswith(_FORMULA) else cell
