@@ -118,7 +118,8 @@ def test_a_recipes_header_is_complete(name):
         (["--use_peft", "true"], "contradict"),
         (["--load_in_4bit", "true", "--trainable_modules", "language_model"], "quantized weights cannot learn"),
         (["--min_lr", "1.0"], r"outside of 0 … learning_rate=0\.0001"),
-        (["--max_steps", "-1"], "set max_steps"),
+        (["--max_steps", "-1"], "Set max_steps"),
+        (["--num-train-epochs", "2"], "num_train_epochs=2 needs sources .* wds:.* Set max_steps instead"),
         (["--learning_rat", "1e-4"], "Unknown .* --learning_rat 1e-4. Did you mean learning_rate?"),
         (
             ["--feature_cache", "c", "--trainable_modules", "projector", "qformer"],

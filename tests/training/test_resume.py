@@ -13,10 +13,11 @@ import torch
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from training_runs import SMALL, curve, model_folder, rows, run_main, sources, start, trainer_on, weights
-from transformers import AutoModelForImageTextToText, PrinterCallback, Trainer, TrainerCallback
+from transformers import AutoModelForImageTextToText, Trainer, TrainerCallback
 from trl import SFTTrainer
 
 from transformers_minigpt4.training.checkpoints import STAGING, publish, run_lock, save_trained
+from transformers_minigpt4.training.progress import TrainingProgress
 from transformers_minigpt4.training.stream import PositionedStream
 from transformers_minigpt4.training.trainer import StageSFTTrainer, StageTrainer
 
@@ -213,7 +214,7 @@ class Full(TrainerCallback):
 
 def fill_the_disk(base, run, report):
     trainer = trainer_on(base, run, rows())
-    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(TrainingProgress)
     trainer.add_callback(Full())
     try:
         trainer.train()

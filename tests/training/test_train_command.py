@@ -158,15 +158,25 @@ def test_dry_run_complains_as_a_run_would(tmp_path):
 @pytest.mark.parametrize(
     ("command", "function", "hint"),
     [
-        ("train", "sft.main", "--resume-from-checkpoint true resumes from the last checkpoint in"),
-        ("features", "feature_building.build_features", "rerun the same command to resume"),
+        (
+            "train",
+            "sft.main",
+            "resume with: minigpt4 train tiny --output {}/o --feature-cache {}/c --resume-from-checkpoint true\n",
+        ),
+        ("train", "recipe.parse_recipe", "--feature-cache {}/c --resume-from-checkpoint true\n"),
+        (
+            "features",
+            "feature_building.build_features",
+            "resume with: minigpt4 features tiny --output {}/o --feature-cache {}/c\n",
+        ),
     ],
 )
 def test_interrupted_says_how_to_resume(command, function, hint, tmp_path, monkeypatch):
-    def interrupt(*arguments):
+    def interrupt(*arguments, **keywords):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(f"transformers_minigpt4.training.{function}", interrupt)
-    words = [command, "tiny", "--output", str(tmp_path / "out"), "--feature-cache", str(tmp_path / "cache")]
+    words = [command, "tiny", "--output", str(tmp_path / "o"), "--feature-cache", str(tmp_path / "c")]
     result = CliRunner().invoke(app, words)
-    assert result.exit_code == 130 and hint in result.stderr
+    assert result.exit_code == 130 and result.stderr.count("\n") == 1
+    assert result.stderr.endswith(hint.format(*[tmp_path] * hint.count("{}")))

@@ -48,6 +48,11 @@ class Reader(Protocol):
     @property
     def num_shards(self) -> int: ...
 
+    @property
+    def length(self) -> int | None:
+        """Usable rows of an epoch as far as annotations show, or `None` if only reading all shards would tell."""
+        ...
+
     def read(self, shard: int, seed: list[int] | None) -> Iterator[Entry]:
         """The entries of a shard, each time the same ones in the same order; `None` as seed keeps the file's order."""
         ...
@@ -112,6 +117,7 @@ class AnnotationReader:
             raise DataError(f"{name} lists no images")
         self.table = pa.table({column: pa.array(values, pa.large_string()) for column, values in columns.items()})
         self.num_shards = min(len(self.table), _TABLE_SHARDS)
+        self.length = self.table["kind"].null_count  # the others cannot be used
 
     def read(self, shard: int, seed: list[int] | None) -> Iterator[Entry]:
         size = len(self.table)
@@ -140,7 +146,7 @@ class AnnotationReader:
 class DatasetReader:
     """Reads a Hugging Face dataset of images and captions, streamed."""
 
-    def __init__(self, name: str, dataset: IterableDataset) -> None:
+    def __init__(self, name: str, dataset: IterableDataset, length: int | None = None) -> None:
         features = dataset.features or {}
         images = [column for column, feature in features.items() if isinstance(feature, Image)]
         captions = [column for column in CAPTION_COLUMNS if column in features]
@@ -155,6 +161,7 @@ class DatasetReader:
         # The images' own bytes: a broken one is then found row by row, and a resumed run need not decode again.
         self.dataset = dataset.decode(False)
         self.num_shards = self.dataset.num_shards
+        self.length = length
 
     def read(self, shard: int, seed: list[int] | None) -> Iterator[Entry]:
         return shuffled(self._read(shard), seed)

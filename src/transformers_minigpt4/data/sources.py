@@ -98,7 +98,7 @@ def open_reader(source: Source) -> Reader:
     if source.kind == "wds":
         return WebdatasetReader(name, source.path)
     if source.kind == "dataset":
-        return DatasetReader(name, _open_dataset(source))
+        return DatasetReader(name, *_open_dataset(source))
     path = Path(source.path)
     if not path.exists():
         raise DataError(f"{name}: there is no {source.path}")
@@ -115,23 +115,30 @@ def open_reader(source: Source) -> Reader:
     return AnnotationReader(name, read(path, Path(source.images) if source.images is not None else None))
 
 
-def _open_dataset(source: Source) -> IterableDataset:
+def _open_dataset(source: Source) -> tuple[IterableDataset, int | None]:
+    """A dataset, and its number of rows if it is recorded."""
     split = source.split or "train"
     try:
         if os.path.isfile(os.path.join(source.path, "state.json")):  # written by save_to_disk
             saved = load_from_disk(source.path)
-            return saved.to_iterable_dataset(num_shards=min(64, max(1, len(saved))))
-        return load_dataset(source.path, split=split, streaming=True)
+            return saved.to_iterable_dataset(num_shards=min(64, max(1, len(saved)))), len(saved)
+        stream = load_dataset(source.path, split=split, streaming=True)
+        recorded = (stream.info.splits or {}).get(split)
+        return stream, recorded.num_examples or None if recorded is not None else None
     except Exception as error:  # datasets raises a dozen kinds, all of which mean that it cannot be read
         raise DataError(f"{source}: it cannot be opened as a dataset ({type(error).__name__}: {error})") from error
 
 
 class Rows(NamedTuple):
-    """A stream of rows (`schema.validate_row`), counts of the skipped ones, and a digest of where they come from."""
+    """
+    A stream of rows (`schema.validate_row`), counts of the skipped ones, a digest of where they come from, and how
+    many rows an epoch of all sources has, if that is known before they are read.
+    """
 
     dataset: IterableDataset
     skipped: SkippedRows
     fingerprint: str
+    length: int | None = None
 
 
 class _Renderer:
@@ -221,8 +228,8 @@ def open_rows(
             row, and an intact one stops reading.
 
     Returns:
-        `Rows`: dataset, counts of skipped rows, and fingerprint. The dataset is split among processes and data workers
-        like any other of `datasets`, and its `state_dict` resumes at the exact row.
+        `Rows`: dataset, counts of skipped rows, fingerprint and length. The dataset is split among processes and data
+        workers like any other of `datasets`, and its `state_dict` resumes at the exact row.
 
     Raises:
         DataError: for sources that cannot be opened, or one without a single usable row.
@@ -235,16 +242,19 @@ def open_rows(
     names = [str(replace(source, weight=None)) for source in chosen]
     skipped = SkippedRows(names, max_error_rate)
     iterables = []
+    lengths: list[int | None] = []
     digest = hashlib.sha256(repr(names).encode())
     for number, source in enumerate(chosen):
         reader = open_reader(source)
         digest.update(reader.fingerprint().encode())
+        lengths.append(reader.length)
         _check_for_a_row(reader, prompt_format, SkippedRows([names[number]], max_error_rate, log=False))
         iterables.append(SourceIterable(reader, number, skipped, seed if shuffle else None, epochs, min_shards))
     mixed = _mix([iterable.dataset() for iterable in iterables], chosen, seed, epochs)
     renderer = _Renderer(prompt_format, seed, decode, skipped, features)
     dataset = mixed.map(renderer, batched=True, batch_size=1, remove_columns=list(RAW_FEATURES))
-    return Rows(dataset, skipped, digest.hexdigest())
+    known = [length for length in lengths if length is not None]
+    return Rows(dataset, skipped, digest.hexdigest(), sum(known) if len(known) == len(lengths) else None)
 
 
 def render_source(

@@ -65,6 +65,10 @@ class WebdatasetReader:
     def num_shards(self) -> int:
         return len(self.shards)
 
+    @property
+    def length(self) -> None:
+        return None
+
     def read(self, shard: int, seed: list[int] | None) -> Iterator[Entry]:
         return shuffled(self._read(self.shards[shard]), seed)
 

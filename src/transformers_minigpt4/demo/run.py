@@ -22,8 +22,6 @@ from transformers import (
     Blip2VisionModel,
     BlipImageProcessorPil,
     LlamaForCausalLM,
-    PrinterCallback,
-    ProgressCallback,
     TrainerCallback,
     set_seed,
 )
@@ -32,6 +30,7 @@ from transformers.utils import logging as transformers_logging
 from transformers_minigpt4 import MiniGPT4Config, MiniGPT4ForConditionalGeneration, MiniGPT4Processor
 from transformers_minigpt4.inference.generation import generate_ids
 from transformers_minigpt4.training.loading import load_rows
+from transformers_minigpt4.training.progress import TrainingProgress
 from transformers_minigpt4.training.recipe import parse_recipe
 from transformers_minigpt4.training.setup import make_trainer
 from transformers_minigpt4.utils.files import atomic_folder, write_json
@@ -176,8 +175,7 @@ def train_stage(
         ["--config", recipe, *overrides, "--trainable_modules", *trainable_modules]
     )
     trainer = make_trainer(stage, config, model_args, model, processor, load_rows(stage, config))
-    for callback in (PrinterCallback, ProgressCallback):
-        trainer.remove_callback(callback)
+    trainer.remove_callback(TrainingProgress)
     trainer.add_callback(_Progress(console, title or recipe))
     trainer.train()
     model.eval()

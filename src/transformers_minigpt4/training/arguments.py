@@ -1,6 +1,7 @@
 """The keys of a recipe: TRL's and transformers' own, and the few that the stages add."""
 
 import json
+import math
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -89,6 +90,8 @@ class StageConfig(SFTConfig):
     seed: int = field(default=42, metadata={"help": "As in the paper's code."})
 
     def __post_init__(self) -> None:
+        # transformers hides bars where libraries are quiet, as they are in `minigpt4`.
+        self.disable_tqdm = bool(self.disable_tqdm)
         super().__post_init__()
         if self.max_length is not None:
             raise ValueError(
@@ -119,13 +122,40 @@ def check_stream(config: StageConfig) -> None:
     Raises:
         ValueError: for options that cannot work with a stream of rows.
     """
+    _check_batch_size(config)
+    if config.max_steps <= 0:
+        raise ValueError("A stream of rows has no end, so the run needs one: set max_steps.")
+
+
+def _check_batch_size(config: StageConfig) -> None:
     if config.auto_find_batch_size:
         raise ValueError(
             "auto_find_batch_size would change the batch size, on which the position in a stream depends. Switch it "
             "off, and set per_device_train_batch_size."
         )
-    if config.max_steps <= 0:
-        raise ValueError("A stream of rows has no end, so the run needs one: set max_steps.")
+
+
+def steps_of_epochs(config: StageConfig, sources: list[str], rows: int | None) -> int:
+    """
+    Optimizer steps of `num_train_epochs`, rounded up.
+
+    Args:
+        config (`StageConfig`): Has epochs, batch size, accumulation and number of processes.
+        sources (`list[str]`): For the message.
+        rows (`int`, *optional*): Rows of an epoch of all sources.
+
+    Raises:
+        ValueError: for sources of unknown length, and for no epochs.
+    """
+    if rows is None:
+        raise ValueError(
+            f"num_train_epochs={config.num_train_epochs:g} needs sources whose number of rows is known, and that of "
+            f"{', '.join(sources)} is not known before all of them are read. Set max_steps instead."
+        )
+    if config.num_train_epochs <= 0:
+        raise ValueError(f"num_train_epochs={config.num_train_epochs:g} trains nothing. Set it or max_steps above 0.")
+    batch = config.train_batch_size * config.gradient_accumulation_steps * config.world_size
+    return math.ceil(config.num_train_epochs * rows / batch)
 
 
 def check_arguments(stage: StageArguments, config: StageConfig, model_args: ModelConfig) -> None:
@@ -154,7 +184,11 @@ def check_arguments(stage: StageArguments, config: StageConfig, model_args: Mode
             f"use_peft={model_args.use_peft} and trainable_modules={stage.trainable_modules} contradict each other: "
             f"adapters train with `{LORA}` in trainable_modules and use_peft: true, or not at all."
         )
-    check_stream(config)
+    if not called:
+        _check_batch_size(config)
+    uncounted = [source for source in stage.sources if source.startswith((PYTHON, "wds:"))]
+    if config.max_steps <= 0 and uncounted:
+        steps_of_epochs(config, uncounted, None)
     _check_optimizations(stage, config)
 
 

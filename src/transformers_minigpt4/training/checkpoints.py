@@ -1,22 +1,33 @@
 """Checkpoints of the trained modules: written completely or not at all, read with a check, one run per folder."""
 
+import contextlib
 import copy
+import json
 import os
 import shutil
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
 from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import save_file
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from transformers_minigpt4.modeling.modeling_minigpt4 import MiniGPT4ForConditionalGeneration, MiniGPT4PreTrainedModel
 from transformers_minigpt4.modeling.trained_modules_minigpt4 import base_checkpoint_record
-from transformers_minigpt4.utils.files import PathLike, atomic_file, flush_folder, folder_lock, replace_folder
+from transformers_minigpt4.utils.file_names import RUN_FILE
+from transformers_minigpt4.utils.files import (
+    LOCK_FILE,
+    PathLike,
+    atomic_file,
+    flush_folder,
+    folder_lock,
+    replace_folder,
+)
 
 from .stages import trainable_parameters
 
@@ -90,16 +101,25 @@ def load_trained(model: torch.nn.Module, folder: PathLike) -> None:
                 state[name].copy_(file.get_tensor(name))
 
 
-def run_lock(folder: PathLike) -> AbstractContextManager[None]:
+@contextlib.contextmanager
+def run_lock(folder: PathLike) -> Iterator[None]:
     """
     Keeps other runs out of an output folder while this one runs; the system frees the lock when the process ends.
+
+    A folder in which nothing was written, because the run could not begin, is removed.
 
     Raises:
         RuntimeError: on entry, if another run holds it.
     """
-    return folder_lock(
-        folder, f"Another run ({{owner}}) writes into {folder}. Wait for it, or choose another --output."
-    )
+    refusal = f"Another run ({{owner}}) writes into {folder}. Wait for it, or choose another --output."
+    with folder_lock(folder, refusal):
+        try:
+            yield
+        finally:
+            if os.listdir(folder) == [LOCK_FILE]:
+                with contextlib.suppress(OSError):  # Windows removes no open file
+                    os.unlink(Path(folder) / LOCK_FILE)
+                    os.rmdir(folder)
 
 
 def resolve_resume(folder: PathLike, resume: str | bool | None) -> str | None:
@@ -111,14 +131,18 @@ def resolve_resume(folder: PathLike, resume: str | bool | None) -> str | None:
         resume (`str`, `bool` or `None`): A checkpoint, true for the folder's last one, if it has any, or false.
 
     Raises:
-        ValueError: for a folder with checkpoints that the run would overwrite.
+        ValueError: for a checkpoint that does not exist, and a folder with checkpoints that the run would overwrite.
     """
-    if isinstance(resume, str) and resume.lower() in ("true", "false"):
-        resume = resume.lower() == "true"
+    resume = _resume_value(resume)
     last = get_last_checkpoint(str(folder)) if os.path.isdir(folder) else None
     if resume is True:
         return last
     if isinstance(resume, str):
+        if not os.path.isdir(resume):
+            raise ValueError(
+                f"--resume-from-checkpoint {resume} is not a folder. Name a checkpoint, or set it to true for the "
+                f"last one in {folder}."
+            )
         return resume
     if last is not None:
         raise ValueError(
@@ -126,6 +150,59 @@ def resolve_resume(folder: PathLike, resume: str | bool | None) -> str | None:
             "true, or choose another --output."
         )
     return None
+
+
+def record_finished(folder: PathLike, state: TrainerState) -> None:
+    """Records in an output folder that its run is finished, with transformers' `trainer_state.json`; written last."""
+    with atomic_file(Path(folder) / TRAINER_STATE_NAME) as scratch:
+        state.save_to_json(str(scratch))
+
+
+def is_finished(config: TrainingArguments, settings: Mapping[str, object]) -> bool:
+    """
+    Whether the run that is asked for has been finished in its output folder.
+
+    Args:
+        config (`TrainingArguments`): Says where, how many steps, and whether to resume.
+        settings (`Mapping[str, object]`): The recipe, see [`recipe_settings`]. A run that is not to be resumed is the
+            same only if none of them differs from those recorded.
+    """
+    output = Path(str(config.output_dir))
+    resume = _resume_value(config.resume_from_checkpoint)
+    if _steps_done(output) < config.max_steps:
+        return False
+    if isinstance(resume, str):
+        return Path(resume).resolve().parent == output.resolve() and _steps_done(Path(resume)) >= config.max_steps
+    return resume is True or _recorded(output) == _comparable(settings)
+
+
+def _resume_value(resume: str | bool | None) -> str | bool | None:
+    """`resume_from_checkpoint`, of which a command line makes text."""
+    if isinstance(resume, str) and resume.lower() in ("true", "false"):
+        return resume.lower() == "true"
+    return resume
+
+
+def _steps_done(folder: Path) -> int:
+    """Steps of a checkpoint, or of a finished run; -1 if the folder is neither."""
+    try:
+        return int(json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))["global_step"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return -1
+
+
+def _recorded(folder: Path) -> dict[str, object] | None:
+    try:
+        return _comparable(json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))["recipe"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _comparable(settings: Mapping[str, object]) -> dict[str, object]:
+    """Settings as JSON, without those that do not change a result or that TRL sets later."""
+    other = ("resume_from_checkpoint", "disable_tqdm", "ddp_find_unused_parameters")
+    kept = {key: value for key, value in settings.items() if key not in other}
+    return json.loads(json.dumps(kept, default=str))
 
 
 def publish(staged: Path, final: Path) -> None:

@@ -1,6 +1,7 @@
 """The `train` and `features` subcommands of `minigpt4`: run a recipe, or encode its images."""
 
 import logging
+import shlex
 from typing import Annotated, Any, TypeAlias
 
 import typer
@@ -8,6 +9,7 @@ from typer.core import CompletionItem
 
 from transformers_minigpt4.utils.command_line import ClickContext, ClickFormatter, Command, DryRun, interruptible
 
+from .next_commands import resume_command
 from .recipe_files import find_recipe, recipe_names
 from .recipe_keys import KEYS
 
@@ -124,24 +126,21 @@ def train(
         minigpt4 train tiny --output my-run --dry-run
     """
     words = _words(recipe, context.args)
-    from .recipe import parse_recipe, resolved_recipe
+    with interruptible(lambda: f"stopped; resume with: {resume_command([recipe, *context.args])}"):
+        from .recipe import parse_recipe, resolved_recipe
 
-    if show:
-        typer.echo(resolved_recipe(words), nl=False)
-        return
-    arguments = parse_recipe(words)
-    if dry_run:
-        from .dry_run import first_row, print_row
+        if show:
+            typer.echo(resolved_recipe(words), nl=False)
+            return
+        arguments = parse_recipe(words)
+        if dry_run:
+            from .dry_run import first_row, print_row
 
-        print_row(first_row(*arguments))
-        return
-    from .sft import main
+            print_row(first_row(*arguments))
+            return
+        from .sft import main
 
-    output = arguments[1].output_dir
-    with interruptible(
-        f"stopped; --resume-from-checkpoint true resumes from the last checkpoint in {output}, if it has one"
-    ):
-        main(*arguments)
+        main(*arguments, recipe=recipe)
 
 
 def features(context: typer.Context, recipe: Recipe) -> None:
@@ -155,11 +154,13 @@ def features(context: typer.Context, recipe: Recipe) -> None:
     Examples:
         minigpt4 features minigpt4_stage2 --model my-stage1 --feature-cache features
     """
-    from .feature_building import build_features
-    from .recipe import parse_recipe
+    words = _words(recipe, context.args)
+    command = shlex.join(["minigpt4", "features", recipe, *context.args])
+    with interruptible(f"stopped; the features so far are kept, resume with: {command}"):
+        from .feature_building import build_features
+        from .recipe import parse_recipe
 
-    stage, config, model_args = parse_recipe(_words(recipe, context.args))
-    with interruptible(f"stopped; the features so far are in {stage.feature_cache}, rerun the same command to resume"):
+        stage, config, model_args = parse_recipe(words)
         counts = build_features(stage, config, model_args)
     encoded, present, broken = (counts[kind] for kind in ("encoded", "present", "broken"))
     done = f"{encoded} images encoded, {present} already cached, {broken} unreadable"

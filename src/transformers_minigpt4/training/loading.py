@@ -23,18 +23,19 @@ from transformers_minigpt4.data.sources import open_rows
 from transformers_minigpt4.utils.files import atomic_folder
 from transformers_minigpt4.utils.text import first_line
 
-from .arguments import PYTHON, StageArguments, StageConfig, check_model
+from .arguments import PYTHON, StageArguments, StageConfig, check_model, steps_of_epochs
 from .feature_cache import FeatureCache
 from .fingerprints import source_digest
 from .towerless import load_towerless
 
 
 class LoadedRows(NamedTuple):
-    """A recipe's rows, a digest of where they come from, and counts of the rows that were skipped."""
+    """A recipe's rows, a digest of where they come from, counts of the skipped ones, and rows of an epoch if known."""
 
     dataset: Dataset | IterableDataset
     fingerprint: str | None = None
     skipped: SkippedRows | None = None
+    length: int | None = None
 
 
 @dataclass(frozen=True)
@@ -60,15 +61,16 @@ class ModelSource:
 
 def load_rows(stage: StageArguments, config: StageConfig) -> LoadedRows:
     """
-    The rows that a recipe names.
+    The rows that a recipe names; `config.max_steps` becomes the steps of `num_train_epochs` where it is not set.
 
     Raises:
         DataError: for sources that cannot be opened, or one without a single usable row.
-        ValueError: for a function that does not exist.
+        ValueError: for a function that does not exist, and for epochs of sources whose length is not known.
     """
     features = FeatureCache(stage.feature_cache) if stage.feature_cache is not None else None
     if stage.sources[0].startswith(PYTHON):
-        return LoadedRows(call_for_rows(stage, config))
+        dataset = call_for_rows(stage, config)
+        return LoadedRows(dataset, length=len(dataset))
     rows = open_rows(
         stage.sources,
         stage.prompt_format,
@@ -77,7 +79,9 @@ def load_rows(stage: StageArguments, config: StageConfig) -> LoadedRows:
         max_error_rate=stage.max_error_rate,
         features=features,
     )
-    return LoadedRows(rows.dataset, rows.fingerprint, rows.skipped)
+    if config.max_steps <= 0:
+        config.max_steps = steps_of_epochs(config, stage.sources, rows.length)
+    return LoadedRows(rows.dataset, rows.fingerprint, rows.skipped, rows.length)
 
 
 def call_for_rows(stage: StageArguments, config: StageConfig) -> Dataset:

@@ -124,6 +124,8 @@ def normalize_options(words: list[str]) -> list[str]:
                 f"--{earlier} {' '.join(earlier_values)} and --{option} {' '.join(values)} set the same key, {key}. "
                 "Give one of them."
             )
+    if "num_train_epochs" in given and "max_steps" not in given:
+        found += ["--max_steps", "-1"]  # a recipe's own would win
     return found
 
 

@@ -27,6 +27,15 @@ logger = logging.getLogger(__name__)
 CURVE, PLOT = "loss.jsonl", "loss.png"
 
 
+def recipe_settings(arguments: Sequence[StageArguments | TrainingArguments | ModelConfig]) -> dict[str, object]:
+    """The keys of a recipe and their values; secrets are left out."""
+    recipe: dict[str, object] = {}
+    for group in arguments:
+        values = group.to_dict() if isinstance(group, TrainingArguments) else dataclasses.asdict(group)
+        recipe.update({key: value for key, value in values.items() if "token" not in key or key.endswith("tokens")})
+    return recipe
+
+
 def run_info(
     arguments: Sequence[StageArguments | TrainingArguments | ModelConfig],
     dataset: Dataset | IterableDataset,
@@ -42,10 +51,7 @@ def run_info(
         trainable (`dict[str, int]`): What `prepare_stage` returned.
         fingerprint (`str`, *optional*): Digest of the data; by default computed from `dataset`.
     """
-    recipe: dict[str, object] = {}
-    for group in arguments:
-        values = group.to_dict() if isinstance(group, TrainingArguments) else dataclasses.asdict(group)
-        recipe.update({key: value for key, value in values.items() if "token" not in key or key.endswith("tokens")})
+    recipe = recipe_settings(arguments)
     return {
         "recipe": recipe,
         "command": sys.argv,

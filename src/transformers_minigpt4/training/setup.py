@@ -50,6 +50,7 @@ def make_trainer(
         "train_dataset": rows.dataset,
         "data_collator": _optimize(stage, config, model, processor, collator),
         "processing_class": processor,
+        "epoch_rows": rows.length,
     }
     trainer: StageSFTTrainer | StageTrainer
     if family_of(model.config).encoder_decoder:

@@ -11,23 +11,48 @@ from transformers.trainer_utils import set_seed
 from trl import ModelConfig
 
 from .arguments import StageArguments, StageConfig
-from .checkpoints import run_lock
+from .checkpoints import is_finished, record_finished, resolve_resume, run_lock
 from .loading import load_model, load_rows
+from .next_commands import commands_after
+from .progress import print_facts
 from .recipe import parse_recipe
+from .run_info import recipe_settings
 from .setup import make_trainer, save_final
 
 
-def main(stage: StageArguments, config: StageConfig, model_args: ModelConfig) -> None:
-    """Runs a recipe from the beginning to the end, or from its last checkpoint."""
+def main(stage: StageArguments, config: StageConfig, model_args: ModelConfig, recipe: str | None = None) -> None:
+    """
+    Runs a recipe from the beginning to the end, or from its last checkpoint; one that has been run says so.
+
+    Args:
+        stage (`StageArguments`), config (`StageConfig`), model_args (`ModelConfig`): Of [`parse_recipe`].
+        recipe (`str`, *optional*): Name or file of the recipe, to name the command that comes next.
+    """
     set_seed(config.seed)
+    output = str(config.output_dir)
+    rows = load_rows(stage, config)  # first, since a wrong path should not wait for a large model
+    if is_finished(config, recipe_settings([stage, config, model_args])):
+        if config.process_index == 0:
+            print_facts([("complete", f"all {config.max_steps:,} steps were trained already, nothing is left to do")])
+            _print_next(stage, output, recipe)
+        return
     # One process holds the lock for all processes of the run.
-    with run_lock(str(config.output_dir)) if config.process_index == 0 else contextlib.nullcontext():
-        rows = load_rows(stage, config)  # first, since a wrong path should not wait for a large model
+    with run_lock(output) if config.process_index == 0 else contextlib.nullcontext():
+        checkpoint = resolve_resume(output, config.resume_from_checkpoint)
         model, processor = load_model(stage, config, model_args)
         trainer = make_trainer(stage, config, model_args, model, processor, rows)
-        trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
+        trainer.train(resume_from_checkpoint=checkpoint)
         save_final(trainer, model_args.model_revision)
+        if config.process_index == 0:
+            record_finished(output, trainer.state)
         trainer.end()
+    if config.process_index == 0:
+        _print_next(stage, output, recipe)
+
+
+def _print_next(stage: StageArguments, output: str, recipe: str | None) -> None:
+    commands = commands_after(recipe, stage.prompt_format, output)
+    print_facts([("checkpoint", output), *(("next", command) for command in commands)])
 
 
 if __name__ == "__main__":

@@ -9,7 +9,8 @@ import torch
 from datasets import IterableDataset
 from datasets.distributed import split_dataset_by_node
 from torch.utils.data import DataLoader, get_worker_info
-from transformers import TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from transformers_minigpt4.data.schema import Row
 
@@ -85,6 +86,33 @@ class PositionedStream(torch.utils.data.IterableDataset):
                 return  # a worker without a shard, or an empty source, which the sanity checks report
             start = None
             epoch += 1
+
+
+class StreamEpochs(TrainerCallback):
+    """
+    Counts the epochs of a stream by rows: `epoch` in the log is the number of rows seen over those of an epoch.
+
+    transformers takes an endless stream for one epoch. Where the strategy of saving or evaluating is `epoch`, this
+    also does it each time that all rows have been seen.
+
+    Args:
+        rows (`int`, *optional*): Rows of an epoch; without it, the log has no `epoch`.
+    """
+
+    def __init__(self, rows: int | None = None) -> None:
+        self.rows = rows
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.rows is None:
+            state.epoch = None
+            return
+        batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        state.epoch = state.global_step * batch / self.rows
+        ended = int(state.epoch) > int((state.global_step - 1) * batch / self.rows)
+        if ended and state.global_step < state.max_steps:  # transformers does it after the last step
+            control.should_save |= args.save_strategy == SaveStrategy.EPOCH
+            control.should_evaluate |= args.eval_strategy == IntervalStrategy.EPOCH
+            control.should_log |= args.logging_strategy == IntervalStrategy.EPOCH
 
 
 class PositionCollator:

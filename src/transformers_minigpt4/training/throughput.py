@@ -3,7 +3,7 @@
 import time
 
 import torch
-from transformers import ProgressCallback, TrainerCallback
+from transformers import TrainerCallback
 
 from .collator import Batch
 from .packing import count_tokens
@@ -45,13 +45,3 @@ class ThroughputCallback(TrainerCallback):
 
     def _restart(self) -> None:
         self.rows, self.tokens, self.positions, self.since = 0, 0, 0, time.perf_counter()
-
-
-class ThroughputBar(ProgressCallback):
-    """transformers' bar, with samples per second and the non-padding fraction."""
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        super().on_log(args, state, control, logs=logs, **kwargs)
-        if self.training_bar is not None and "samples_per_second" in (logs or {}):
-            fraction = f"{logs['non_padding_fraction']:.0%} non-padding"
-            self.training_bar.set_postfix_str(f"{logs['samples_per_second']:.3g} samples/s, {fraction}")

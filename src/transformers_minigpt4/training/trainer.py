@@ -14,7 +14,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, ProgressCallback, Trainer
+from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, Trainer, TrainingArguments
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 from trl import SFTTrainer
@@ -25,12 +25,13 @@ from . import checkpoints
 from .arguments import StageConfig, check_stream
 from .collator import Batch, Collator
 from .loss import POSITIONS
+from .progress import TrainingProgress
 from .run_info import RunInfoCallback
 from .sanity_checks import LabelsRequired
 from .schedule import get_minigpt4_schedule
 from .stages import touch_trainable
-from .stream import POSITION, Position, PositionedStream, plain_worker_error, stream_loader
-from .throughput import ThroughputBar, ThroughputCallback
+from .stream import POSITION, Position, PositionedStream, StreamEpochs, plain_worker_error, stream_loader
+from .throughput import ThroughputCallback
 
 
 if TYPE_CHECKING:  # the mixin overrides and calls methods of the trainer that it is put in front of
@@ -41,7 +42,8 @@ else:
 
 class StageTrainerMixin(_Trainer):
     """
-    Goes in front of a trainer class, see [`StageSFTTrainer`] and [`StageTrainer`]; its `args` are a [`StageConfig`].
+    Goes in front of a trainer class, see [`StageSFTTrainer`] and [`StageTrainer`]; its `args` are a [`StageConfig`],
+    and it takes `epoch_rows`, the rows of an epoch of a stream, if they are known.
 
     - `args.min_lr` selects the authors' schedule.
     - Checkpoints hold the trained modules, optimizer, schedule, random states and data position; they appear complete
@@ -56,20 +58,25 @@ class StageTrainerMixin(_Trainer):
     data_collator: Collator
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        epoch_rows = kwargs.pop("epoch_rows", None)
         dataset = kwargs.get("train_dataset")
         if dataset is not None:
             require_rows(dataset)
         self._positions: dict[int, Position] = {}
         self._staging: Path | None = None
+        self._authors_schedule: LambdaLR | None = None
         super().__init__(*args, **kwargs)
         if isinstance(self.train_dataset, IterableDataset):
             check_stream(self.args)
         self._given_schedule = self.lr_scheduler
         self.data_collator = LabelsRequired(self.data_collator)
         self.throughput = ThroughputCallback()
-        self.callback_handler.callbacks.insert(0, self.throughput)  # reporters and the bar come after it
-        if self.pop_callback(ProgressCallback) is not None:
-            self.add_callback(ThroughputBar())
+        self.callback_handler.callbacks.insert(0, self.throughput)  # reporters and the progress come after it
+        if isinstance(self.train_dataset, IterableDataset):
+            self.callback_handler.callbacks.insert(0, StreamEpochs(epoch_rows))
+        self.progress = TrainingProgress(len(dataset) if isinstance(dataset, Dataset) else epoch_rows)
+        if self.pop_callback(ProgressCallback) or self.pop_callback(PrinterCallback):  # notebooks have their own
+            self.add_callback(self.progress)
         sharded = self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
         model = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
         touch_trainable(model, full_tower=sharded)
@@ -92,6 +99,8 @@ class StageTrainerMixin(_Trainer):
             if plain is None:
                 raise
             raise plain from error
+        finally:
+            self.progress.close()
 
     def end(self) -> None:
         """
@@ -111,9 +120,10 @@ class StageTrainerMixin(_Trainer):
         It cannot be passed as `optimizers=`: its optimizer exists only after TRL has added adapters, and transformers
         refuses that argument for models sharded by FSDP.
         """
-        if self.args.min_lr is None or self.lr_scheduler is not None:
+        if self.args.min_lr is None or self.lr_scheduler not in (None, self._authors_schedule):
             return super().create_scheduler(num_training_steps, optimizer)
-        self.lr_scheduler = get_minigpt4_schedule(
+        # A run that is restarted with a smaller batch (`auto_find_batch_size`) has other steps and another optimizer.
+        self.lr_scheduler = self._authors_schedule = get_minigpt4_schedule(
             optimizer or self.create_optimizer(),
             num_training_steps,
             self.args.get_warmup_steps(num_training_steps),
@@ -122,6 +132,11 @@ class StageTrainerMixin(_Trainer):
             iters_per_epoch=self.args.iters_per_epoch,
         )
         return self.lr_scheduler
+
+    def set_initial_training_values(self, args: TrainingArguments, dataloader: DataLoader) -> tuple[Any, ...]:
+        """See [`~Trainer.set_initial_training_values`]; a stream is one epoch, after whose steps a run is complete."""
+        epochs, *values = super().set_initial_training_values(args, dataloader)
+        return (1 if isinstance(self.train_dataset, IterableDataset) else epochs, *values)
 
     # Data position
 
