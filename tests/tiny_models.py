@@ -1,5 +1,6 @@
 """Tiny random models of every architecture that the recipes name, their processors, and tiny sources of rows."""
 
+import copy
 import io
 import json
 import tarfile
@@ -80,6 +81,21 @@ def save_modern(folder: Path) -> None:
         image_token_id=1200,
     )
     _save_minigpt4(folder, MiniGPT4ForConditionalGeneration(config))
+
+
+def save_chat_model(folder: Path, processor: MiniGPT4Processor) -> None:
+    """The modern model with the vocabulary of a processor."""
+    torch.manual_seed(0)
+    config = MiniGPT4Config(
+        vision_config=SiglipVisionConfig(**TOWER),
+        qformer_config=None,
+        text_config=_llama(len(processor.tokenizer)),
+        image_token_id=processor.image_token_id,
+    )
+    processor = copy.copy(processor)
+    processor.image_seq_length = config.image_seq_length
+    MiniGPT4ForConditionalGeneration(config).save_pretrained(folder)
+    processor.save_pretrained(folder)
 
 
 def save_llava(folder: Path) -> None:

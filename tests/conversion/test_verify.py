@@ -81,6 +81,16 @@ def test_perplexity_is_that_of_transformers(good, language):
     assert detail.startswith(f"perplexity {math.exp(total / count):,.0f} on 6 sentences; guessing gives 735")
 
 
+def test_a_chat_template_that_cannot_train(checkpoint, language):
+    """It is no reason to fail: the checkpoint answers, and may be trained on captions."""
+    (checkpoint / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ m.role + ': ' + m.content }}{% endfor %}"
+    )
+    report = verify_checkpoint(checkpoint, sentences=language)
+    check = found(report, "chat template")
+    assert check.status == "warn" and "would never learn to stop" in check.detail
+
+
 def test_random_weights_fail(tiny_checkpoint):
     """The golden model was never trained."""
     report = verify_checkpoint(tiny_checkpoint)

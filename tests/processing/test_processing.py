@@ -202,6 +202,36 @@ def test_llama2_answer_that_closes_a_chat_ends_it():
     assert processor.stop_strings == []
 
 
+def test_llama2_has_nothing_between_two_questions_in_a_row():
+    """As `Conversation.get_prompt` of the authors, whose ` [/INST] ` is the role of the answer."""
+    processor = build_processor(chat_template="llama_2")
+    chat = [{"role": "system", "content": "S."}, {"role": "user", "content": "A"}, {"role": "user", "content": "B"}]
+    assert processor.apply_chat_template(chat) == "<s>S.<s>[INST] A<s>[INST] B"
+    assert processor.apply_chat_template(chat, add_generation_prompt=True) == "<s>S.<s>[INST] A<s>[INST] B [/INST] "
+    chat = [*chat, {"role": "assistant", "content": "C"}, {"role": "user", "content": "D"}]
+    asked = processor.apply_chat_template(chat, add_generation_prompt=True)
+    assert asked == "<s>S.<s>[INST] A<s>[INST] B [/INST] C<s>[INST] D [/INST] "
+
+
+def test_llama2_trains_every_answer_with_its_end_mark():
+    processor = build_processor(chat_template="llama_2")
+    chat = [
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "A"}]},
+        {"role": "assistant", "content": "B"},
+        {"role": "user", "content": "C"},
+        {"role": "assistant", "content": "D"},
+    ]
+    ids, learned = processor.encode_conversation(chat)
+    answers = [processor.tokenizer.encode(text, add_special_tokens=False) for text in ("B</s>", "D</s>")]
+    assert [id_ for id_, learns in zip(ids, learned) if learns] == [*answers[0], *answers[1]]
+    prompt = processor(
+        images=[Image.new("RGB", (9, 9))],
+        text=processor.apply_chat_template(chat[:1], add_generation_prompt=True),
+        add_special_tokens=False,
+    )["input_ids"][0]
+    assert ids[: len(prompt) + len(answers[0])] == prompt + answers[0]
+
+
 def test_another_language_models_template_places_images(pictures):
     tokenizer = AutoTokenizer.from_pretrained(GOLDEN / "tokenizer")
     tokenizer.chat_template = (
@@ -217,6 +247,14 @@ def test_another_language_models_template_places_images(pictures):
     ]
     text = processor.apply_chat_template(chat, add_generation_prompt=True)
     assert text == "<|system|>Be brief.<|end|><|user|><Img><ImageHere></Img> What?<|end|><|assistant|>"
+
+
+def test_a_template_that_is_given_places_images_too():
+    processor = build_processor(chat_template="{{ messages[0].content + eos_token }}")
+    chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]}]
+    assert processor.apply_chat_template(chat) == "<Img><ImageHere></Img> What?</s>"
+    own = "{{ messages[0].content[1].text }}{{ '<ImageHere>' }}"
+    assert build_processor(chat_template=own).apply_chat_template(chat) == "What?<ImageHere>"
 
 
 def test_own_system_text_and_continued_answer(processor):

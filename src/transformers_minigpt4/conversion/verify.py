@@ -98,8 +98,8 @@ def verify_checkpoint(
 
     Returns:
         [`Report`]: One check each of dtype, vocabulary, special tokens, `###`, finite weights, language model, first
-        loss and image features. If the checkpoint does not load, or its tokenizer belongs to another model, only
-        those that are possible.
+        loss and image features, and one of the chat template if it cannot be trained. If the checkpoint does not load,
+        or its tokenizer belongs to another model, only those that are possible.
     """
     device = usable_device(device)
     report = Report(str(checkpoint))
@@ -126,6 +126,7 @@ def verify_checkpoint(
     checks.append(vocabulary)
     checks.append(_check_special_tokens(config, model, processor))
     checks.append(_check_stop_strings(config, model, processor))
+    checks += _check_chat_template(processor)
     checks.append(_check_finite(model))
     with torch.inference_mode():
         if vocabulary.status == "ok":  # else the ids mean nothing to this model
@@ -229,6 +230,16 @@ def _check_stop_strings(
         advice = "this is not LLaMA's tokenizer, with which Vicuna was trained; use tokenizer.model of LLaMA"
         return Check(name, "fail", f"{detail}, but LLaMA has [835] or [2277, 29937]", advice)
     return Check(name, "ok", detail)
+
+
+def _check_chat_template(processor: MiniGPT4Processor) -> list[Check]:
+    """A check if the checkpoint cannot be trained on conversations (`prompt_format: messages`), else none."""
+    try:
+        processor.check_trainable()
+    except ValueError as error:
+        advice = "it answers, but cannot be trained on conversations; convert again with another --chat-template"
+        return [Check("chat template", "warn", first_line(error), advice)]
+    return []
 
 
 def _as_list(ids: int | list[int] | None) -> list[int]:

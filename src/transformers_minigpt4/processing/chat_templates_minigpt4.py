@@ -62,8 +62,8 @@ VICUNA_V0 = (
 """
 )
 
-# LLaMA-2-chat: no separator between the turns of a chat; the answer that closes a conversation, which is the one that
-# training learns, ends with </s>.
+# LLaMA-2-chat: no separator between the turns of a chat. ` [/INST] ` opens an answer, as in the authors' roles, so two
+# questions in a row have none between them. The answer that closes a conversation ends with </s>.
 LLAMA_2 = (
     _RENDER_CONTENT
     + _SYSTEM
@@ -72,8 +72,8 @@ LLAMA_2 = (
 {%- for message in turns -%}
     {%- if message.role == 'user' -%}
         {{- '<s>[INST] ' + render(message) -}}
-        {%- if not loop.last or add_generation_prompt -%}{{- ' [/INST] ' -}}{%- endif -%}
     {%- elif message.role == 'assistant' -%}
+        {{- ' [/INST] ' -}}
         {%- generation -%}
         {{- render(message) -}}
         {%- if loop.last -%}{{- eos_token -}}{%- endif -%}
@@ -84,10 +84,25 @@ LLAMA_2 = (
     + """\
     {%- endif -%}
 {%- endfor -%}
+{%- if add_generation_prompt -%}{{- ' [/INST] ' -}}{%- endif -%}
 """
 )
 
+# As the authors train conversations, every answer has its end mark; LLaMA-2's chat leaves out those of earlier turns.
+LLAMA_2_TRAINING = LLAMA_2.replace("{%- if loop.last -%}{{- eos_token -}}{%- endif -%}", "{{- eos_token -}}")
+
 CHAT_TEMPLATES = {"vicuna_v0": VICUNA_V0, "llama_2": LLAMA_2}
+TRAINING_TEMPLATES = {LLAMA_2: LLAMA_2_TRAINING}  # by the template that is asked
+
+# Rows have no thoughts to learn, so models that may think are asked without, unless the caller wishes otherwise.
+_NO_THINKING = """\
+{%- if enable_thinking is not defined -%}{%- set enable_thinking = false -%}{%- endif -%}
+"""
+
+
+def is_authors(chat_template: object) -> bool:
+    """Whether a template is one of the authors' formats, with which every text segment is tokenized separately."""
+    return isinstance(chat_template, str) and chat_template.startswith(_RENDER_CONTENT + _SYSTEM)
 
 
 def with_images(chat_template: str) -> str:
@@ -98,9 +113,10 @@ def with_images(chat_template: str) -> str:
         chat_template (`str`): A template that expects the content of a message to be text.
 
     Returns:
-        `str`: A template that first turns lists of parts into text, each image as `<Img><ImageHere></Img>`.
+        `str`: A template that first turns lists of parts into text, each image as `<Img><ImageHere></Img>`. One that
+        has a switch `enable_thinking` has it off unless the caller sets it.
     """
-    if chat_template.startswith(_RENDER_CONTENT):
+    if "<ImageHere>" in chat_template:  # it places images itself
         return chat_template
     return (
         _RENDER_CONTENT
@@ -111,5 +127,6 @@ def with_images(chat_template: str) -> str:
 {%- endfor -%}
 {%- set messages = framed.messages -%}
 """
+        + (_NO_THINKING if "enable_thinking" in chat_template else "")
         + chat_template
     )

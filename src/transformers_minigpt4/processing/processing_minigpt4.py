@@ -11,7 +11,8 @@ from transformers.image_processing_utils import BaseImageProcessor
 from transformers.processing_utils import MultiModalData, ProcessorMixin
 from transformers.utils import auto_docstring
 
-from .chat_templates_minigpt4 import CHAT_TEMPLATES, VICUNA_V0, with_images
+from .answers_minigpt4 import Conversation, Messages, find_answers, learned_tokens, marked_answers
+from .chat_templates_minigpt4 import CHAT_TEMPLATES, TRAINING_TEMPLATES, VICUNA_V0, is_authors, with_images
 from .image_utils_minigpt4 import load_image
 from .pipeline_minigpt4 import MiniGPT4ImageToTextPipeline
 
@@ -42,7 +43,8 @@ class MiniGPT4Processor(ProcessorMixin):
             Positions per image, `config.image_seq_length` of the model.
         chat_template (`str`, *optional*):
             A Jinja template, or `"vicuna_v0"` or `"llama_2"` for the authors' formats. By default the tokenizer's own
-            template, with images placed as `<Img><ImageHere></Img>`, and Vicuna v0 where the tokenizer has none.
+            template, and Vicuna v0 where the tokenizer has none. A template without `<ImageHere>` gets a frame that
+            places images as `<Img><ImageHere></Img>`; one given here is saved without it.
         stop_strings (`list[str]`, *optional*):
             Strings that end an answer, in addition to the end-of-sequence token. By default `["###"]` with Vicuna v0's
             template, none with others.
@@ -54,7 +56,7 @@ class MiniGPT4Processor(ProcessorMixin):
             chat_template = _with_images(tokenizer.chat_template) if tokenizer.chat_template else VICUNA_V0
         elif isinstance(chat_template, str):
             chat_template = CHAT_TEMPLATES.get(chat_template, chat_template)
-        if chat_template in CHAT_TEMPLATES.values():
+        if is_authors(chat_template):
             tokenizer = _prefix_every_segment(tokenizer)
         if self.image_token not in tokenizer.get_vocab():
             tokenizer.add_special_tokens(
@@ -113,7 +115,12 @@ class MiniGPT4Processor(ProcessorMixin):
         )
 
     def apply_chat_template(
-        self, conversation: Any, *args: Any, sanitize_control_tokens: bool = False, **kwargs: Any
+        self,
+        conversation: Any,
+        chat_template: str | None = None,
+        *args: Any,
+        sanitize_control_tokens: bool = False,
+        **kwargs: Any,
     ) -> Any:
         """
         See [`~ProcessorMixin.apply_chat_template`].
@@ -133,7 +140,10 @@ class MiniGPT4Processor(ProcessorMixin):
             for message in chat:
                 self._check_message(message, sanitize_control_tokens)
         kwargs["sanitize_control_tokens"] = sanitize_control_tokens
-        return super().apply_chat_template(conversation, *args, **kwargs)
+        template = chat_template or self.chat_template
+        if isinstance(template, str) and "{" in template:  # otherwise it is the name of one of several
+            chat_template = with_images(template)
+        return super().apply_chat_template(conversation, chat_template, *args, **kwargs)
 
     def _check_message(self, message: object, sanitize_control_tokens: bool) -> None:
         example = '[{"type": "image", "image": image}, {"type": "text", "text": "Describe this image."}]'
@@ -144,12 +154,81 @@ class MiniGPT4Processor(ProcessorMixin):
         if not all(isinstance(part, dict) and "type" in part for part in parts):
             raise ValueError(f"A {role} message contains a part without type: {parts}. Give parts such as {example}.")
         texts = [part.get("text") or "" for part in parts if part["type"] == "text"]
-        if role != "system" and (not parts or not all(texts)):
+        # A message that calls a tool needs no words; TRL sends one to learn whether a template knows tools.
+        if role != "system" and (not parts or not all(texts)) and not message.get("tool_calls"):
             raise ValueError(f"A {role} message is empty: {message}. Give it a text, or parts such as {example}.")
         if not sanitize_control_tokens and any(self.image_token in text for text in texts):
             raise ValueError(
                 f"A {role} message contains the image placeholder {self.image_token} in its text. Pass images as "
                 'parts of type "image", or sanitize_control_tokens=True to read it as plain text.'
+            )
+
+    def encode_conversation(
+        self, messages: Messages, chat_template: str | None = None
+    ) -> tuple[list[int], list[bool]]:
+        """
+        The ids of a conversation as training reads it, and which of them are learned: every answer with its end mark.
+
+        With the authors' templates, answers and what is between them are tokenized separately, as in their code. With
+        others, all is tokenized in one piece, as [`~MiniGPT4Processor.apply_chat_template`] tokenizes prompts.
+
+        Args:
+            messages (`list[dict]`): Roles and contents; the images themselves are not needed.
+            chat_template (`str`, *optional*): By default the processor's own, or its variant for training.
+
+        Returns:
+            `tuple[list[int], list[bool]]`: Ids with `image_seq_length` placeholders per image, and whether each is
+            learned.
+
+        Raises:
+            ValueError: for a conversation that the template refuses, or in which answers cannot be told from the rest.
+        """
+        template = chat_template or self.chat_template
+        if isinstance(template, dict):
+            template = template.get("default")
+        if not isinstance(template, str):
+            raise ValueError("The processor has no default chat template. Set processor.chat_template.")
+        if not is_authors(self.chat_template):
+            conversation = find_answers(with_images(template), messages, self.tokenizer)
+            return learned_tokens(conversation, self.tokenizer, self.image_token, self.image_seq_length)
+        conversation = marked_answers(TRAINING_TEMPLATES.get(template, template), messages, self.tokenizer)
+        return self._encode_segments(conversation)
+
+    def _encode_segments(self, conversation: Conversation) -> tuple[list[int], list[bool]]:
+        text, end = conversation.text, 0
+        ids: list[int] = []
+        learned: list[bool] = []
+        for start, stop in [*conversation.answers, (len(text), len(text))]:
+            for segment, is_answer in ((text[end:start], False), (text[start:stop], True)):
+                expanded = segment.replace(self.image_token, self.image_token * self.image_seq_length)
+                found = self.tokenizer(expanded, add_special_tokens=False)["input_ids"] if segment else []
+                ids += found
+                learned += [is_answer] * len(found)
+            end = stop
+        return ids, learned
+
+    def check_trainable(self) -> None:
+        """
+        Checks that conversations can be learned with the processor's chat template, on a conversation of two turns.
+
+        Raises:
+            ValueError: for a template in which answers, or their ends, cannot be found.
+        """
+        conversation = [
+            {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is this?"}]},
+            {"role": "assistant", "content": [{"type": "text", "text": "A red circle."}]},
+            {"role": "user", "content": [{"type": "text", "text": "And what color is it?"}]},
+            {"role": "assistant", "content": [{"type": "text", "text": "It is red."}]},
+        ]
+        ids, learned = self.encode_conversation(conversation)
+        if ids.count(self.image_token_id) != self.image_seq_length:
+            raise ValueError(
+                f"The chat template prints {ids.count(self.image_token_id)} image tokens for an image of "
+                f"{self.image_seq_length}. Print {self.image_token} once for each image of a user message."
+            )
+        if not any(learned):
+            raise ValueError(
+                "The chat template marks no answer with {% generation %}. Mark them, or remove all marks."
             )
 
     def post_process_image_text_to_text(

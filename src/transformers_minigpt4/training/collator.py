@@ -8,12 +8,12 @@ import torch
 from PIL import Image
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.processing_utils import ProcessorMixin
-from transformers.utils.chat_template_utils import render_jinja_template
 from trl import get_training_chat_template, prepare_multimodal_messages
 from trl.chat_template_utils import has_generation_markers
 
 from transformers_minigpt4.data.schema import IMAGE_PLACEHOLDER, Message, Part, Row, RowImage, message_text, row_images
 from transformers_minigpt4.processing.image_utils_minigpt4 import load_image
+from transformers_minigpt4.processing.processing_minigpt4 import MiniGPT4Processor
 from transformers_minigpt4.utils.families import family_of
 
 
@@ -115,6 +115,9 @@ class ImageTextCollator:
         return sequences, prompts.get("pixel_values")
 
     def _tokenize_messages(self, rows: list[Row]) -> tuple[list[Tokens], torch.Tensor | None]:
+        if hasattr(self.processor, "encode_conversation"):  # MiniGPT-4's
+            turns = [self._tokenize_turns(row) for row in rows]
+            return turns, self._pixels([row["images"] for row in rows if row["images"]])
         template = self.chat_template or self.processor.chat_template
         if isinstance(template, str) and not has_generation_markers(template):
             template = get_training_chat_template(self.processor)
@@ -123,14 +126,13 @@ class ImageTextCollator:
                 f"{type(self.processor).__name__} has no chat template, so conversations cannot be told from answers. "
                 "Set processor.chat_template to one with {% generation %} tags, or give prompts and completions."
             )
-        if not hasattr(self.processor, "image_seq_length"):  # not MiniGPT-4's: tokenized in one piece
-            return self._tokenize_conversations(rows, template)
-        turns = [self._tokenize_turns(row, template) for row in rows]
-        images = [row["images"] for row in rows if row["images"]]
+        return self._tokenize_conversations(rows, template)
+
+    def _pixels(self, images: list[list[RowImage]]) -> torch.Tensor | None:
         if not images:
-            return turns, None
+            return None
         text = [self._image_token() * len(shown) for shown in images]
-        return turns, self.processor(images=images, text=text, return_tensors="pt", padding=True)["pixel_values"]
+        return self.processor(images=images, text=text, return_tensors="pt", padding=True)["pixel_values"]
 
     def _tokenize_conversations(self, rows: list[Row], template: str) -> tuple[list[Tokens], torch.Tensor | None]:
         batch: Batch = self.processor.apply_chat_template(  # type: ignore[assignment]  # annotated for text only
@@ -145,31 +147,16 @@ class ImageTextCollator:
         batch["labels"] = batch["input_ids"].masked_fill(batch["assistant_masks"] == 0, IGNORED)
         return list(zip(_unpadded(batch, "input_ids"), _unpadded(batch, "labels"))), batch.get("pixel_values")
 
-    def _tokenize_turns(self, row: Row, template: str) -> Tokens:
-        token = self._image_token()
-        special_tokens: dict[str, Any] = dict(self.tokenizer.special_tokens_map)
-        rendered = render_jinja_template(
-            [row["messages"]], chat_template=template, return_assistant_tokens_mask=True, **special_tokens
-        )
-        # Texts, and where in them answers are; annotated as a text.
-        (text,), (spans,) = cast(tuple[list[str], list[list[tuple[int, int]]]], rendered)
-        placeholders = text.count(token)
-        if placeholders != len(row["images"]):
+    def _tokenize_turns(self, row: Row) -> Tokens:
+        processor = cast(MiniGPT4Processor, self.processor)  # or the same class as remote code
+        ids, learned = processor.encode_conversation(row["messages"], self.chat_template)
+        placeholders, each = ids.count(processor.image_token_id), processor.image_seq_length
+        if placeholders != len(row["images"]) * each:
             raise ValueError(
-                f"A conversation has {placeholders} {token} and {len(row['images'])} images: {_shown(row)}. Give as "
-                "many images as image parts."
+                f"A conversation has {placeholders // each} {processor.image_token} and {len(row['images'])} images: "
+                f"{_shown(row)}. Give as many images as image parts."
             )
-        ids: list[int] = []
-        labels: list[int] = []
-        end = 0
-        for start, stop in [*spans, (len(text), len(text))]:
-            for segment, learns in ((text[end:start], False), (text[start:stop], True)):
-                expanded = segment.replace(token, token * getattr(self.processor, "image_seq_length", 1))
-                found = self.tokenizer(expanded, add_special_tokens=False)["input_ids"] if segment else []
-                ids += found
-                labels += found if learns else [IGNORED] * len(found)
-            end = stop
-        return ids, labels
+        return ids, [id_ if learns else IGNORED for id_, learns in zip(ids, learned)]
 
     def _cut(self, ids: list[int], labels: list[int]) -> Tokens:
         """Drops what exceeds `max_completion_length` from every run of learned tokens."""

@@ -1,0 +1,199 @@
+"""Answers and their end marks are the only labels, whatever the chat template of the language model."""
+
+from itertools import groupby
+
+import pytest
+from chat_processors import TEMPLATES, TRLS, chat_processor, framed
+from tiny_models import drawn_image, save_chat_model
+from training_runs import curve, run, sources
+from trl.chat_template_utils import supports_tool_calling
+
+from transformers_minigpt4 import MiniGPT4Processor
+from transformers_minigpt4.training.collator import IGNORED, ImageTextCollator
+
+
+# Two answers, " A red car. " and "No, blue.", as each template has them; white space around them is the template's.
+LEARNED = {
+    "qwen3": ["A red car.<|im_end|>", "No, blue.<|im_end|>"],
+    "qwen2_5": ["A red car.<|im_end|>", "No, blue.<|im_end|>"],
+    "smollm2": ["A red car.<|im_end|>", "No, blue.<|im_end|>"],
+    "llama3": ["A red car.<|eot_id|>", "No, blue.<|eot_id|>"],
+    "llama3_2": ["A red car.<|eot_id|>", "No, blue.<|eot_id|>"],
+    "phi3": ["A red car.<|end|>", "No, blue.<|end|>"],
+    "gemma3": ["A red car.<end_of_turn>", "No, blue.<end_of_turn>"],
+    "mistral": ["A red car.</s>", "No, blue.</s>"],
+    "vicuna_v1": ["A red car.</s>", "No, blue.</s>"],
+    "llama2_chat": ["A red car. </s>", "No, blue. </s>"],
+    "chatml_in_words": ["A red car.<|im_end|>", "No, blue.<|im_end|>"],
+    "vicuna_v0": ["A red car.###", "No, blue.###"],
+    "llama_2": ["A red car.</s>", "No, blue.</s>"],
+}
+NO_SYSTEM = ("mistral",)  # refuses a system message
+
+
+def conversation(*, images=(1, 2), system=False, answers=("A red car.", "No, blue.")):
+    """A row of two turns with so many images each."""
+    messages = [{"role": "system", "content": [{"type": "text", "text": "Be brief."}]}] if system else []
+    for count, question, answer in zip(images, ("What is this?", "Is it red?"), answers):
+        shown = [{"type": "image"} for _ in range(count)]
+        messages.append({"role": "user", "content": [*shown, {"type": "text", "text": question}]})
+        messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
+    return {"images": [drawn_image(i) for i in range(sum(images))], "messages": messages}
+
+
+def learned(processor, row) -> list[str]:
+    """The runs of labels, as text."""
+    batch = ImageTextCollator(processor)([row])
+    ids, labels = batch["input_ids"][0].tolist(), batch["labels"][0].tolist()
+    assert all(label in (id_, IGNORED) for id_, label in zip(ids, labels))
+    assert ids.count(processor.image_token_id) == 4 * len(row["images"])
+    assert not row["images"] or len(batch["pixel_values"]) == len(row["images"])
+    runs = groupby(zip(ids, labels), key=lambda token: token[1] != IGNORED)
+    return [processor.tokenizer.decode([id_ for id_, _ in run]) for learns, run in runs if learns]
+
+
+@pytest.mark.parametrize("name", LEARNED)
+def test_answers_with_their_end_marks_are_the_only_labels(name):
+    processor = chat_processor(name)
+    for images in ((1, 0), (1, 2), (0, 0)):
+        for system in (False, True)[: 1 if name in NO_SYSTEM else 2]:
+            assert learned(processor, conversation(images=images, system=system)) == LEARNED[name]
+    assert learned(processor, conversation(images=(1,))) == LEARNED[name][:1]
+    assert learned(processor, conversation(images=(0,), answers=["No, blue."])) == LEARNED[name][1:]
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_the_prompt_that_is_trained_is_the_one_that_is_asked(name):
+    """The ids in front of the last answer are those with which inference asks for it."""
+    processor, row = chat_processor(name), conversation()
+    batch = ImageTextCollator(processor)([row])
+    labels = batch["labels"][0]
+    last = max(i for i in range(1, len(labels)) if labels[i] != IGNORED and labels[i - 1] == IGNORED)
+    images = iter(row["images"])
+    for message in row["messages"]:
+        for part in message["content"]:
+            if part["type"] == "image":
+                part["image"] = next(images)
+    asked = processor.apply_chat_template(
+        row["messages"][:-1], add_generation_prompt=True, tokenize=True, return_dict=True
+    )["input_ids"][0]
+    assert batch["input_ids"][0, :last].tolist() == asked
+
+
+def test_answers_that_look_like_something_else():
+    """White space around an answer, letters of the template in it, the same answer twice, and none but a space."""
+    for answers, expected in (
+        ((" A red car.\n", "No"), ["A red car.<|eot_id|>", "No<|eot_id|>"]),
+        (("assistant", "user"), ["assistant<|eot_id|>", "user<|eot_id|>"]),
+        (("It is. It is.", "It is."), ["It is. It is.<|eot_id|>", "It is.<|eot_id|>"]),
+        (("Is it red?", "answer-1"), ["Is it red?<|eot_id|>", "answer-1<|eot_id|>"]),
+        (("<|", "é 🚗"), ["<|<|eot_id|>", "é 🚗<|eot_id|>"]),
+    ):
+        assert learned(chat_processor("llama3"), conversation(answers=answers)) == expected
+    assert learned(chat_processor("qwen3"), conversation(answers=("<t", "<think"))) == [
+        "<t<|im_end|>",
+        "<think<|im_end|>",
+    ]
+
+
+def test_qwen3_is_trained_and_asked_without_thoughts_unless_the_template_says_otherwise():
+    processor = chat_processor("qwen3")
+    chat = conversation(images=(1,))["messages"]
+    asked = processor.apply_chat_template(chat[:1], add_generation_prompt=True)
+    assert asked.endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
+    thinking = processor.apply_chat_template(chat[:1], add_generation_prompt=True, enable_thinking=True)
+    assert thinking.endswith("<|im_start|>assistant\n")
+    template = "{%- set enable_thinking = true -%}" + processor.chat_template
+    processor = MiniGPT4Processor(processor.image_processor, processor.tokenizer, 4, template)
+    # The empty thought comes after the prompt then, so it is part of what the model must write.
+    assert learned(processor, conversation()) == ["A red car.<|im_end|>", "<think>\n\n</think>\n\nNo, blue.<|im_end|>"]
+
+
+@pytest.mark.parametrize(
+    "template,words",
+    [
+        (
+            "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
+            "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}",
+            "prints nothing after an answer",
+        ),
+        (
+            "{% for m in messages %}{{ m.role + ': ' + m.content | upper + eos_token }}{% endfor %}",
+            "changes the text of an answer",
+        ),
+        ("{% for m in messages %}{{ m.role + ': ' + m.content + eos_token }}{% endfor %}", "would never be asked"),
+        (
+            "{% for m in messages %}{{ m.role + ': ' + m.content + eos_token }}{% endfor %}"
+            "{% if add_generation_prompt %}{{ 'assistant: <think>' }}{% endif %}",
+            "would never be asked",
+        ),
+        ("{{ raise_exception('No chats today.') }}", "refuses a conversation .*No chats today"),
+        ("{{ messages[0].context.text.more }}", "refuses a conversation"),
+        ("{{ messages[1].content + eos_token }}", "changes the text of an answer or leaves it out"),
+    ],
+)
+def test_templates_that_cannot_train(template, words):
+    """One error, which names the reason; never other labels."""
+    processor = framed(template)
+    with pytest.raises(ValueError, match=words):
+        processor.check_trainable()
+    with pytest.raises(ValueError, match=words):
+        ImageTextCollator(processor)([conversation()])
+
+
+def test_a_row_that_the_template_refuses():
+    with pytest.raises(ValueError, match=r"refuses a conversation \(Conversation roles must alternate.*Be brief"):
+        ImageTextCollator(chat_processor("mistral"))([conversation(system=True)])
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "{% generation %}{{ '<|im_start|>assistant\n' + m.content + '<|im_end|>\n' }}{% endgeneration %}",
+        "{{ '<|im_start|>assistant\n' }}{% generation %}{{ m.content }}{% endgeneration %}{{ '<|im_end|>\n' }}",
+    ],
+)
+def test_marks_choose_the_answers_and_not_their_extent(body):
+    """SmolLM3's mark the role too; others leave out the end."""
+    template = (
+        "{% for m in messages %}{% if m.role == 'assistant' %}" + body + "{% else %}"
+        "{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    assert learned(framed(template, "qwen2_5"), conversation()) == LEARNED["qwen2_5"]
+
+
+def test_marks_may_leave_out_an_answer():
+    template = (
+        "{% for m in messages %}{% if m.role == 'user' %}{{ '[Q]' + m.content + '[A]' }}{% elif loop.last %}"
+        "{% generation %}{{ m.content + eos_token }}{% endgeneration %}"
+        "{% else %}{{ m.content + eos_token }}{% endif %}{% endfor %}"
+    )
+    assert learned(framed(template), conversation()) == ["No, blue.</s>"]
+
+
+def test_an_answer_that_the_template_rewrites_needs_marks():
+    """Qwen3's template moves thoughts within an answer."""
+    row = conversation(images=(1,), answers=("<think>Red?</think>A red car.",))
+    with pytest.raises(ValueError, match="changes the text of an answer"):
+        ImageTextCollator(chat_processor("qwen3"))([row])
+    marked = (TRLS / "qwen3_training.jinja").read_text()
+    assert learned(framed(marked, "qwen3"), row) == ["<think>\nRed?\n</think>\n\nA red car.<|im_end|>\n"]
+
+
+# Through the trainer
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gemma3"])
+def test_the_modern_recipe_trains_on_a_real_template(name, tmp_path):
+    save_chat_model(tmp_path / "base", chat_processor(name))
+    folder = run("modern_small", tmp_path / "out", tmp_path / "base", sources()["llava"])
+    losses = curve(folder / "checkpoint-2")
+    assert len(losses) == 2 and all(0 < loss < 20 for loss in losses)
+
+
+@pytest.mark.parametrize("name", LEARNED)
+def test_trls_probes_get_an_answer(name):
+    """TRL asks processors whether their template knows tools, with an answer that calls one and says nothing."""
+    processor = chat_processor(name)
+    assert isinstance(supports_tool_calling(processor), bool)
