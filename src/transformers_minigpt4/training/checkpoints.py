@@ -106,17 +106,18 @@ def run_lock(folder: PathLike) -> Iterator[None]:
     """
     Keeps other runs out of an output folder while this one runs; the system frees the lock when the process ends.
 
-    A folder in which nothing was written, because the run could not begin, is removed.
+    A folder that this created, and in which nothing was written because the run could not begin, is removed.
 
     Raises:
         RuntimeError: on entry, if another run holds it.
     """
     refusal = f"Another run ({{owner}}) writes into {folder}. Wait for it, or choose another --output."
+    existed = os.path.isdir(folder)
     with folder_lock(folder, refusal):
         try:
             yield
         finally:
-            if os.listdir(folder) == [LOCK_FILE]:
+            if not existed and os.listdir(folder) == [LOCK_FILE]:
                 with contextlib.suppress(OSError):  # Windows removes no open file
                     os.unlink(Path(folder) / LOCK_FILE)
                     os.rmdir(folder)
