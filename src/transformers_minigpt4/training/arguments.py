@@ -13,6 +13,7 @@ from transformers_minigpt4.data.prompt_formats import PROMPT_FORMATS, PromptForm
 from transformers_minigpt4.utils.families import FAMILIES, LORA, PROJECTOR, QFORMER, family_of
 from transformers_minigpt4.utils.file_names import SOURCES_FILE
 
+from .cpu_settings import fit_trainer, has_accelerator
 from .packing import check_packable
 from .schedule import check_floor
 from .stages import check_modules
@@ -74,6 +75,8 @@ class StageConfig(SFTConfig):
         warmup_start_lr (`float`): Learning rate of that schedule's first step.
         iters_per_epoch (`int`, *optional*): Steps of the authors' first epoch; by default `warmup_steps`.
 
+    Where there is no GPU, `use_cpu` is set (`without_gpu` says so), and `changes` lists what else this changed.
+
     Raises:
         ValueError: for options of `SFTConfig` that cannot work here.
     """
@@ -92,6 +95,8 @@ class StageConfig(SFTConfig):
     def __post_init__(self) -> None:
         # transformers hides bars where libraries are quiet, as they are in `minigpt4`.
         self.disable_tqdm = bool(self.disable_tqdm)
+        self.without_gpu = not self.use_cpu and not has_accelerator()
+        self.changes = fit_trainer(self, self.without_gpu)
         super().__post_init__()
         if self.max_length is not None:
             raise ValueError(

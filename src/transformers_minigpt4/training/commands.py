@@ -2,16 +2,27 @@
 
 import logging
 import shlex
-from typing import Annotated, Any, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 import typer
 from typer.core import CompletionItem
 
-from transformers_minigpt4.utils.command_line import ClickContext, ClickFormatter, Command, DryRun, interruptible
+from transformers_minigpt4.utils.command_line import (
+    ClickContext,
+    ClickFormatter,
+    Command,
+    DryRun,
+    complain,
+    interruptible,
+)
 
 from .next_commands import resume_command
 from .recipe_files import find_recipe, recipe_names
 from .recipe_keys import KEYS
+
+
+if TYPE_CHECKING:
+    from .arguments import StageConfig
 
 
 # It warns, whenever it is imported, of a kernel for weights of 4 bits on CPUs.
@@ -134,6 +145,7 @@ def train(
             return
         arguments = parse_recipe(words)
         if dry_run:
+            _say_changes(arguments[1])
             from .dry_run import first_row, print_row
 
             print_row(first_row(*arguments))
@@ -161,10 +173,18 @@ def features(context: typer.Context, recipe: Recipe) -> None:
         from .recipe import parse_recipe
 
         stage, config, model_args = parse_recipe(words)
+        _say_changes(config)
         counts = build_features(stage, config, model_args)
     encoded, present, broken = (counts[kind] for kind in ("encoded", "present", "broken"))
     done = f"{encoded} images encoded, {present} already cached, {broken} unreadable"
     typer.echo(f"{done}; the features are in {stage.feature_cache}", err=True)
+
+
+def _say_changes(config: "StageConfig") -> None:
+    from .cpu_settings import changes_line
+
+    if config.changes:
+        complain(changes_line(config.changes, config.without_gpu))
 
 
 def _words(recipe: str, options: list[str]) -> list[str]:

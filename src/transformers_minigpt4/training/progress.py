@@ -150,6 +150,9 @@ def run_facts(
         ("device", f"{device_name(args.device)}, {precision(args, model)}"),
         ("output", str(args.output_dir)),
     ]
+    warmup = args.get_warmup_steps(state.max_steps)
+    if warmup >= state.max_steps:
+        facts.append(("warmup", f"{warmup:,} steps, so the learning rate never reaches its peak; lower warmup_steps"))
     return [*facts, ("resumed", f"at step {state.global_step:,}")] if state.global_step else facts
 
 

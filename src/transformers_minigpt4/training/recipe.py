@@ -13,6 +13,7 @@ import yaml
 from trl import ModelConfig, TrlParser
 
 from .arguments import StageArguments, StageConfig, check_arguments
+from .cpu_settings import fit_model
 from .recipe_files import find_recipe
 from .recipe_keys import ALIASES
 
@@ -40,6 +41,8 @@ def parse_recipe(arguments: list[str] | None = None) -> tuple[StageArguments, St
     """
     Reads `--config RECIPE` and the keys that the command line overrides.
 
+    What a machine without a GPU cannot do is changed, and listed in `StageConfig.changes`.
+
     Dashes and underscores are the same in the names of options, and `--model`, `--output` and `--batch-size` are short
     for `model_name_or_path`, `output_dir` and `per_device_train_batch_size`.
 
@@ -62,6 +65,8 @@ def parse_recipe(arguments: list[str] | None = None) -> tuple[StageArguments, St
     )
     if rest:
         raise ValueError(_unknown_keys(rest))
+    if config.use_cpu:
+        config.changes += fit_model(model_args, config.without_gpu)
     check_arguments(stage, config, model_args)
     return stage, config, model_args
 

@@ -60,6 +60,7 @@ def make_trainer(
     trainer.add_callback(SanityCheckCallback(stage.check_first_loss))
     trainable = trainable_parameters(trainer.model)
     info = run_info([stage, config, model_args], rows.dataset, trainable, rows.fingerprint)
+    info |= {"device": str(config.device), "changed_for_the_cpu": config.changes}
     trainer.add_callback(RunInfoCallback(info, rows.skipped))
     return trainer
 

@@ -12,6 +12,7 @@ from trl import ModelConfig
 
 from .arguments import StageArguments, StageConfig
 from .checkpoints import is_finished, record_finished, resolve_resume, run_lock
+from .cpu_settings import changes_line
 from .loading import load_model, load_rows
 from .next_commands import commands_after
 from .progress import print_facts
@@ -30,6 +31,8 @@ def main(stage: StageArguments, config: StageConfig, model_args: ModelConfig, re
     """
     set_seed(config.seed)
     output = str(config.output_dir)
+    if config.changes and config.process_index == 0:
+        print(changes_line(config.changes, config.without_gpu), flush=True)
     rows = load_rows(stage, config)  # first, since a wrong path should not wait for a large model
     if is_finished(config, recipe_settings([stage, config, model_args])):
         if config.process_index == 0:
