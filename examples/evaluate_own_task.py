@@ -4,7 +4,7 @@ Evaluate a checkpoint on a task of your own.
     minigpt4 demo                        # once, to have a checkpoint
     python examples/evaluate_own_task.py
 
-A task reads questions and scores answers. Batching, resume, bootstrap intervals and `minigpt4 evaluate compare` work
+A task reads questions and scores answers. Batching, resume, confidence intervals and `minigpt4 evaluate compare` work
 for it as for the built-in tasks.
 """
 

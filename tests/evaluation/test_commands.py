@@ -114,6 +114,7 @@ def test_bad_input_is_one_line(checkpoint, data, tmp_path):
     assert "name a CHECKPOINT" in complaint("--tasks", "letters", "--data", data)
     assert "name --tasks" in complaint(checkpoint, "--data", data)
     assert "name the --data" in complaint(checkpoint, "--tasks", "letters")
+    assert "no task 'lettres'; the tasks are" in complaint(checkpoint, "--tasks", "lettres")
     assert "no task 'lettres'; the tasks are" in complaint(checkpoint, "--tasks", "lettres", "--data", data)
     assert "either one --data" in complaint(checkpoint, "--tasks", "letters", "--data", data, "--data", tmp_path)
     assert "no data for the task" in complaint(checkpoint, "--tasks", "letters", "--data", tmp_path / "gone")

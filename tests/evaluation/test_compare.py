@@ -19,6 +19,7 @@ from transformers_minigpt4.evaluation.compare import (
     _what_differs,
     compare_results,
     comparison_tables,
+    markdown,
     markdown_table,
     permutation_p,
     results_table,
@@ -181,7 +182,7 @@ class TestRefusals:
 
 
 def test_tables_are_in_the_papers_form(pair):
-    text = comparison_tables(compare_results(pair, [Letters()]))
+    text = markdown(comparison_tables(compare_results(pair, [Letters()])))
     lines = text.splitlines()
     assert lines[0] == "MiniGPT-4, Table 4"
     header = [cell.strip() for cell in lines[2].strip("|").split("|")]
@@ -203,7 +204,7 @@ def test_answers_without_any_verdict_are_shown_side_by_side(pair, tmp_path):
     task.metrics = tuple(metric for metric in task.metrics if metric.name == "never")
     comparison = compare_results(pair, [task])
     assert [metric.name for _, metric in comparison.tables["MiniGPT-4, Table 4"]] == ["never"]
-    assert comparison_tables(comparison).count("no value") == 3  # two models, and their difference
+    assert markdown(comparison_tables(comparison)).count("no value") == 3  # two models, and their difference
     assert write_page(comparison, tmp_path / "page", examples=40).read_text().count("<article>") == 40 - 14
     (path,) = write_charts(comparison, tmp_path / "charts")
     assert path.is_file()
@@ -244,8 +245,13 @@ def test_page_shows_answers_side_by_side(pair, tmp_path):
     assert "script" not in page.tags and "b" in page.tags  # the prompts are bold
     assert page.tags.count("article") == 40 and page.tags.count("img") == 39
     assert all(source.startswith("data:image/jpeg;base64,") for source in page.sources)  # nothing from other sites
-    assert page.texts.count(evil) == 20 and page.texts.count("<b>second</b>") == 40
+    assert page.texts.count(evil) == 20
+    assert page.texts.count("<b>second</b>") == 40 + 1 + 3  # and a row of the table, and three differences
     assert sum("cannot load image" in text for text in page.texts) == 21  # 20 failed questions, and image 7 here
+    tables = comparison_tables(comparison)
+    assert page.tags.count("table") == 40 + len(tables) and "pre" not in page.tags
+    cells = {cell for table in tables for row in [table.header, *table.rows] for cell in row if cell}
+    assert cells <= set(page.texts)
     few = write_page(comparison, tmp_path / "few", examples=3, seed=1).read_text()
     assert few.count("<article>") == 3
     assert few == write_page(comparison, tmp_path / "again", examples=3, seed=1).read_text()

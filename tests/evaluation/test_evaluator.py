@@ -1,6 +1,7 @@
 """Checks metrics over columns: means, ratios, formulas, groups, absent values, bootstrap and its interval."""
 
 import json
+import math
 import re
 from pathlib import Path
 
@@ -9,16 +10,16 @@ import pytest
 
 from transformers_minigpt4.evaluation.evaluator import (
     GREEDY,
+    Metric,
     columns_of,
     find_file,
-    interval,
     mean,
     of_sums,
     ratio,
     read_json,
     read_json_lines,
-    resampled,
 )
+from transformers_minigpt4.evaluation.intervals import confidence_interval, counted_rows, interval, resampled, wilson
 from transformers_minigpt4.evaluation.tasks import TASKS, load_task
 
 
@@ -91,7 +92,53 @@ def test_interval_covers_as_often_as_it_says():
     assert 180 <= covered <= 198
 
 
+def intervals(statistic, unit="%", **columns):
+    columns = {name: np.asarray(column) for name, column in columns.items()}
+    metric = Metric("it", True, unit, statistic)
+    return confidence_interval(metric, columns, resampled([statistic], columns)[:, 0])
+
+
+def test_wilson_by_hand():
+    """Values of the literature: Newcombe (1998), Table I, method 3: 81 of 263, 15 of 148, 0 of 20, 1 of 29."""
+    published = {
+        (81, 263): (0.2553, 0.3662),
+        (15, 148): (0.0624, 0.1605),
+        (0, 20): (0, 0.1611),
+        (1, 29): (0.0061, 0.1718),
+    }
+    for (successes, trials), ends in published.items():
+        assert wilson(successes / trials, trials) == pytest.approx(ends, abs=5e-5)
+    assert wilson(1.0, 8, scale=100) == (pytest.approx(67.56, abs=0.01), 100.0)
+    assert wilson(math.nan, 0) is None
+
+
+def test_nothing_is_certain_after_eight_questions():
+    no, yes, some = np.zeros(8), np.ones(8), np.arange(8) < 2
+    accuracy = mean("correct", scale=100)
+    assert intervals(accuracy, correct=no) == (0, pytest.approx(32.44, abs=0.01))
+    assert intervals(accuracy, correct=yes) == (pytest.approx(67.56, abs=0.01), 100)
+    assert intervals(accuracy, correct=some.astype(float)) == pytest.approx((7.15, 59.07), abs=0.01)
+    # In a group, of the rows that have a value.
+    kind = np.array(["a"] * 4 + ["b"] * 4)
+    with_gaps = np.array([1, 1, 1, np.nan, 0, 0, 0, 0])
+    in_group = mean("correct", scale=100, where=("kind", "a"))
+    assert intervals(in_group, correct=with_gaps, kind=kind) == (pytest.approx(100 * 3 / (3 + 1.959964**2)), 100)
+    assert counted_rows(in_group, {"correct": with_gaps, "kind": kind}) == 3
+    # Nothing hallucinated: only the images that mention something are trials.
+    share = ratio("bad", "mentioned", scale=100, share=True)
+    assert intervals(share, bad=no, mentioned=np.array([3, 0, 2, 0, 0, 0, 0, 1])) == (
+        0,
+        pytest.approx(100 * wilson(0, 3)[1]),
+    )
+    # In between, the bootstrap: objects of one image are not independent.
+    mixed = {"bad": some.astype(float), "mentioned": np.full(8, 4.0)}
+    assert intervals(share, **mixed) == interval(resampled([share], mixed)[:, 0])
+    # A mean that is no share has no end to stop at.
+    assert intervals(mean("words"), "words", words=no) == (0, 0)
+
+
 def test_nothing_has_no_interval():
+    assert intervals(mean("correct", scale=100), correct=np.full(3, np.nan)) is None
     assert interval(np.array([np.nan, np.nan])) is None
     assert np.isnan(resampled([mean("correct")], {}, resamples=3)).all()
 

@@ -248,39 +248,80 @@ def test_the_commands(runs, tmp_path):
     assert read_results(runs[0])["tasks"]["advanced"]["metrics"]["success"] == 100
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
-def test_judging_in_a_browser(sheet):
-    """By key and by button; back; a reload resumes; nothing reveals the model."""
-    from playwright.sync_api import expect, sync_playwright
+@pytest.fixture
+def page(sheet):
+    """The sheet's page in a real browser."""
+    if CHROMIUM is None:
+        pytest.skip("no Chromium on this machine")
+    from playwright.sync_api import sync_playwright
 
     from transformers_minigpt4.evaluation.human_page import serve_sheet
 
-    first, second, third = sheet.asked[:3]
     arguments = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
     with serve_sheet(sheet) as server, sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=CHROMIUM, args=arguments)
         page = browser.new_page()
         page.goto(server.url)
-        page.locator("#name input, #name textarea").fill("Anna")
-        page.locator("#start").click()
-        answer = page.locator("#answer")
-        expect(answer).to_have_text(first.answer)  # `<b>` as characters
-        expect(page.locator(".image img")).to_have_js_property("naturalWidth", 8)
-        page.keyboard.press("Escape")
-        page.locator("#yes").click()
-        expect(answer).to_have_text(second.answer)
-        page.keyboard.press("n")
-        expect(answer).to_have_text(third.answer)
-        page.keyboard.press("b")
-        expect(answer).to_have_text(second.answer)
-        expect(page.locator("#progress")).to_contain_text("You said no.")
-        page.keyboard.press("y")
-        expect(answer).to_have_text(third.answer)
-        assert "alpha" not in page.content() and "beta" not in page.content()
-        page.reload()
-        page.locator("#name input, #name textarea").fill("anna")
-        page.locator("#start").click()
-        expect(answer).to_have_text(third.answer)
-        expect(page.locator("#progress")).to_contain_text("2 of 15")
+        yield page
         browser.close()
+
+
+NAME = "#name input, #name textarea"
+
+
+def test_judging_in_a_browser(sheet, page):
+    """By key and by button; back; a reload resumes without asking the name again; nothing reveals the model."""
+    from playwright.sync_api import expect
+
+    first, second, third = sheet.asked[:3]
+    page.locator(NAME).fill("Anna")
+    page.locator("#start").click()
+    answer = page.locator("#answer")
+    expect(answer).to_have_text(first.answer)  # `<b>` as characters
+    expect(page.locator(".image img")).to_have_js_property("naturalWidth", 8)
+    page.locator("#yes").click()
+    expect(answer).to_have_text(second.answer)
+    page.keyboard.press("n")
+    expect(answer).to_have_text(third.answer)
+    page.keyboard.press("b")
+    expect(answer).to_have_text(second.answer)
+    expect(page.locator("#progress")).to_contain_text("You said no.")
+    page.keyboard.press("y")
+    expect(answer).to_have_text(third.answer)
+    assert "alpha" not in page.content() and "beta" not in page.content()
+    page.reload()
+    expect(answer).to_have_text(third.answer)
+    expect(page.locator("#progress")).to_contain_text("2 of 15")
     assert sheet.decisions() == {"anna": {first.id: True, second.id: True}}
+
+
+def test_letters_typed_after_enter_are_keys_and_no_part_of_the_name(sheet, page):
+    from playwright.sync_api import expect
+
+    page.locator(NAME).fill("Anna")
+    page.keyboard.press("Enter")
+    page.keyboard.press("y")  # nothing is shown yet, or the first item: never a letter of the name
+    answer = page.locator("#answer")
+    expect(answer).not_to_be_empty()
+    expect(page.locator(NAME)).to_have_value("anna")
+    expect(page.locator(NAME)).to_be_disabled()
+    expect(page.locator("#start")).to_be_disabled()
+    for key in "yn":
+        shown = answer.inner_text()
+        page.keyboard.press(key)
+        expect(answer).not_to_have_text(shown)
+    assert list(sheet.decisions()) == ["anna"]
+
+
+def test_a_changed_name_box_changes_no_judge(sheet, page):
+    """The box is locked; even if its content changes, decisions stay with the person who started."""
+    from playwright.sync_api import expect
+
+    page.locator(NAME).fill("Anna")
+    page.locator("#start").click()
+    expect(page.locator("#answer")).to_have_text(sheet.asked[0].answer)
+    typed = "box.disabled = false; box.value = 'mallory'; box.dispatchEvent(new Event('input', {bubbles: true}))"
+    page.locator(NAME).evaluate(f"box => {{ {typed} }}")
+    page.keyboard.press("y")
+    expect(page.locator("#answer")).to_have_text(sheet.asked[1].answer)
+    assert sheet.decisions() == {"anna": {sheet.asked[0].id: True}}

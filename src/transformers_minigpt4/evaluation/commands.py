@@ -158,10 +158,14 @@ def run(
     if list_tasks:
         _show_tasks()
         return
+    from .tasks import check_names
+
     if checkpoint is None:
         raise ValueError("name a CHECKPOINT, or --demo; `minigpt4 evaluate run --help` shows the options")
     if not tasks:
         raise ValueError("name --tasks, such as gqa,chair; --list-tasks shows all")
+    names = _names(tasks)
+    check_names(names)
     if not data:
         raise ValueError("name the --data, a folder of the official files; --list-tasks shows which")
     if judge_base_url is not None and judge_model is None:
@@ -173,7 +177,6 @@ def run(
 
     options = {parameter.name: parameter.opts[0] for parameter in context.command.params}
     settings = ChatSettings.from_options(context.params, "judge_", options)
-    names = _names(tasks)
     where = output or default_output(checkpoint)
     answers = where / "answers"
     with interruptible(f"stopped; the answers so far are in {answers}, `{this_command()}` resumes"):
@@ -217,11 +220,11 @@ def compare(
     Examples:
         minigpt4 evaluate compare my-checkpoint other-checkpoint --output comparison
     """
-    from .compare import compare_results, comparison_tables
+    from .compare import compare_results, comparison_tables, markdown
     from .compare_page import write_charts, write_page
 
     comparison = compare_results(folders, _names(tasks or []) or None, seed=seed)
-    typer.echo(comparison_tables(comparison))
+    typer.echo(markdown(comparison_tables(comparison)))
     for path in [*write_charts(comparison, output), write_page(comparison, output, examples=examples, seed=seed)]:
         typer.echo(f"wrote {path}", err=True)
 

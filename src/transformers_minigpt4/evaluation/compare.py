@@ -6,12 +6,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby, takewhile
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from transformers_minigpt4.utils.files import JsonObject
 
-from .evaluator import Columns, Metric, Statistic, Task, columns_of, interval, resampled
+from .evaluator import Columns, Metric, Statistic, Task, columns_of
+from .intervals import interval, resampled
 from .results import ANSWERS, Results, TaskResults, read_results
 from .tasks import load_task
 
@@ -321,28 +323,49 @@ def _corrected(differences: Sequence[Difference]) -> list[Difference]:
     return [replace(difference, significant=id(difference) in passed) for difference in differences]
 
 
-def comparison_tables(comparison: Comparison) -> str:
-    """The comparison as Markdown: each paper's table with models as rows, the paired differences, and all metrics."""
+class Table(NamedTuple):
+    """A table of a comparison, with texts as cells; `note` follows it."""
+
+    title: str
+    header: list[str]
+    rows: list[list[str]]
+    note: str = ""
+
+
+def comparison_tables(comparison: Comparison) -> list[Table]:
+    """Each paper's table with models as rows, the paired differences, and all metrics."""
     runs, first = comparison.runs, comparison.runs[0].name
-    sections = []
+    tables = []
     for paper, columns in comparison.tables.items():
         header = ["", *(_title(task, metric) for task, metric in columns)]
         rows = [[run.name, *(_cell(run.tasks[task], metric.name) for task, metric in columns)] for run in runs]
-        sections.append(f"{paper}\n\n{markdown_table(header, rows)}")
-    rows = [_difference_row(difference) for difference in comparison.differences]
+        tables.append(Table(paper, header, rows))
     header = [f"against {first}", "metric", "difference", "95 % interval (bootstrap)", "p (permutation)"]
     tested = sum(math.isfinite(difference.p) for difference in comparison.differences)
-    sections.append(
-        f"Paired differences against {first}\n\n{markdown_table(header, rows)}\n\n"
-        f"* p below {SIGNIFICANT} after Holm's correction for all {tested} of them"
+    tables.append(
+        Table(
+            f"Paired differences against {first}",
+            header,
+            [_difference_row(difference) for difference in comparison.differences],
+            f"* p below {SIGNIFICANT} after Holm's correction for all {tested} of them",
+        )
     )
     if len(comparison.metrics) > sum(map(len, comparison.tables.values())):
         rows = [
             [_title(task, metric), *(_cell(run.tasks[task], metric.name) for run in runs)]
             for task, metric in comparison.metrics
         ]
-        sections.append(f"All metrics\n\n{markdown_table(['', *(run.name for run in runs)], rows)}")
-    return "\n\n".join(sections)
+        tables.append(Table("All metrics", ["", *(run.name for run in runs)], rows))
+    return tables
+
+
+def markdown(tables: Sequence[Table]) -> str:
+    """The tables as Markdown."""
+    sections = [
+        [table.title, markdown_table(table.header, table.rows), *([table.note] if table.note else [])]
+        for table in tables
+    ]
+    return "\n\n".join(part for section in sections for part in section)
 
 
 def _difference_row(difference: Difference) -> list[str]:
@@ -376,8 +399,9 @@ def results_table(results: Results, tasks: Sequence[str]) -> str:
     rows, without = [], []
     for name in tasks:
         entry = results["tasks"][name]
-        counts = [str(entry["samples"]), str(entry["failures"])]
-        rows += [[name, metric, _cell(entry, metric), entry["units"][metric], *counts] for metric in entry["metrics"]]
+        for metric in entry["metrics"]:
+            counts = [str(entry.get("questions", {}).get(metric, entry["samples"])), str(entry["failures"])]
+            rows.append([name, metric, _cell(entry, metric), entry["units"][metric], *counts])
         if entry["without_value"]:
             without.append(f"no value: {name} {', '.join(entry['without_value'])}")
     table = markdown_table(["task", "metric", "value [95 % interval]", "unit", "questions", "failed"], rows)

@@ -12,7 +12,7 @@ from transformers_minigpt4.processing.image_utils_minigpt4 import ImageLoadError
 from transformers_minigpt4.utils.files import JsonObject, atomic_file, write_atomically
 from transformers_minigpt4.web.html import thumbnail_url
 
-from .compare import Comparison, Run, comparison_tables, read_answers
+from .compare import Comparison, Run, Table, comparison_tables, read_answers
 from .evaluator import Metric
 from .results import ANSWERS
 
@@ -25,16 +25,19 @@ _THUMBNAIL = 256  # pixels of the longer side
 _CHARTS_A_ROW = 4
 _STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; margin: 2em auto; max-width: 76em; padding: 0 1em; color: #1a1a1a; }
-pre { overflow-x: auto; background: #f4f4f4; padding: 1em; font-size: 13px; }
+.wide { overflow-x: auto; } .numbers { width: auto; font-size: 14px; font-variant-numeric: tabular-nums; }
+.numbers thead th { border-bottom: 1px solid #888; } .numbers th { width: auto; min-width: 6em; max-width: 22em; }
 article { display: flex; gap: 1.2em; border-top: 1px solid #ccc; padding: 1em 0; }
 article > div:first-child { flex: 0 0 256px; } article > div + div { flex: 1; min-width: 0; }
 article b { white-space: pre-wrap; }
 img { max-width: 256px; display: block; margin-bottom: .4em; }
-table { border-collapse: collapse; width: 100%; } td, th { text-align: left; vertical-align: top; padding: .3em .6em; }
+table { border-collapse: collapse; } article table { width: 100%; }
+td, th { text-align: left; vertical-align: top; padding: .3em .6em; }
 tr + tr td { border-top: 1px solid #e4e4e4; } td.text { white-space: pre-wrap; overflow-wrap: anywhere; }
-th { width: 18%; overflow-wrap: anywhere; } td.small { width: 20%; }
+article th { width: 18%; overflow-wrap: anywhere; } td.small { width: 20%; }
 .small { color: #666; font-size: 13px; overflow-wrap: anywhere; } .failed { color: #a00; }
-@media (max-width: 46em) { article { display: block; } td, th { display: block; width: auto !important; } }
+@media (max-width: 46em) { article { display: block; }
+  article td, article th { display: block; width: auto !important; } }
 """
 
 
@@ -116,7 +119,7 @@ def write_page(comparison: Comparison, folder: Path, *, examples: int = 50, seed
     Returns:
         The file.
     """
-    body = [f"<h1>Answers side by side</h1><pre>{escape(comparison_tables(comparison))}</pre>"]
+    body = ["<h1>Answers side by side</h1>", *map(_table, comparison_tables(comparison))]
     tasks = dict.fromkeys(task for columns in comparison.tables.values() for task, _ in columns)
     for task in tasks:
         answers = [{row["id"]: row for row in read_answers(run, task)} for run in comparison.runs]
@@ -135,6 +138,19 @@ def write_page(comparison: Comparison, folder: Path, *, examples: int = 50, seed
     # A lone surrogate, which a file name may hold, has no UTF-8.
     write_atomically(folder / PAGE, page.encode("utf-8", errors="backslashreplace"))
     return folder / PAGE
+
+
+def _table(table: Table) -> str:
+    head = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in table.header)
+    rows = "".join(
+        f'<tr><th scope="row">{escape(name)}</th>{"".join(f"<td>{escape(cell)}</td>" for cell in cells)}</tr>'
+        for name, *cells in table.rows
+    )
+    note = f"<p class='small'>{escape(table.note)}</p>" if table.note else ""
+    return (
+        f'<h2>{escape(table.title)}</h2><div class="wide"><table class="numbers"><thead><tr>{head}</tr></thead>'
+        f"<tbody>{rows}</tbody></table></div>{note}"
+    )
 
 
 def _text(row: JsonObject) -> str:

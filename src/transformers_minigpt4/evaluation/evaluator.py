@@ -1,10 +1,10 @@
-"""What all evaluation tasks share: questions, answers, scored records, metrics and their intervals."""
+"""What all evaluation tasks share: questions, answers, scored records and metrics."""
 
 import json
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -19,10 +19,8 @@ from transformers_minigpt4.utils.files import JsonObject
 Columns: TypeAlias = Mapping[str, np.ndarray]
 Record: TypeAlias = JsonObject
 
-RESAMPLES = 1000  # bootstrap samples of an interval
 # Defaults below every task's own arguments of `generate`, so that no checkpoint's sampling or penalties apply.
 GREEDY: Mapping[str, object] = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0}
-_CHUNK = 4_000_000  # drawn row numbers held at once: 32 MB
 
 
 @dataclass(frozen=True)
@@ -52,12 +50,19 @@ class Statistic:
     A number that depends only on sums over the rows, so that a bootstrap sample costs one product with its counts.
 
     Args:
-        terms: From columns to an array (rows, terms) without NaN.
+        counted: From columns to an array (rows,) of booleans: the rows that have what the number is made of.
+        terms: From columns to an array (rows, terms), zeros in rows that do not count.
         formula: From the sums (..., terms) to the number (...); NaN where there is nothing to divide by.
+        highest: Of a share: from the sums to its largest value, such as 100 where its unit is %; `None` for a number
+            that is not a share.
+        is_mean: Whether it is the mean of a column; it is a share if the metric's unit is %.
     """
 
+    counted: Callable[[Columns], np.ndarray]
     terms: Callable[[Columns], np.ndarray]
     formula: Callable[[np.ndarray], np.ndarray]
+    highest: Callable[[np.ndarray], float] | None = None
+    is_mean: bool = False
 
     def __call__(self, columns: Columns) -> float:
         return float(self.formula(self.terms(columns).sum(axis=0)))
@@ -72,8 +77,8 @@ class Metric:
         name: Such as `"accuracy"`; letters, digits, `_` and `/`.
         higher_is_better: Its direction; `None` where neither is, such as for the number of words.
         unit: Such as `"%"`, `"words"` or `"points"`.
-        compute: From per-question columns to the number. [`mean`], [`ratio`] and [`of_sums`] make fast ones; any other
-            function works too and is called once per bootstrap sample.
+        compute: From per-question columns to the number. [`mean`], [`ratio`] and [`of_sums`] make fast ones; any
+            other function works too and is called once per bootstrap sample.
     """
 
     name: str
@@ -91,18 +96,34 @@ def mean(column: str, scale: float = 1.0, where: tuple[str, str] | None = None) 
         scale: 100 for a share in %.
         where: `(group, value)`: only rows of this group count.
     """
-    return Statistic(partial(_mean_terms, column=column, where=where), partial(_quotient, scale=scale))
+    return replace(ratio(column, _ROW, scale, where, share=True), is_mean=True)
 
 
-def ratio(numerator: str, denominator: str, scale: float = 1.0, where: tuple[str, str] | None = None) -> Statistic:
-    """Sum of one column divided by the sum of another, over rows that have both; arguments as of [`mean`]."""
-    return Statistic(
-        partial(_column_terms, names=(numerator, denominator), where=where), partial(_quotient, scale=scale)
-    )
+def ratio(
+    numerator: str,
+    denominator: str,
+    scale: float = 1.0,
+    where: tuple[str, str] | None = None,
+    *,
+    share: bool = False,
+) -> Statistic:
+    """
+    Sum of one column divided by the sum of another, over rows that have both.
+
+    Args:
+        numerator, denominator: Names of columns.
+        scale, where: As of [`mean`].
+        share: Whether it lies between 0 and `scale`, which its interval at either end depends on.
+    """
+    return of_sums(_quotient, numerator, denominator, scale=scale, where=where, share=share)
 
 
 def of_sums(
-    formula: Callable[..., np.ndarray], *columns: str, scale: float = 1.0, where: tuple[str, str] | None = None
+    formula: Callable[..., np.ndarray],
+    *columns: str,
+    scale: float = 1.0,
+    where: tuple[str, str] | None = None,
+    share: bool | Callable[..., float] = False,
 ) -> Statistic:
     """
     Any formula of the sums of columns, such as F1 from counts or BLEU from n-gram counts.
@@ -113,40 +134,51 @@ def of_sums(
         columns: Names; rows that lack one of them do not count.
         scale: What the result is multiplied by.
         where: `(group, value)`: only rows of this group count.
+        share: Whether it lies between 0 and `scale`; or a formula of the same sums for the largest value.
     """
-    return Statistic(partial(_column_terms, names=columns, where=where), partial(_apply, formula=formula, scale=scale))
+    highest = None
+    if share:
+        highest = partial(_highest, share=share if callable(share) else None, scale=scale)
+    return Statistic(
+        partial(_counted, names=columns, where=where),
+        partial(_terms, names=columns, where=where),
+        partial(_apply, formula=formula, scale=scale),
+        highest,
+    )
 
 
-def _mean_terms(columns: Columns, column: str, where: tuple[str, str] | None) -> np.ndarray:
-    terms = _column_terms(columns, (column,), where)
-    values = columns.get(column, np.full(len(terms), np.nan))
-    counted = ~np.isnan(values) & _rows_of(columns, where, len(terms))
-    return np.column_stack([terms[:, 0], counted])
+_ROW = ""  # in place of a column: 1 in every row
 
 
-def _column_terms(columns: Columns, names: Sequence[str], where: tuple[str, str] | None) -> np.ndarray:
+def _column(columns: Columns, name: str) -> np.ndarray:
     rows = len(next(iter(columns.values()), ()))
-    missing = np.full(rows, np.nan)
-    values = np.column_stack([columns.get(name, missing) for name in names])
-    counted = ~np.isnan(values).any(axis=1) & _rows_of(columns, where, rows)
-    return np.where(counted[:, None], values, 0.0)
+    return np.ones(rows) if name == _ROW else columns.get(name, np.full(rows, np.nan))
 
 
-def _rows_of(columns: Columns, where: tuple[str, str] | None, rows: int) -> np.ndarray:
+def _counted(columns: Columns, names: Sequence[str], where: tuple[str, str] | None) -> np.ndarray:
+    counted = ~np.isnan(np.column_stack([_column(columns, name) for name in names])).any(axis=1)
     if where is None:
-        return np.ones(rows, bool)
+        return counted
     group, value = where
-    return columns[group] == value if group in columns else np.zeros(rows, bool)
+    return counted & (columns[group] == value if group in columns else False)
 
 
-def _quotient(sums: np.ndarray, scale: float) -> np.ndarray:
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return np.where(sums[..., 1] == 0, np.nan, scale * sums[..., 0] / sums[..., 1])
+def _terms(columns: Columns, names: Sequence[str], where: tuple[str, str] | None) -> np.ndarray:
+    values = np.column_stack([_column(columns, name) for name in names])
+    return np.where(_counted(columns, names, where)[:, None], values, 0.0)
+
+
+def _quotient(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
+    return np.where(denominator == 0, np.nan, numerator / denominator)
 
 
 def _apply(sums: np.ndarray, formula: Callable[..., np.ndarray], scale: float) -> np.ndarray:
     with np.errstate(divide="ignore", invalid="ignore"):
         return scale * np.asarray(formula(*np.moveaxis(sums, -1, 0)), float)
+
+
+def _highest(sums: np.ndarray, share: Callable[..., float] | None, scale: float) -> float:
+    return scale if share is None else scale * float(share(*sums))
 
 
 class Task(ABC):
@@ -236,61 +268,6 @@ def columns_of(records: Sequence[Record], groups: Iterable[str] = ()) -> dict[st
             [float(value) if isinstance(value, (bool, int, float)) else math.nan for value in values]
         )
     return columns
-
-
-def resampled(
-    statistics: Sequence[Callable[[Columns], float]],
-    columns: Columns,
-    *,
-    resamples: int = RESAMPLES,
-    seed: int = 0,
-) -> np.ndarray:
-    """
-    The statistics of bootstrap samples, each as large as the data, drawn with replacement.
-
-    All statistics see the same samples, and so does a second call with the same seed and number of rows: differences
-    between two models over the same questions are then paired.
-
-    Args:
-        statistics: What to compute.
-        columns: Arrays of the same length.
-        resamples: Number of samples.
-        seed: Draws them.
-
-    Returns:
-        Array (resamples, statistics), NaN where a sample holds nothing to divide by.
-    """
-    rows = len(next(iter(columns.values()), ()))
-    values = np.full((resamples, len(statistics)), np.nan)
-    if rows == 0:
-        return values
-    fast = {i: statistic for i, statistic in enumerate(statistics) if isinstance(statistic, Statistic)}
-    terms = {i: statistic.terms(columns) for i, statistic in fast.items()}
-    stacked = np.column_stack([np.zeros((rows, 0)), *terms.values()])
-    stops = np.cumsum([array.shape[1] for array in terms.values()])
-    rng = np.random.default_rng(seed)
-    chunk = max(1, _CHUNK // rows)
-    for start in range(0, resamples, chunk):
-        drawn = rng.integers(0, rows, size=(min(chunk, resamples - start), rows))
-        here = slice(start, start + len(drawn))
-        counts = np.stack([np.bincount(sample, minlength=rows) for sample in drawn]).astype(float)
-        for i, sums in zip(fast, np.split(counts @ stacked, stops[:-1], axis=1)):
-            values[here, i] = fast[i].formula(sums)
-        for i, statistic in enumerate(statistics):
-            if i not in fast:
-                values[here, i] = [
-                    statistic({name: column[sample] for name, column in columns.items()}) for sample in drawn
-                ]
-    return values
-
-
-def interval(samples: np.ndarray, level: float = 0.95) -> tuple[float, float] | None:
-    """The percentile interval of bootstrap samples (resamples,); `None` if none of them is a number."""
-    finite = samples[np.isfinite(samples)]
-    if not len(finite):
-        return None
-    low, high = np.quantile(finite, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
 
 
 def read_json(path: Path, read_object: Callable[[list[tuple[str, Any]]], object] | None = None) -> Any:

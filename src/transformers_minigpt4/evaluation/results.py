@@ -13,7 +13,8 @@ from transformers_minigpt4.utils.files import write_json
 from transformers_minigpt4.utils.versions import PACKAGE, git_revision, package_versions
 
 from .answering import image_digest
-from .evaluator import GREEDY, Question, Record, Task, columns_of, interval, resampled
+from .evaluator import GREEDY, Question, Record, Task, columns_of
+from .intervals import confidence_interval, counted_rows, resampled
 
 
 ANSWERS = "answers"  # folder with one JSON Lines file per task
@@ -52,6 +53,7 @@ class TaskResults(TypedDict, total=False):
     generation: dict[str, object]
     metrics: dict[str, float]
     intervals: dict[str, list[float]]
+    questions: dict[str, int]
     primary: str
     higher_is_better: dict[str, bool | None]
     units: dict[str, str]
@@ -110,7 +112,7 @@ def environment() -> dict[str, object]:
 
 def summarize(task: Task, questions: Sequence[Question], records: Sequence[Record], *, seed: int = 0) -> TaskResults:
     """
-    One task's metrics with their 95 % bootstrap intervals over questions.
+    One task's metrics with their 95 % intervals over questions, see [`~intervals.confidence_interval`].
 
     Args:
         task: Defines the metrics.
@@ -119,18 +121,24 @@ def summarize(task: Task, questions: Sequence[Question], records: Sequence[Recor
         seed: Seed of the bootstrap.
 
     Returns:
-        `metrics`, `intervals` (`[low, high]`), `primary`, `higher_is_better`, `units`, `groups`, `samples`, `failures`
-        and `without_value`: metrics for which no question gave a number, which neither of the first two contains.
+        `metrics`, `intervals` (`[low, high]`), `questions` (how many each metric counts), `primary`,
+        `higher_is_better`, `units`, `groups`, `samples`, `failures` and `without_value`: metrics for which no question
+        gave a number, which neither of the first two contains.
     """
     groups = sorted({group for question in questions for group in question.groups})
     columns = columns_of(records, groups)
     samples = resampled([metric.compute for metric in task.metrics], columns, seed=seed)
     values = {metric.name: float(metric.compute(columns)) for metric in task.metrics}
     finite = {name: value for name, value in values.items() if math.isfinite(value)}
-    spans = {metric.name: interval(samples[:, i]) for i, metric in enumerate(task.metrics) if metric.name in finite}
+    spans = {
+        metric.name: confidence_interval(metric, columns, samples[:, i])
+        for i, metric in enumerate(task.metrics)
+        if metric.name in finite
+    }
     return {
         "metrics": finite,
         "intervals": {name: list(span) for name, span in spans.items() if span is not None},
+        "questions": {metric.name: counted_rows(metric.compute, columns) for metric in task.metrics},
         "primary": task.primary,
         "higher_is_better": {metric.name: metric.higher_is_better for metric in task.metrics},
         "units": {metric.name: metric.unit for metric in task.metrics},

@@ -363,7 +363,7 @@ def _evaluations(results: Facts, path: Path) -> Iterable[JsonObject]:
                 "metric": _cell(metric),
                 "value": value,
                 "interval": f"{interval[0]:.4g} to {interval[1]:.4g}" if interval else "",
-                "samples": _cell(task.get("samples")),
+                "samples": _cell((task.get("questions") or {}).get(metric, task.get("samples"))),
             }
 
 

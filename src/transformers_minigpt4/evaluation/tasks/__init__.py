@@ -1,5 +1,6 @@
 """The tasks by name; each module is imported when its task is asked for."""
 
+from collections.abc import Iterable
 from importlib import import_module
 from typing import TYPE_CHECKING
 
@@ -23,15 +24,26 @@ TASKS: dict[str, tuple[str, str]] = {
 }
 
 
+def check_names(names: Iterable[str]) -> None:
+    """
+    Refuse unknown tasks.
+
+    Raises:
+        ValueError: for an unknown name, with the known ones.
+    """
+    for name in names:
+        if name not in TASKS:
+            raise ValueError(f"there is no task {name!r}; the tasks are {', '.join(TASKS)}")
+
+
 def load_task(name: str) -> "Task":
     """
     Create a task.
 
     Raises:
-        ValueError: for an unknown name, with the known ones.
+        ValueError: as of [`check_names`].
     """
-    if name not in TASKS:
-        raise ValueError(f"there is no task {name!r}; the tasks are {', '.join(TASKS)}")
+    check_names([name])
     module, kind = TASKS[name]
     task: Task = getattr(import_module(f".{module}", __name__), kind)()
     return task

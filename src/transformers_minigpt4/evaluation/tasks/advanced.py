@@ -53,9 +53,14 @@ def _successes(succeeded: np.ndarray, judged: np.ndarray, images: np.ndarray, as
     return np.where(judged == 0, np.nan, _count(succeeded, images, asked))
 
 
+def _most(succeeded: float, judged: float, images: float, asked: float) -> float:
+    """The largest number of successes."""
+    return images / asked
+
+
 def _metrics(task: str) -> Iterator[Metric]:
     where = ("task", task)
-    successes = of_sums(_successes, "succeeded", "judged", "images", "asked", where=where)
+    successes = of_sums(_successes, "succeeded", "judged", "images", "asked", where=where, share=_most)
     yield Metric(f"successes/{task}", True, "images", successes)
     yield Metric(f"judged/{task}", None, "images", of_sums(_count, "judged", "images", "asked", where=where))
 

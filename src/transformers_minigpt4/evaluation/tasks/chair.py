@@ -24,8 +24,9 @@ _LISTS: dict[str, ObjectWords] = {}
 
 def _metrics(length: str) -> tuple[Metric, ...]:
     where = ("length", length)
+    chair_i = ratio("hallucinated", "mentioned", scale=100, where=where, share=True)
     return (
-        Metric(f"chair_i/{length}", False, "%", ratio("hallucinated", "mentioned", scale=100, where=where)),
+        Metric(f"chair_i/{length}", False, "%", chair_i),
         Metric(f"chair_s/{length}", False, "%", mean("has_hallucination", scale=100, where=where)),
         Metric(f"words/{length}", None, "words", mean("words", where=where)),
         Metric(f"mentioned/{length}", None, "objects", mean("mentioned", where=where)),

@@ -1,6 +1,7 @@
 """POPE: whether a model claims that absent objects are in an image, asked by yes-or-no questions."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -34,10 +35,11 @@ def f1(hits: np.ndarray, false_alarms: np.ndarray, misses: np.ndarray) -> np.nda
 def _metrics(sampling: str | None) -> Iterator[Metric]:
     where = None if sampling is None else ("sampling", sampling)
     suffix = "" if sampling is None else f"/{sampling}"
-    yield Metric(f"f1{suffix}", True, "%", of_sums(f1, "hit", "false_alarm", "miss", scale=100, where=where))
+    share = partial(of_sums, scale=100, where=where, share=True)
+    yield Metric(f"f1{suffix}", True, "%", share(f1, "hit", "false_alarm", "miss"))
     yield Metric(f"accuracy{suffix}", True, "%", mean("correct", scale=100, where=where))
-    yield Metric(f"precision{suffix}", True, "%", of_sums(precision, "hit", "false_alarm", scale=100, where=where))
-    yield Metric(f"recall{suffix}", True, "%", of_sums(recall, "hit", "miss", scale=100, where=where))
+    yield Metric(f"precision{suffix}", True, "%", share(precision, "hit", "false_alarm"))
+    yield Metric(f"recall{suffix}", True, "%", share(recall, "hit", "miss"))
     yield Metric(f"yes{suffix}", None, "%", mean("yes", scale=100, where=where))
     yield Metric(f"unclear{suffix}", False, "%", mean("unclear", scale=100, where=where))
 
