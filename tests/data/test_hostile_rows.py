@@ -4,8 +4,11 @@ import json
 import os
 import re
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from data_files import caption, image_bytes, image_files, numbers, sample, shard, write_csv
+from datasets import Features, Image, Value
 
 from transformers_minigpt4.data import webdataset
 from transformers_minigpt4.data.images import image_bytes as read_image
@@ -210,6 +213,23 @@ def test_a_key_that_is_not_unicode(tmp_path):
     shard(tmp_path / "0.tar", {"caf\udce9": sample(0)})
     (row,), _ = read(f"wds:{tmp_path}/0.tar")
     assert row["key"] == "0.tar/caf\\udce9"
+
+
+@pytest.mark.parametrize("column", ["caption", "id"])
+def test_a_bad_text_in_a_parquet_file_costs_its_row(column, tmp_path):
+    table = {"id": [b"a", b"b", b"c"], "caption": [caption(number).encode() for number in range(3)]}
+    table[column][1] = b"caf\xe9"
+    columns = {name: pa.array(values).view(pa.string()) for name, values in table.items()}
+    schema = Features({"id": Value("string"), "caption": Value("string"), "image": Image()}).arrow_schema
+    images = [{"bytes": image_bytes(number), "path": None} for number in range(3)]
+    columns["image"] = pa.array(images, schema.field("image").type)
+    (tmp_path / "data").mkdir()
+    rows = pa.table(columns).replace_schema_metadata(schema.metadata)
+    pq.write_table(rows, tmp_path / "data" / "train-00000-of-00001.parquet")
+    found, skipped = read(f"dataset:{tmp_path}")
+    assert numbers(found) == [0, 2]
+    key, reason = only_example(skipped)
+    assert key == "0/row 1" and "not UTF-8" in reason
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")

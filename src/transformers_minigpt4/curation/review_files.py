@@ -168,6 +168,8 @@ def _import_row(
 def _read(path: PathLike) -> Iterator[tuple[int, dict[str, str]]]:
     """The rows of a file with the number of the line that each begins on."""
     kind = _kind(path)
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise CurationError(f"{os.fspath(path)} is not a regular file; give the file that the export wrote")
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             yield from _read_csv(file, path) if kind == "csv" else _read_jsonl(file, path)

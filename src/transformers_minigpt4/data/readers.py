@@ -171,15 +171,21 @@ class DatasetReader:
         number = 0
         try:
             # `iter` with a batch size, because plain iteration would split the shard among data workers once more.
-            for batch in rows.iter(batch_size=16):
-                for place, image in enumerate(batch[self.image]):
-                    label = batch[self.id][place] if self.id is not None else number
-                    yield self._row(f"{shard}/{label}", image, batch[self.caption][place])
+            # As Arrow tables, whose values become Python's one at a time, since one that cannot is one bad row.
+            for batch in rows.with_format("arrow").iter(batch_size=16):
+                for place in range(batch.num_rows):
+                    yield self._row(f"{shard}/", number, batch.slice(place, 1))
                     number += 1
         except (OSError, ValueError, RuntimeError, pa.ArrowException) as error:
             yield BadRow("shard", f"shard {shard}", f"{type(error).__name__} after {number} rows: {error}")
 
-    def _row(self, key: str, image: UndecodedImage | None, caption: object) -> Entry:
+    def _row(self, prefix: str, number: int, row: pa.Table) -> Entry:
+        try:
+            label = row[self.id][0].as_py() if self.id is not None else number
+            key = f"{prefix}{label}"
+            image, caption = row[self.image][0].as_py(), row[self.caption][0].as_py()
+        except UnicodeDecodeError as error:
+            return BadRow("entry", f"{prefix}row {number}", f"a text is not UTF-8: {error}")
         if image is None or (image["bytes"] is None and not image["path"]):
             return BadRow("image", key, "the row has no image")
         return caption_row(key, [{"bytes": image["bytes"], "path": image["path"]}], caption)

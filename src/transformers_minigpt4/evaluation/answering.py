@@ -168,7 +168,7 @@ class AnswerStore:
 def _parse(line: bytes) -> JsonObject | None:
     try:
         record = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     keys = ("id", "key")
     return record if isinstance(record, dict) and all(isinstance(record.get(key), str) for key in keys) else None

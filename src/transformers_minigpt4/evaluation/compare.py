@@ -1,6 +1,5 @@
 """Compares results over the same questions: tables like the papers', paired differences and their significance."""
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -11,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from transformers_minigpt4.utils.files import JsonObject
+from transformers_minigpt4.utils.json_files import json_lines
 
 from .evaluator import Columns, Metric, Statistic, Task, columns_of
 from .intervals import interval, resampled
@@ -155,11 +155,11 @@ def read_answers(run: Run, task: str) -> list[JsonObject]:
     path = run.folder / ANSWERS / f"{task}.jsonl"
     if not path.is_file():
         raise ValueError(f"there is no {str(path)!r} next to results.json; evaluate {run.name} again")
-    with path.open(encoding="utf-8") as file:
-        try:
-            rows: list[JsonObject] = [json.loads(line) for line in file]
-        except ValueError as error:
-            raise ValueError(f"{str(path)!r} is not JSON Lines ({error}); evaluate {run.name} again") from error
+    rows: list[JsonObject] = []
+    for number, row in json_lines(path):
+        if not isinstance(row, dict):
+            raise ValueError(f"line {number} of {str(path)!r} is not an answer ({row}); evaluate {run.name} again")
+        rows.append(row)
     if len(rows) != run.tasks[task]["samples"]:
         raise ValueError(
             f"{str(path)!r} holds {len(rows)} answers, but results.json says {run.tasks[task]['samples']}; "

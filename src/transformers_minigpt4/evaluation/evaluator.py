@@ -1,6 +1,5 @@
 """What all evaluation tasks share: questions, answers, scored records and metrics."""
 
-import json
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -14,6 +13,7 @@ import numpy as np
 from transformers_minigpt4.inference.sources import ImageSource
 from transformers_minigpt4.llm.client import ChatModel
 from transformers_minigpt4.utils.files import JsonObject
+from transformers_minigpt4.utils.json_files import json_lines, open_regular, parse_json
 
 
 Columns: TypeAlias = Mapping[str, np.ndarray]
@@ -279,10 +279,12 @@ def read_json(path: Path, read_object: Callable[[list[tuple[str, Any]]], object]
         read_object: Called with the pairs of each object, see `object_pairs_hook` of `json.loads`.
 
     Raises:
+        OSError: if the file cannot be read, or is not a regular file.
         ValueError: if the file does not exist or is not JSON.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=read_object)
+        with open_regular(path) as file:
+            return parse_json(file.read(), read_object)
     except FileNotFoundError as error:
         raise ValueError(
             f"there is no file {str(path)!r}; docs/reference/tasks.md lists the files of each task"
@@ -301,16 +303,10 @@ def read_json_lines(path: Path) -> list[Any]:
     if not path.is_file():
         raise ValueError(f"there is no file {str(path)!r}; docs/reference/tasks.md lists the files of each task")
     rows = []
-    # As bytes, so that a wrong encoding is reported with its line as well.
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                try:
-                    rows.append(json.loads(line))
-                except ValueError as error:
-                    raise ValueError(
-                        f"line {number} of {str(path)!r} is not JSON ({error}); fetch it again"
-                    ) from error
+    for number, row in json_lines(path):
+        if isinstance(row, ValueError):  # a benchmark without some of its rows is another one
+            raise ValueError(f"line {number} of {str(path)!r} is not JSON ({row}); fetch it again") from row
+        rows.append(row)
     return rows
 
 

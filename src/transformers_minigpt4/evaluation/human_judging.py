@@ -2,7 +2,6 @@
 
 import csv
 import hashlib
-import json
 import os
 import random
 import shutil
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import TypedDict
 
 from transformers_minigpt4.utils.files import JsonLinesWriter, atomic_file, write_json
+from transformers_minigpt4.utils.json_files import parse_json
 from transformers_minigpt4.utils.text import spreadsheet_cell
 from transformers_minigpt4.web.html import person_name
 
@@ -126,7 +126,7 @@ class Sheet:
         for line in path.read_bytes().splitlines(keepends=True) if path.is_file() else ():
             if line.endswith(b"\n") and line.strip():
                 try:
-                    row = json.loads(line)
+                    row = parse_json(line)
                     person = found.setdefault(row["person"], {})
                     person.pop(row["item"], None)
                     person[row["item"]] = row["success"]

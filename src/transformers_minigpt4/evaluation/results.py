@@ -10,6 +10,7 @@ from typing import TypedDict
 from transformers_minigpt4.modeling.trained_modules_minigpt4 import fingerprint
 from transformers_minigpt4.utils.file_names import RESULTS_FILE, RUN_FILE
 from transformers_minigpt4.utils.files import write_json
+from transformers_minigpt4.utils.json_files import parse_json
 from transformers_minigpt4.utils.versions import PACKAGE, git_revision, package_versions
 
 from .answering import image_digest
@@ -197,7 +198,7 @@ def read_results(folder: Path) -> Results:
     if not path.is_file():
         raise ValueError(f"there is no {str(path)!r}; create it with `minigpt4 evaluate CHECKPOINT --output {folder}`")
     try:
-        results: Results = json.loads(path.read_text(encoding="utf-8"))
+        results: Results = parse_json(path.read_bytes())
     except ValueError as error:
         raise ValueError(f"{str(path)!r} is not JSON ({error}); evaluate again") from error
     if not isinstance(results, dict) or results.get("format") != FORMAT or "tasks" not in results:

@@ -151,7 +151,7 @@ class CaptionFile:
 def _parse(line: bytes) -> dict[str, str] | None:
     try:
         record = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     keys = ("image", "caption", "prompt", "model")
     return record if isinstance(record, dict) and all(isinstance(record.get(key), str) for key in keys) else None

@@ -208,7 +208,7 @@ def to_json(record: Mapping[str, object]) -> str:
 def _is_no_json(line: bytes) -> bool:
     try:
         json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return True
     return False
 
