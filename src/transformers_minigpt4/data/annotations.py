@@ -19,7 +19,7 @@ _COCO_ADVICE = "give a captions file of COCO, such as captions_train2017.json"
 _LLAVA_IMAGE = "<image>"
 _LLAVA_ROLES = {"human": "user", "gpt": "assistant"}
 METADATA = ("metadata.jsonl", "metadata.csv")  # of an image folder
-_PATH_COLUMNS = ("file_name", "image", "path", "image_path", "file")
+PATH_COLUMNS = ("file_name", "image", "path", "image_path", "file")
 
 
 def llava(path: Path, images: Path | None) -> Iterator[Entry]:
@@ -139,12 +139,12 @@ def table(path: Path, images: Path | None) -> Iterator[Entry]:
         if isinstance(record, BadRow):
             yield record
             continue
-        name = next((record[column] for column in _PATH_COLUMNS if record.get(column)), None)
+        name = next((record[column] for column in PATH_COLUMNS if record.get(column)), None)
         caption = next((record[column] for column in CAPTION_COLUMNS if record.get(column)), None)
         if isinstance(name, str):
             yield caption_row(f"{where} ({name})", image_file(folder, name), caption)
         else:
-            yield BadRow("image", where, f"no path under any of {', '.join(_PATH_COLUMNS)}")
+            yield BadRow("image", where, f"no path under any of {', '.join(PATH_COLUMNS)}")
 
 
 def imagefolder(path: Path, images: Path | None) -> Iterator[Entry]:
@@ -174,7 +174,7 @@ def _csv_rows(path: Path, delimiter: str) -> Located:
             columns = rows.fieldnames or []
         except csv.Error as error:
             raise DataError(f"{path} is not a table of text: {error}") from error
-        for wanted in (_PATH_COLUMNS, CAPTION_COLUMNS):
+        for wanted in (PATH_COLUMNS, CAPTION_COLUMNS):
             if not set(wanted) & set(columns):
                 raise DataError(
                     f"{path} needs a column {' or '.join(wanted)}; it has {', '.join(columns)[:200] or 'none'}"

@@ -1,10 +1,13 @@
 """Opens sources of rows, named in one line each, and mixes them into one stream for training."""
 
+import glob
 import hashlib
+import logging
+import math
 import os
 import re
 from collections.abc import Callable, Container, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -14,6 +17,7 @@ from PIL import Image
 from transformers_minigpt4.processing.image_utils_minigpt4 import load_image
 
 from . import annotations
+from .guess import guess_kind
 from .images import image_bytes, image_key
 from .prompt_formats import PROMPT_FORMATS, PromptFormat, draw_instruction, render
 from .readers import AnnotationReader, BadRow, DatasetReader, Entry, Reader
@@ -22,6 +26,8 @@ from .skipped_rows import SkippedRows
 from .stream import RAW_FEATURES, RawColumns, SourceIterable, raw_row
 from .webdataset import WebdatasetReader
 
+
+logger = logging.getLogger(__name__)
 
 # Kinds of sources that are one file or folder of annotations, and whether `images=` may say where the images are.
 _ANNOTATION_READERS: dict[str, tuple[Callable[[Path, Path | None], Iterator[Entry]], bool]] = {
@@ -42,13 +48,18 @@ KINDS = tuple(_OPTIONS)
 
 @dataclass(frozen=True)
 class Source:
-    """Where rows come from: `KIND:PATH`, followed by `::images=FOLDER`, `::split=NAME` and `::weight=NUMBER`."""
+    """
+    Where rows come from: `KIND:PATH`, followed by `::images=FOLDER`, `::split=NAME` and `::weight=NUMBER`.
+
+    `guessed` says from what the kind was guessed, if only a path was given.
+    """
 
     kind: str
     path: str
     images: str | None = None
     split: str | None = None
     weight: float | None = None
+    guessed: str | None = field(default=None, compare=False)
 
     def __str__(self) -> str:
         options = {"images": self.images, "split": self.split, "weight": self.weight}
@@ -63,12 +74,19 @@ def parse_source(text: str) -> Source:
     """
     Reads one line of a configuration, such as `wds:/data/laion/{00000..01255}.tar::weight=115`.
 
+    Of a path without a kind, the kind is guessed, see [`guess_kind`].
+
     Raises:
-        DataError: for an unknown kind or option, an option that the kind does not have, a missing path, a bad weight.
+        DataError: for an unknown kind or option, an option that the kind does not have, a missing path, a bad weight,
+            and a path whose kind cannot be guessed.
     """
     first, *options = str(text).split("::")
     kind, colon, path = first.partition(":")
-    if kind not in KINDS or not colon or not path:
+    guessed = None
+    if kind not in KINDS or not colon:
+        path = first
+        kind, guessed = guess_kind(path, KINDS)
+    if not path:
         raise DataError(f"{text!r} is not a source; write KIND:PATH, with KIND one of {', '.join(KINDS)}")
     values: dict[str, str] = {}
     for option in options:
@@ -82,9 +100,10 @@ def parse_source(text: str) -> Source:
             raise DataError(f"{name} is given twice in {text!r}")
         values[name] = value
     weight = values.get("weight")
-    if weight is not None and (not re.fullmatch(r"\d+(\.\d+)?", weight) or not float(weight)):
+    if weight is not None and (not re.fullmatch(r"\d+(\.\d+)?", weight) or not 0 < float(weight) < math.inf):
         raise DataError(f"the weight in {text!r} must be a number above zero, such as 115")
-    return Source(kind, path, values.get("images"), values.get("split"), None if weight is None else float(weight))
+    number = None if weight is None else float(weight)
+    return Source(kind, path, values.get("images"), values.get("split"), number, guessed)
 
 
 def open_reader(source: Source) -> Reader:
@@ -122,7 +141,11 @@ def _open_dataset(source: Source) -> tuple[IterableDataset, int | None]:
         if os.path.isfile(os.path.join(source.path, "state.json")):  # written by save_to_disk
             saved = load_from_disk(source.path)
             return saved.to_iterable_dataset(num_shards=min(64, max(1, len(saved)))), len(saved)
-        stream = load_dataset(source.path, split=split, streaming=True)
+        if os.path.isfile(source.path) and source.path.lower().endswith(".parquet"):
+            files = glob.escape(source.path)
+            stream = load_dataset("parquet", data_files={split: files}, split=split, streaming=True)
+        else:
+            stream = load_dataset(source.path, split=split, streaming=True)
         recorded = (stream.info.splits or {}).get(split)
         return stream, recorded.num_examples or None if recorded is not None else None
     except Exception as error:  # datasets raises a dozen kinds, all of which mean that it cannot be read
@@ -281,6 +304,9 @@ def _chosen(sources: str | Source | Sequence[str | Source]) -> list[Source]:
     chosen = [source if isinstance(source, Source) else parse_source(source) for source in listed]
     if not chosen:
         raise DataError("name at least one source")
+    for given, source in zip(listed, chosen):
+        if isinstance(given, str) and source.guessed is not None:
+            logger.warning("%s is read as %s, because it is %s", source.path, source, source.guessed)
     if len({(source.kind, source.path, source.split) for source in chosen}) < len(chosen):
         raise DataError(
             f"a source is named twice among {', '.join(map(str, chosen))}; give it a larger weight instead"

@@ -19,8 +19,9 @@ from .schema import DataError
 
 
 _IMAGES = {"jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff"}
-_REMOTE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+REMOTE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _BRACES = re.compile(r"\{([^{}]*)\}")
 # 5.8 billion pairs, as LAION-5B has, in img2dataset's shards of 10,000 are 580,000.
 MAX_SHARDS = 1_000_000
@@ -166,7 +167,7 @@ def find_shards(pattern: str) -> list[str]:
     A plain name in a range of braces need not exist: the run counts missing shards. Of a dataset on the Hub that is
     named without a pattern, the shards with `train` in their names are taken if there are any.
     """
-    if not _REMOTE.match(pattern) and not os.path.exists(pattern) and _HUB_ID.fullmatch(pattern):
+    if not REMOTE.match(pattern) and not os.path.exists(pattern) and HUB_ID.fullmatch(pattern):
         try:
             shards = _expand_remote(f"hf://datasets/{pattern}/**/*.tar")
         except (OSError, ValueError) as error:
@@ -176,15 +177,15 @@ def find_shards(pattern: str) -> list[str]:
         return [shard for shard in shards if "train" in shard.rsplit("/", 1)[-1]] or shards
     found: list[str] = []
     for one in expand_braces(pattern):
-        if _REMOTE.match(one):
+        if REMOTE.match(one):
             found += _expand_remote(one)
         elif os.path.isdir(one):
-            found += glob.glob(os.path.join(glob.escape(one), "*.tar"))
+            found += [path for end in TAR_SUFFIXES for path in glob.glob(os.path.join(glob.escape(one), f"*{end}"))]
         elif glob.has_magic(one) and not os.path.exists(one):
             found += glob.glob(one, recursive=True)
         else:
             found.append(one)
-    if not any(_REMOTE.match(path) or os.path.isfile(path) for path in found):
+    if not any(REMOTE.match(path) or os.path.isfile(path) for path in found):
         return []
     return sorted(set(found))
 
