@@ -3,6 +3,8 @@
 import contextlib
 import json
 import os
+import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -21,6 +23,7 @@ from typer.testing import CliRunner, Result
 from transformers_minigpt4 import cli
 from transformers_minigpt4.inference.demo_checkpoint import keep_checkpoint
 from transformers_minigpt4.processing.pipeline_minigpt4 import DEFAULT_PROMPT
+from transformers_minigpt4.utils.files import file_lock
 
 
 @pytest.fixture(autouse=True)
@@ -101,6 +104,14 @@ class TestOutput:
         result = minigpt4("describe", folder / "0.png", folder / "1.png", "--max-new-tokens", 2)
         assert result.exit_code == 0
         assert lines(result.stdout)[0]["model"] == str(kept)
+        assert result.stderr.count("the demo's model, which knows drawn shapes only") == 1
+
+    @pytest.mark.parametrize("source", ["python:transformers_minigpt4.demo.run:stage_2_rows", "cc_sbu_align:data"])
+    def test_model_of_the_toy_world(self, source, tiny_checkpoint, folder, tmp_path):
+        shutil.copytree(tiny_checkpoint, tmp_path / "copy")
+        (tmp_path / "copy" / "run.json").write_text(json.dumps({"recipe": {"sources": [source]}}))
+        result = minigpt4("describe", folder / "0.png", "--model", tmp_path / "copy", "--max-new-tokens", 2)
+        assert ("knows drawn shapes only" in result.stderr) == source.startswith("python")
 
     def test_default_prompt_is_the_pipelines(self, tiny_checkpoint, folder):
         result = minigpt4("describe", folder, "--model", tiny_checkpoint, "--max-new-tokens", 1)
@@ -172,8 +183,14 @@ class TestErrors:
         assert "was made with model 'other'" in self.one_line(*command)
 
     def test_unwritable_output(self, folder, tiny_checkpoint, tmp_path):
-        command = ("describe", folder, "--model", tiny_checkpoint, "--output", tmp_path / "gone" / "c.jsonl")
-        assert "there is no folder" in self.one_line(*command)
+        (tmp_path / "file").touch()
+        command = ("describe", folder, "--model", tiny_checkpoint, "--output", tmp_path / "file" / "c.jsonl")
+        assert "is not a folder; choose another --output" in self.one_line(*command)
+
+    def test_output_in_use(self, folder, tiny_checkpoint, tmp_path):
+        command = ("describe", folder, "--model", tiny_checkpoint, "--output", tmp_path / "c.jsonl")
+        with file_lock(tmp_path / "c.jsonl", ""):
+            assert f"another run (process {os.getpid()}) writes to" in self.one_line(*command)
 
     def test_debug_shows_the_trace(self, folder):
         result = minigpt4("--debug", "describe", folder, "--model", "./gone")
@@ -196,6 +213,12 @@ class TestResume:
         first = minigpt4(*command)
         assert first.exit_code == 1 and first.stdout == "" and "4 described" in first.stderr
         kept = output.read_text()
+
+        again = minigpt4(*command)  # what has been reported is no news
+        assert again.exit_code == 0 and f"1 images failed before and still cannot be read, see {output}.failed" in (
+            again.stderr
+        )
+        assert f"all other 4 images are in {output} already" in again.stderr and output.read_text() == kept
 
         (tmp_path / "good.png").replace(folder / "2.png")
         second = minigpt4(*command)
@@ -245,7 +268,11 @@ class TestProcess:
             assert process.stdout.readline().startswith("{")
             started = time.monotonic()
             process.send_signal(signal.SIGINT)
-            assert process.communicate(timeout=60)[1] == "minigpt4: stopped after 1 of 2 images\n"
+            line = process.communicate(timeout=60)[1]
+            assert line.startswith(
+                "minigpt4: stopped after 1 of 2 images; nothing can be resumed, `minigpt4 describe "
+            )
+            assert line.endswith(" --batch-size 1` starts again from the beginning\n")
             assert process.returncode == 130
             assert time.monotonic() - started < 10
 
@@ -261,6 +288,7 @@ class TestProcess:
         if by == signal.SIGINT:
             assert process.returncode == 130
             assert stderr.startswith("minigpt4: stopped after") and stderr.count("\n") == 1
+            assert stderr.endswith(f"`minigpt4 {shlex.join(map(str, [*command, '--output', stopped]))}` resumes\n")
         finished = lines(stopped.read_text(encoding="utf-8"))
         assert 2 <= len(finished) < 12
 

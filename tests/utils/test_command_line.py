@@ -6,7 +6,7 @@ from typer.testing import CliRunner, Result
 
 from transformers_minigpt4.utils import command_line
 from transformers_minigpt4.utils.command_line import BatchSize, Command, Group, interruptible, this_command
-from transformers_minigpt4.utils.files import FolderInUseError
+from transformers_minigpt4.utils.files import InUseError
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +36,7 @@ class OutOfMemoryError(RuntimeError):
         (ValueError(), "ValueError"),
         (FileNotFoundError(2, "No such file", "a.txt"), "a.txt: No such file"),
         (FileExistsError("a exists. Name another."), "a exists. Name another."),
-        (FolderInUseError("Another run writes into a."), "Another run writes into a."),
+        (InUseError("Another run writes into a."), "Another run writes into a."),
         (KeyError("a"), "KeyError: 'a' (`minigpt4 --debug ...` shows the trace)"),
         (OutOfMemoryError("tried to allocate"), "the device is out of memory; lower --batch-size"),
     ],

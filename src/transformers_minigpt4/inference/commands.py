@@ -3,7 +3,7 @@
 import sys
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
@@ -14,13 +14,17 @@ from transformers_minigpt4.utils.command_line import (
     TrustRemoteCode,
     complain,
     interruptible,
+    restart,
+    this_command,
 )
 
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-    from .describe import CaptionFile
+    from tqdm import tqdm
+
+    from .caption_file import CaptionFile
 
 
 def describe(
@@ -63,41 +67,46 @@ def describe(
 
     The description of a single image is streamed to the screen. Several images give one JSON line each, on standard
     output or appended to --output: {"image", "caption", "prompt", "model"}. An image that fails is reported and
-    skipped, and the exit status is then 1; rerunning the command with the same --output tries it again.
+    skipped, and the exit status is then 1. Rerunning the command with the same --output tries it again; if it still
+    cannot be read, a note says so and the exit status is 0.
 
     Examples:
         minigpt4 describe photo.jpg
         minigpt4 describe photos --model my-checkpoint --output captions.jsonl
     """
-    from .demo_checkpoint import demo_checkpoint
-    from .describe import CaptionFile
-    from .describe import describe as describe_images
-    from .loading import load_model_and_processor
-    from .sources import expand_sources
-    from .streaming import CaptionStreamer
-
+    how = restart() if output is None else f"`{this_command()}` resumes"
+    if "-" in images:
+        how += " with the same list on standard input"
     with ExitStack() as stack:
+        stack.enter_context(interruptible(f"stopped before the first image; {how}"))
+        from .caption_file import CaptionFile
+        from .demo_checkpoint import demo_checkpoint, knows_drawn_shapes_only
+        from .describe import describe as describe_images
+        from .loading import load_model_and_processor
+        from .sources import expand_sources
+        from .streaming import CaptionStreamer
+
         sources = expand_sources(images, sys.stdin)
         if not sources:
             raise ValueError("the list of images is empty; name at least one file, folder or URL")
         checkpoint = model or demo_checkpoint()
         captions = stack.enter_context(CaptionFile(output, prompt, checkpoint)) if output else None
-        remaining = [source for source in sources if captions is None or source not in captions.done]
-        if captions is not None and not remaining:
-            typer.echo(f"all {len(sources)} images are in {output} already", err=True)
+        run = _Run(sources, captions, how)
+        if not run.remaining:
             return
+        if knows_drawn_shapes_only(checkpoint):
+            complain("this is the demo's model, which knows drawn shapes only; name another one with --model")
         loaded, processor = load_model_and_processor(checkpoint, dtype, device, trust_remote_code)
         streamed = len(sources) == 1 and captions is None
         settings: dict[str, Any] = {"max_new_tokens": max_new_tokens} if max_new_tokens is not None else {}
         if streamed:
             batch_size = 1
-            settings["streamer"] = CaptionStreamer(processor, lambda text: typer.echo(text, nl=False))
+            settings["streamer"] = CaptionStreamer(processor, run.show)
         records = describe_images(
-            remaining, loaded, processor, prompt=prompt, batch_size=batch_size, do_sample=sample, **settings
+            run.remaining, loaded, processor, prompt=prompt, batch_size=batch_size, do_sample=sample, **settings
         )
-        failed = (
-            _finish_one(records) if streamed else _write_all(records, len(remaining), captions, prompt, checkpoint)
-        )
+        stack.enter_context(interruptible(run.stopped))
+        failed = _finish_one(records) if streamed else run.write_all(records, prompt, checkpoint)
         if failed:
             raise typer.Exit(1)
 
@@ -112,37 +121,68 @@ def _finish_one(records: "Iterator[dict[str, str]]") -> int:
     return 0
 
 
-def _write_all(
-    records: "Iterable[dict[str, str]]", count: int, captions: "CaptionFile | None", prompt: str, checkpoint: str
-) -> int:
-    """Writes one JSON line per image to `captions` or stdout; returns how many images failed."""
-    from tqdm.auto import tqdm
+class _Run:
+    """
+    The images that one command describes, and how far it is.
 
-    from transformers_minigpt4.utils.files import to_json
+    Args:
+        sources: All images, those that are in `captions` already included.
+        captions: Where the answers go; by default to stdout.
+        how: How to resume or to start again.
+    """
 
-    done = failed = 0
-    where = f" in {captions.path}" if captions is not None else ""
+    def __init__(self, sources: list[str], captions: "CaptionFile | None", how: str) -> None:
+        self.captions, self.how = captions, how
+        self.where = f" in {captions.path}" if captions is not None else ""
+        self.done = self.failed = 0
+        self.mid_line = False
+        self.bar: tqdm[NoReturn] | None = None
+        self.remaining = sources
+        if captions is None:
+            return
+        self.remaining, still = captions.remaining(sources)
+        if still:
+            typer.echo(f"{still} images failed before and still cannot be read, see {captions.failures}", err=True)
+        if not self.remaining:
+            typer.echo(
+                f"all {'other ' if still else ''}{len(sources) - still} images are{self.where} already", err=True
+            )
 
-    def stopped() -> str:
-        bar.close()
-        resume = f", now{where}; rerun the same command to resume" if captions is not None else ""
-        return f"stopped after {done} of {count} images{resume}"
+    def show(self, text: str) -> None:
+        """Writes a piece of an answer to stdout."""
+        self.mid_line = True
+        typer.echo(text, nl=False)
 
-    # disable=None: no bar where stderr is a file.
-    with tqdm(total=count, unit="image", file=sys.stderr, disable=None) as bar, interruptible(stopped):
-        for record in records:
-            if "error" in record:
-                failed += 1
-                bar.write(f"minigpt4: {record['error']}", file=sys.stderr)
-                bar.set_postfix(failed=failed)
-            else:
-                done += 1
-                if captions is not None:
-                    captions.append(record)
+    def stopped(self) -> str:
+        """What to say at Ctrl-C."""
+        if self.bar is not None:
+            self.bar.close()
+        if self.mid_line:
+            typer.echo()
+        kept = f", now{self.where}" if self.where else ""
+        return f"stopped after {self.done} of {len(self.remaining)} images{kept}; {self.how}"
+
+    def write_all(self, records: "Iterable[dict[str, str]]", prompt: str, checkpoint: str) -> int:
+        """Writes one JSON line per image to the file or stdout; returns how many images failed."""
+        from tqdm.auto import tqdm
+
+        from transformers_minigpt4.utils.files import to_json
+
+        # disable=None: no bar where stderr is a file.
+        with tqdm(total=len(self.remaining), unit="image", file=sys.stderr, disable=None) as self.bar:
+            for record in records:
+                if "error" in record:
+                    self.failed += 1
+                    self.bar.write(f"minigpt4: {record['error']}", file=sys.stderr)
+                    self.bar.set_postfix(failed=self.failed)
                 else:
-                    bar.write(to_json({**record, "prompt": prompt, "model": checkpoint}), file=sys.stdout)
+                    self.done += 1
+                if self.captions is not None:
+                    self.captions.write(record)
+                elif "error" not in record:
+                    self.bar.write(to_json({**record, "prompt": prompt, "model": checkpoint}), file=sys.stdout)
                     sys.stdout.flush()
-            bar.update()
-    if failed or captions is not None:
-        typer.echo(f"{done} described{where}, {failed} failed", err=True)
-    return failed
+                self.bar.update()
+        if self.failed or self.captions is not None:
+            typer.echo(f"{self.done} described{self.where}, {self.failed} failed", err=True)
+        return self.failed

@@ -1,11 +1,16 @@
 """Where `minigpt4 demo` keeps a copy of its model, and where commands find it, whatever folder they are run in."""
 
+import json
 import shutil
 from pathlib import Path
 
 from huggingface_hub import constants
 
+from transformers_minigpt4.utils.file_names import RUN_FILE
 from transformers_minigpt4.utils.files import atomic_folder
+
+
+TOY_WORLD = "python:transformers_minigpt4.demo."  # how recipes name the rows of the demo
 
 
 def kept_checkpoint() -> Path:
@@ -32,3 +37,15 @@ def demo_checkpoint() -> str:
             f"there is no model in {str(checkpoint)!r}; run `minigpt4 demo` to create one, or name one with --model"
         )
     return str(checkpoint)
+
+
+def knows_drawn_shapes_only(checkpoint: str) -> bool:
+    """Whether a checkpoint was trained on the demo's toy world, as far as the folder says."""
+    folder = Path(checkpoint)
+    if folder == kept_checkpoint():
+        return True
+    try:
+        sources = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))["recipe"]["sources"]
+    except (OSError, ValueError, TypeError, KeyError):
+        return False
+    return isinstance(sources, list) and any(str(source).startswith(TOY_WORLD) for source in sources)

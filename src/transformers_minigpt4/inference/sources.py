@@ -45,7 +45,7 @@ def expand_sources(arguments: Iterable[str], stdin: TextIO | None = None) -> lis
                 raise ValueError("'-' reads a list of images from standard input, but there is no standard input")
             lines = (line.rstrip("\r\n") for line in stdin)
             found.extend(expand_sources(line for line in lines if line.strip() and line != "-"))
-        elif _URL.match(argument):
+        elif is_url(argument):
             found.append(argument)
         elif os.path.isdir(argument):
             images = _images_in(Path(argument))
@@ -55,6 +55,11 @@ def expand_sources(arguments: Iterable[str], stdin: TextIO | None = None) -> lis
         else:
             found.append(str(Path(argument)))
     return list(dict.fromkeys(found))
+
+
+def is_url(source: str) -> bool:
+    """Whether an image is downloaded, or is a `data:` URL."""
+    return _URL.match(source) is not None
 
 
 def _images_in(folder: Path) -> list[str]:

@@ -120,6 +120,11 @@ def this_command(*options: str) -> str:
     return shlex.join(["minigpt4", *found, *options])
 
 
+def restart() -> str:
+    """What to say at Ctrl-C where nothing can be resumed."""
+    return f"nothing can be resumed, `{this_command()}` starts again from the beginning"
+
+
 def _words_of(ctx: ClickContext, args: list[str]) -> list[str]:
     """The words of a command line after `minigpt4`, without the options of the program."""
     names: list[str] = []
@@ -150,10 +155,10 @@ class Command(TyperCommand):
 
     def invoke(self, ctx: ClickContext) -> object:
         """Runs the command."""
-        restart = f"stopped; nothing can be resumed, `{this_command()}` starts again from the beginning"
-        with one_line_errors(ctx), interruptible(restart):
+        with one_line_errors(ctx):
             quieten_libraries(ctx.obj)
-            return super().invoke(ctx)
+            with interruptible(f"stopped; {restart()}"):
+                return super().invoke(ctx)
 
     def get_params(self, ctx: ClickContext) -> ClickParameters:
         """Arguments and options, `--help` among them."""

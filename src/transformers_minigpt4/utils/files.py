@@ -213,13 +213,13 @@ def _is_no_json(line: bytes) -> bool:
     return False
 
 
-class FolderInUseError(RuntimeError):
-    """Another process, or another thread of this one, holds the lock of a folder."""
+class InUseError(RuntimeError):
+    """Another process, or another thread of this one, holds the lock of a file or folder."""
 
 
 @contextlib.contextmanager
 def folder_lock(
-    folder: PathLike, refusal: str, purpose: str = "", error: type[Exception] = FolderInUseError
+    folder: PathLike, refusal: str, purpose: str = "", error: type[Exception] = InUseError
 ) -> Iterator[None]:
     """
     Keeps other processes, and other threads of this one, out of a folder; the system frees it when the process ends.
@@ -228,13 +228,36 @@ def folder_lock(
         folder (`str` or `os.PathLike`): Created if it does not exist; the lock is its file `.lock`.
         refusal (`str`): Message for the one that comes second; `{owner}` in it becomes what the first one is.
         purpose (`str`, *optional*): What the folder is locked for; part of `{owner}`.
-        error (`type`, *optional*, defaults to `FolderInUseError`): Class of the error.
+        error (`type`, *optional*, defaults to `InUseError`): Class of the error.
 
     Raises:
-        FolderInUseError: (or `error`) with `refusal`, when somebody else has it.
+        InUseError: (or `error`) with `refusal`, when somebody else has it.
     """
     path = Path(folder) / LOCK_FILE
     path.parent.mkdir(parents=True, exist_ok=True)
+    with _lock(path, refusal, purpose, error):
+        yield
+
+
+@contextlib.contextmanager
+def file_lock(path: PathLike, refusal: str) -> Iterator[None]:
+    """
+    Keeps other processes, and other threads of this one, away from a file, whichever name they have for it.
+
+    Args:
+        path (`str` or `os.PathLike`): It need not exist, but its folder must; the lock is a hidden file next to it.
+        refusal (`str`): As for [`folder_lock`].
+
+    Raises:
+        InUseError: with `refusal`, when somebody else has it.
+    """
+    path = Path(path).resolve()
+    with _lock(path.with_name(f".{path.name}{LOCK_FILE}"), refusal, "", InUseError):
+        yield
+
+
+@contextlib.contextmanager
+def _lock(path: Path, refusal: str, purpose: str, error: type[Exception]) -> Iterator[None]:
     lock = FileLock(path, timeout=0)
     try:
         lock.acquire()
