@@ -161,13 +161,13 @@ def test_dry_run_complains_as_a_run_would(tmp_path):
         (
             "train",
             "sft.main",
-            "resume with: minigpt4 train tiny --output {}/o --feature-cache {}/c --resume-from-checkpoint true\n",
+            "`minigpt4 train tiny --output {}/o --feature-cache {}/c --resume-from-checkpoint true` resumes",
         ),
-        ("train", "recipe.parse_recipe", "--feature-cache {}/c --resume-from-checkpoint true\n"),
+        ("train", "recipe.parse_recipe", "--feature-cache {}/c --resume-from-checkpoint true` resumes"),
         (
             "features",
             "feature_building.build_features",
-            "resume with: minigpt4 features tiny --output {}/o --feature-cache {}/c\n",
+            "`minigpt4 features tiny --output {}/o --feature-cache {}/c` resumes",
         ),
     ],
 )
@@ -179,4 +179,4 @@ def test_interrupted_says_how_to_resume(command, function, hint, tmp_path, monke
     words = [command, "tiny", "--output", str(tmp_path / "o"), "--feature-cache", str(tmp_path / "c")]
     result = CliRunner().invoke(app, words)
     assert result.exit_code == 130 and result.stderr.count("\n") == 1
-    assert result.stderr.endswith(hint.format(*[tmp_path] * hint.count("{}")))
+    assert hint.format(*[tmp_path] * hint.count("{}")) in result.stderr

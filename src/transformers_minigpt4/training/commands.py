@@ -1,7 +1,6 @@
 """The `train` and `features` subcommands of `minigpt4`: run a recipe, or encode its images."""
 
 import logging
-import shlex
 from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 import typer
@@ -13,10 +12,9 @@ from transformers_minigpt4.utils.command_line import (
     Command,
     DryRun,
     complain,
-    interruptible,
+    this_command,
 )
 
-from .next_commands import resume_command
 from .recipe_files import find_recipe, recipe_names
 from .recipe_keys import KEYS
 
@@ -54,6 +52,10 @@ class RecipeCommand(Command):
                     ]
                 )
 
+    def when_stopped(self) -> str:
+        """What Ctrl-C says."""
+        return f"stopped; the features so far are kept, `{this_command()}` resumes"
+
     def shell_complete(self, ctx: ClickContext, incomplete: str) -> list[CompletionItem]:
         """Completes options, the keys of recipes among them."""
         keys = [key for title in self.key_groups for key in KEYS[title] if key.option.startswith(incomplete)]
@@ -65,6 +67,11 @@ class TrainCommand(RecipeCommand):
     """`train`, whose help lists the keys of all groups."""
 
     key_groups = tuple(KEYS)
+
+    def when_stopped(self) -> str:
+        """What Ctrl-C says."""
+        resume = this_command("--resume-from-checkpoint", "true")
+        return f"stopped; `{resume}` resumes from the last checkpoint, or starts again if there is none"
 
 
 def _shown(value: object) -> str:
@@ -137,22 +144,21 @@ def train(
         minigpt4 train tiny --output my-run --dry-run
     """
     words = _words(recipe, context.args)
-    with interruptible(lambda: f"stopped; resume with: {resume_command([recipe, *context.args])}"):
-        from .recipe import parse_recipe, resolved_recipe
+    from .recipe import parse_recipe, resolved_recipe
 
-        if show:
-            typer.echo(resolved_recipe(words), nl=False)
-            return
-        arguments = parse_recipe(words)
-        if dry_run:
-            _say_changes(arguments[1])
-            from .dry_run import first_row, print_row
+    if show:
+        typer.echo(resolved_recipe(words), nl=False)
+        return
+    arguments = parse_recipe(words)
+    if dry_run:
+        _say_changes(arguments[1])
+        from .dry_run import first_row, print_row
 
-            print_row(first_row(*arguments))
-            return
-        from .sft import main
+        print_row(first_row(*arguments))
+        return
+    from .sft import main
 
-        main(*arguments, recipe=recipe)
+    main(*arguments, recipe=recipe)
 
 
 def features(context: typer.Context, recipe: Recipe) -> None:
@@ -167,14 +173,12 @@ def features(context: typer.Context, recipe: Recipe) -> None:
         minigpt4 features minigpt4_stage2 --model my-stage1 --feature-cache features
     """
     words = _words(recipe, context.args)
-    command = shlex.join(["minigpt4", "features", recipe, *context.args])
-    with interruptible(f"stopped; the features so far are kept, resume with: {command}"):
-        from .feature_building import build_features
-        from .recipe import parse_recipe
+    from .feature_building import build_features
+    from .recipe import parse_recipe
 
-        stage, config, model_args = parse_recipe(words)
-        _say_changes(config)
-        counts = build_features(stage, config, model_args)
+    stage, config, model_args = parse_recipe(words)
+    _say_changes(config)
+    counts = build_features(stage, config, model_args)
     encoded, present, broken = (counts[kind] for kind in ("encoded", "present", "broken"))
     done = f"{encoded} images encoded, {present} already cached, {broken} unreadable"
     typer.echo(f"{done}; the features are in {stage.feature_cache}", err=True)

@@ -1,36 +1,10 @@
-"""The commands that continue where a run stopped, or that come after it."""
+"""The commands that come after a run."""
 
 import re
 import shlex
-from collections.abc import Sequence
 from pathlib import Path
 
 from .recipe_files import recipe_names
-
-
-RESUME = ("--resume-from-checkpoint", "true")
-
-
-def resume_command(words: Sequence[str], program: str = "minigpt4 train") -> str:
-    """
-    The command that resumes a run from its last checkpoint, or starts it again if it has none.
-
-    Args:
-        words (`Sequence[str]`): What followed `program` on the command line of the run.
-        program (`str`, *optional*): How runs are started.
-    """
-    kept: list[str] = []
-    value_follows = False
-    for word in words:
-        option, equals, _ = word.partition("=")
-        if option.replace("_", "-") == RESUME[0]:
-            value_follows = not equals
-        elif not value_follows or word.startswith("--"):
-            kept.append(word)
-            value_follows = False
-        else:
-            value_follows = False
-    return f"{program} {shlex.join([*kept, *RESUME])}"
 
 
 def commands_after(recipe: str | None, prompt_format: str, output: str) -> list[str]:

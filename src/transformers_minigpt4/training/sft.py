@@ -6,9 +6,15 @@ Trains one stage from a recipe: parse, load, train, save.
 """
 
 import contextlib
+import os
+import sys
+from itertools import pairwise
 
 from transformers.trainer_utils import set_seed
 from trl import ModelConfig
+
+from transformers_minigpt4.utils.command_line import complain
+from transformers_minigpt4.utils.interrupts import INTERRUPTED
 
 from .arguments import StageArguments, StageConfig
 from .checkpoints import is_finished, record_finished, resolve_resume, run_lock
@@ -58,5 +64,17 @@ def _print_next(stage: StageArguments, output: str, recipe: str | None) -> None:
     print_facts([("checkpoint", output), *(("next", command) for command in commands)])
 
 
+def _run() -> None:
+    """Runs the recipe of the command line, which `accelerate launch` gives to several processes."""
+    try:
+        recipe = next((value for option, value in pairwise(sys.argv) if option == "--config"), None)
+        main(*parse_recipe(), recipe=recipe)
+    except KeyboardInterrupt:
+        if os.environ.get("RANK", "0") == "0":
+            complain("stopped; the same command with --resume_from_checkpoint true resumes from the last checkpoint")
+            sys.stderr.flush()
+        os._exit(INTERRUPTED)  # other processes may never answer what this one would wait for
+
+
 if __name__ == "__main__":
-    main(*parse_recipe())
+    _run()

@@ -207,7 +207,6 @@ class StageTrainerMixin(_Trainer):
             if self.is_world_process_zero():
                 checkpoints.publish(staged, output / name)
         except (OSError, RuntimeError, SafetensorError) as error:
-            shutil.rmtree(staged.parent, ignore_errors=True)
             last = checkpoints.get_last_checkpoint(str(output))
             raise OSError(
                 f"{name} could not be written to {output} ({first_line(error)}). "
@@ -216,6 +215,8 @@ class StageTrainerMixin(_Trainer):
             ) from error
         finally:
             self._staging = None
+            if self.is_world_process_zero():
+                shutil.rmtree(staged.parent, ignore_errors=True)  # of a save that was interrupted
         self.accelerator.wait_for_everyone()
         if self.is_world_process_zero():
             rotate_checkpoints(output_dir=str(output), save_total_limit=self.args.save_total_limit, use_mtime=False)

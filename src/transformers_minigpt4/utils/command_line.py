@@ -157,8 +157,12 @@ class Command(TyperCommand):
         """Runs the command."""
         with one_line_errors(ctx):
             quieten_libraries(ctx.obj)
-            with interruptible(f"stopped; {restart()}"):
+            with interruptible(self.when_stopped):
                 return super().invoke(ctx)
+
+    def when_stopped(self) -> str:
+        """What Ctrl-C says outside of the command's own blocks, see [`interruptible`]."""
+        return f"stopped; {restart()}"
 
     def get_params(self, ctx: ClickContext) -> ClickParameters:
         """Arguments and options, `--help` among them."""
