@@ -50,7 +50,7 @@ def model_folder(name: str) -> Path:
     golden = json.loads((ALPHA / "golden.json").read_text())
     makers = {
         "minigpt4": lambda: save_minigpt4(folder, golden),
-        "llama2": lambda: save_minigpt4(folder, golden, template="llama_2"),
+        "llama2": lambda: save_minigpt4(folder, golden, qformer=False, template="llama_2"),
         "no_qformer": lambda: save_minigpt4(folder, golden, qformer=False),
         "three_layers": lambda: save_minigpt4(folder, golden, layers=3),
         "modern": lambda: save_modern(folder),

@@ -80,6 +80,15 @@ def test_the_prompt_that_is_trained_is_the_one_that_is_asked(name):
     assert batch["input_ids"][0, :last].tolist() == asked
 
 
+@pytest.mark.parametrize("name", LEARNED)
+def test_generation_stops_where_training_ends_an_answer(name):
+    """Phi-3's and Gemma's end of a turn is not their tokenizer's end of sequence."""
+    processor = chat_processor(name)
+    ends = processor.tokenizer.convert_ids_to_tokens(processor.get_generation_config().eos_token_id)
+    more = {"phi3": ["<|end|>"], "gemma3": ["<end_of_turn>"], "vicuna_v0": ["▁###"]}
+    assert ends == [processor.tokenizer.eos_token, *more.get(name, [])]
+
+
 def test_answers_that_look_like_something_else():
     """White space around an answer, letters of the template in it, the same answer twice, and none but a space."""
     for answers, expected in (

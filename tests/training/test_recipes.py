@@ -3,6 +3,7 @@
 import functools
 import json
 import re
+import shutil
 import tempfile
 from contextlib import nullcontext
 from pathlib import Path
@@ -10,12 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from tiny_models import write_sources
-from training_runs import curve, model_folder, run, sources, weights
+from chat_processors import chat_processor
+from tiny_models import save_chat_model, write_sources
+from training_runs import SMALL, curve, model_folder, run, sources, weights
 from transformers import AutoConfig, AutoModelForImageTextToText, set_seed
 
 from transformers_minigpt4 import MiniGPT4Config
 from transformers_minigpt4.training.arguments import StageArguments, check_arguments, check_model
+from transformers_minigpt4.training.dry_run import first_row
 from transformers_minigpt4.training.recipe import parse_recipe
 from transformers_minigpt4.training.recipe_files import find_recipe, recipe_names
 
@@ -284,6 +287,88 @@ def test_the_modern_recipes_name_options_of_a_stage_2_that_fits(recipe):
     )
     stage.requires_stage1 = False
     check_model(stage, MiniGPT4Config(qformer_config=None), "without Q-Former")
+
+
+# A prompt that is trained must be asked again
+
+
+@pytest.fixture(scope="module")
+def chatml(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("chatml") / "base"
+    save_chat_model(folder, chat_processor("smollm2"))
+    return folder
+
+
+OTHER_MODEL = ("--requires-stage1", "false", "--requires-qformer", "false")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "model", "words"),
+    [
+        ("minigpt4_stage2", "chatml", r"<\|im_start\|>assistant.*never be asked again.*--prompt-format messages"),
+        ("minigpt4_stage2", "llama2", "never be asked again. Take the recipe minigpt4_llama2_stage2, or set"),
+        ("minigpt4_llama2_stage2", "no_qformer", "never be asked again. Take the recipe minigpt4_stage2, or set"),
+        ("llava_stage2", "llava", "never be asked again. Take the recipe llava_stage2"),
+        ("blip2_ft", "blip2", "never be asked again. Take the recipe blip2_ft"),
+    ],
+)
+def test_a_prompt_that_would_never_be_asked_again(recipe, model, words, chatml, tmp_path):
+    base = chatml if model == "chatml" else model_folder(model)
+    more = ("--prompt-format", "stage2") if model in ("llava", "blip2") else OTHER_MODEL
+    with pytest.raises(ValueError, match=words):
+        run(recipe, tmp_path / "out", base, sources()["cc_sbu_align"], *more)
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_it_is_refused_by_a_dry_run_too_and_before_any_weights(chatml, tmp_path):
+    base = shutil.copytree(chatml, tmp_path / "base")
+    (base / "model.safetensors").unlink()
+    arguments = ["--config", "minigpt4_stage2", *SMALL, "--model", str(base), *OTHER_MODEL]
+    parsed = parse_recipe([*arguments, "--sources", sources()["cc_sbu_align"]])
+    with pytest.raises(ValueError, match="never be asked again"):
+        first_row(*parsed)
+
+
+def test_a_template_that_cannot_train_is_refused_before_any_weights(chatml, tmp_path):
+    base = shutil.copytree(chatml, tmp_path / "base")
+    (base / "model.safetensors").unlink()
+    template = "{% for m in messages %}{{ m.role + ': ' + m.content }}{% endfor %}"
+    (base / "chat_template.jinja").write_text(template)
+    with pytest.raises(ValueError, match=r"messages cannot be trained on .* would never learn to stop"):
+        run("modern_small", tmp_path / "out", base, sources()["llava"])
+
+
+def test_stage_2_takes_the_chat_template_when_asked_to(chatml, tmp_path):
+    source = sources()["cc_sbu_align"]
+    folder = run("minigpt4_stage2", tmp_path / "out", chatml, source, *OTHER_MODEL, "--prompt-format", "messages")
+    assert len(curve(folder)) == 2
+
+
+def test_llava_stage_2_has_the_articles_numbers():
+    stage, config, _ = parse_recipe(["--config", "llava_stage2", "--bf16", "false", "--use_cpu", "true"])
+    assert (config.max_steps, 8 * config.per_device_train_batch_size) == (14787, 32)
+    assert 14787 == -(-157712 // 32) * 3
+    assert (config.learning_rate, config.warmup_steps, config.weight_decay) == (2e-5, 0.03, 0.0)
+    assert len(stage.sources) == 1 and "weight" not in stage.sources[0]  # each row is equally likely
+    stage, config, _ = parse_recipe(["--config", "llava_stage1", "--bf16", "false", "--use_cpu", "true"])
+    assert (config.max_steps, 8 * config.per_device_train_batch_size) == (-(-595375 // 128), 128)
+    assert (config.learning_rate, config.warmup_steps, config.weight_decay) == (2e-3, 0.03, 0.0)
+
+
+@pytest.mark.parametrize("name", ["llava_stage1", "llava_stage2"])
+def test_llavas_headers_do_not_call_the_articles_numbers_choices(name):
+    header = Path(find_recipe(name)).read_text().split("\n\n")[0]
+    assert "choices" not in header and "uniformly" not in header
+
+
+@pytest.mark.parametrize("name", ["minigpt4_llama2_stage1", "minigpt4_llama2_stage2"])
+def test_the_authors_llama_2_has_no_qformer(name, tmp_path):
+    stage, _, _ = parse_recipe(["--config", name, "--bf16", "false", "--use_cpu", "true"])
+    stage.requires_stage1 = False
+    check_model(stage, MiniGPT4Config(qformer_config=None), "without Q-Former")
+    with pytest.raises(ValueError, match="for a model without Q-Former"):
+        check_model(stage, MiniGPT4Config(), "with Q-Former")
+    assert "BLIP-2's tower and Q-Former" not in Path(find_recipe(name)).read_text()
 
 
 def test_a_variant_needs_its_own_base(tmp_path):

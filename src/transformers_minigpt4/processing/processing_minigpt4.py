@@ -17,6 +17,15 @@ from .image_utils_minigpt4 import load_image
 from .pipeline_minigpt4 import MiniGPT4ImageToTextPipeline
 
 
+# Two turns, to try a chat template on.
+_CONVERSATION = (
+    {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is this?"}]},
+    {"role": "assistant", "content": [{"type": "text", "text": "A red circle."}]},
+    {"role": "user", "content": [{"type": "text", "text": "And what color is it?"}]},
+    {"role": "assistant", "content": [{"type": "text", "text": "It is red."}]},
+)
+
+
 @auto_docstring
 class MiniGPT4Processor(ProcessorMixin):
     text_kwargs = {"return_token_type_ids": False}
@@ -214,22 +223,23 @@ class MiniGPT4Processor(ProcessorMixin):
         Raises:
             ValueError: for a template in which answers, or their ends, cannot be found.
         """
-        conversation = [
-            {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is this?"}]},
-            {"role": "assistant", "content": [{"type": "text", "text": "A red circle."}]},
-            {"role": "user", "content": [{"type": "text", "text": "And what color is it?"}]},
-            {"role": "assistant", "content": [{"type": "text", "text": "It is red."}]},
-        ]
-        ids, learned = self.encode_conversation(conversation)
+        ids, learned = self.encode_conversation(_CONVERSATION)
         if ids.count(self.image_token_id) != self.image_seq_length:
             raise ValueError(
                 f"The chat template prints {ids.count(self.image_token_id)} image tokens for an image of "
                 f"{self.image_seq_length}. Print {self.image_token} once for each image of a user message."
             )
         if not any(learned):
-            raise ValueError(
-                "The chat template marks no answer with {% generation %}. Mark them, or remove all marks."
-            )
+            raise ValueError("The chat template marks no answer by {% generation %}. Mark all, or remove the marks.")
+
+    def _end_of_turn(self) -> int | None:
+        """The token with which the chat template ends an answer, or `None` if that is no token of its own."""
+        try:
+            ids, learned = self.encode_conversation(_CONVERSATION)
+        except ValueError:
+            return None
+        last = next((id_ for id_, learns in zip(reversed(ids), reversed(learned)) if learns), None)
+        return last if last in self.tokenizer.get_added_vocab().values() else None
 
     def post_process_image_text_to_text(
         self, generated_outputs: Any, skip_special_tokens: bool = True, **kwargs: Any
@@ -258,13 +268,15 @@ class MiniGPT4Processor(ProcessorMixin):
         Generation defaults of the authors' chat (`Chat.answer_prepare`) for this tokenizer, to save with a model.
 
         Sampling with top-p 0.9, temperature 1.0, repetition penalty 1.05, 1 to 300 new tokens; top-k 50, which the
-        transformers of 2023 applied by default. Answers end at the end-of-sequence token and at every tokenization of
-        `stop_strings`: those of one token are among `eos_token_id`, longer ones in `stop_sequences`.
+        transformers of 2023 applied by default. Answers end at the end-of-sequence token, at the token with which the
+        chat template ends them, and at every tokenization of `stop_strings`: those of one token are among
+        `eos_token_id`, longer ones in `stop_sequences`.
 
         Args:
             kwargs: Values that replace these defaults.
         """
         stops = [ids for stop in self.stop_strings for ids in self._tokenizations(stop)]
+        ends = [self.tokenizer.eos_token_id, self._end_of_turn(), *self._tokens_with_stop_strings()]
         settings: dict[str, object] = {
             "do_sample": True,
             "top_p": 0.9,
@@ -275,9 +287,7 @@ class MiniGPT4Processor(ProcessorMixin):
             "min_new_tokens": 1,
             "bos_token_id": self.tokenizer.bos_token_id,
             "pad_token_id": self.tokenizer.pad_token_id,
-            "eos_token_id": [
-                id_ for id_ in (self.tokenizer.eos_token_id, *self._tokens_with_stop_strings()) if id_ is not None
-            ],
+            "eos_token_id": [id_ for id_ in dict.fromkeys(ends) if id_ is not None],
             "stop_sequences": [ids for ids in stops if len(ids) > 1],
         }
         return GenerationConfig(**{**settings, **kwargs})

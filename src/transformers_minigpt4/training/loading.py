@@ -26,6 +26,7 @@ from transformers_minigpt4.utils.text import first_line
 from .arguments import PYTHON, StageArguments, StageConfig, check_model, steps_of_epochs
 from .feature_cache import FeatureCache
 from .fingerprints import source_digest
+from .prompt_check import check_prompt_format
 from .towerless import load_towerless
 
 
@@ -131,6 +132,7 @@ def find_model(stage: StageArguments, config: StageConfig, model_args: ModelConf
         ) from error
     check_model(stage, model_config, name)
     processor = AutoProcessor.from_pretrained(name, **source)
+    check_prompt_format(stage.prompt_format, model_config, processor, name)
     digest = None if stage.feature_cache is None else _digest(name, model_config, processor, model_args)
     keywords = {
         "dtype": model_args.dtype,
