@@ -130,7 +130,7 @@ def test_a_recipes_header_is_complete(name):
         ),
         (["--feature_cache", "c", "--fsdp", "full_shard"], "feature_cache with fsdp"),
         (["--pack_tokens", "512"], "pack_tokens=512 with pack_rows=False"),
-        (["--pack_rows", "true", "--pack_tokens", "0"], "pack_tokens=0"),
+        (["--pack_rows", "true", "--pack_tokens", "0"], "pack_tokens is 0, but must be a whole number of at least 1"),
         (["--push_to_hub", "true"], "minigpt4 push OUTPUT_DIR"),
         (["--max_steps", "many"], "max_steps.* invalid int value: 'many'"),
     ],

@@ -107,7 +107,7 @@ def test_show_refuses_what_a_run_refuses(tmp_path):
         (tmp_path / "old.yaml").write_text("train_parts: projector\n")
         (tmp_path / "list.yaml").write_text("- tiny\n")
         result = train(*words, "--show")
-        assert result.exit_code == 1 and message in result.stderr and result.stderr.count("\n") == 1, result.stderr
+        assert result.exit_code == 2 and message in result.stderr and result.stderr.count("\n") == 1, result.stderr
     result = train("--output", "out", "tiny", "--show")
     assert result.exit_code == 2 and "options follow the recipe" in result.stderr
 

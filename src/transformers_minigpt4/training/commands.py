@@ -13,6 +13,7 @@ from transformers_minigpt4.utils.command_line import (
     DryRun,
     complain,
     this_command,
+    usage_errors,
 )
 
 from .recipe_files import find_recipe, recipe_names
@@ -146,10 +147,11 @@ def train(
     words = _words(recipe, context.args)
     from .recipe import parse_recipe, resolved_recipe
 
-    if show:
-        typer.echo(resolved_recipe(words), nl=False)
-        return
-    arguments = parse_recipe(words)
+    with usage_errors(context):
+        if show:
+            typer.echo(resolved_recipe(words), nl=False)
+            return
+        arguments = parse_recipe(words)
     if dry_run:
         _say_changes(arguments[1])
         from .dry_run import first_row, print_row
@@ -176,7 +178,8 @@ def features(context: typer.Context, recipe: Recipe) -> None:
     from .feature_building import build_features
     from .recipe import parse_recipe
 
-    stage, config, model_args = parse_recipe(words)
+    with usage_errors(context):
+        stage, config, model_args = parse_recipe(words)
     _say_changes(config)
     counts = build_features(stage, config, model_args)
     encoded, present, broken = (counts[kind] for kind in ("encoded", "present", "broken"))

@@ -4,7 +4,6 @@ import re
 import sys
 from argparse import Namespace
 from collections.abc import Mapping
-from dataclasses import fields
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NoReturn
@@ -16,10 +15,12 @@ from .arguments import StageArguments, StageConfig, check_arguments
 from .cpu_settings import fit_model
 from .recipe_files import find_recipe
 from .recipe_keys import ALIASES
+from .recipe_values import check_values, keys_of
 
 
 GROUPS: tuple[Any, ...] = (StageArguments, StageConfig, ModelConfig)  # dataclasses
-NAMES = {field.name for group in GROUPS for field in fields(group)}
+KEY_TYPES = keys_of(GROUPS)
+NAMES = set(KEY_TYPES)
 # Keys that had another name before 0.1.0.
 RENAMED = {
     "form": "prompt_format",
@@ -59,7 +60,11 @@ def parse_recipe(arguments: list[str] | None = None) -> tuple[StageArguments, St
         if place == len(words):
             raise ValueError("--config needs a recipe. Give a YAML file, or the name of a recipe of the package.")
         words[place] = find_recipe(words[place])
-        _check_keys(words[place])
+        check_values(_read(words[place]), KEY_TYPES)
+        options = words[: place - 1] + words[place + 1 :]
+    else:
+        options = words
+    _given(options)
     stage, config, model_args, rest = RecipeParser(GROUPS, allow_abbrev=False).parse_args_and_config(
         words, return_remaining_strings=True
     )
@@ -87,20 +92,29 @@ def resolved_recipe(words: list[str]) -> str:
     words = normalize_options(words)
     place = words.index("--config")
     path = find_recipe(words[place + 1])
-    _check_keys(path)
-    # The values of the command line, with the types of their keys, and no defaults.
-    namespace, rest = RecipeParser(GROUPS, allow_abbrev=False).parse_known_args(
-        words[:place] + words[place + 2 :], Namespace(**dict.fromkeys(NAMES, _UNSET))
-    )
+    check_values(_read(path), KEY_TYPES)
+    text = Path(path).read_text(encoding="utf-8").removesuffix("\n") + "\n"
+    for key, value in _given(words[:place] + words[place + 2 :]).items():
+        old = re.search(rf"^{key}:.*\n(?:[ \t-].*\n)*", text, re.MULTILINE)
+        start, end = old.span() if old is not None else (len(text), len(text))
+        text = text[:start] + _line(key, value) + text[end:]
+    return text
+
+
+def _given(options: list[str]) -> dict[str, object]:
+    """
+    The values of a command line, with the types of their keys, and no defaults.
+
+    Raises:
+        ValueError: for a key that does not exist, and a value that its key cannot have.
+    """
+    unset = Namespace(**dict.fromkeys(NAMES, _UNSET))
+    namespace, rest = RecipeParser(GROUPS, allow_abbrev=False).parse_known_args(options, unset)
     if rest:
         raise ValueError(_unknown_keys(rest))
-    text = Path(path).read_text(encoding="utf-8").removesuffix("\n") + "\n"
-    for key, value in vars(namespace).items():
-        if value is not _UNSET:
-            old = re.search(rf"^{key}:.*\n(?:[ \t-].*\n)*", text, re.MULTILINE)
-            start, end = old.span() if old is not None else (len(text), len(text))
-            text = text[:start] + _line(key, value) + text[end:]
-    return text
+    found = {key: value for key, value in vars(namespace).items() if value is not _UNSET}
+    check_values(found, KEY_TYPES)
+    return found
 
 
 def normalize_options(words: list[str]) -> list[str]:
@@ -142,20 +156,23 @@ def _line(key: str, value: object) -> str:
     return f"{key}: {text.partition(chr(10))[0]}\n"  # PyYAML ends a document that is a bare value with a line of dots
 
 
-def _check_keys(path: str) -> None:
+def _read(path: str) -> Mapping[str, object]:
     """
+    The keys and values of a recipe.
+
     Raises:
         ValueError: for a file that is not YAML, is not a mapping, or has unknown keys.
     """
     try:
         with open(path, encoding="utf-8") as file:
             recipe = yaml.safe_load(file)
-    except yaml.YAMLError as error:
-        raise ValueError(f"The recipe is not valid YAML: {' '.join(str(error).split())}.") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # also bytes, dates and depths that cannot be
+        raise ValueError(f"The recipe {path} is not valid YAML: {' '.join(str(error).split())}.") from error
     if not isinstance(recipe, Mapping):
         raise ValueError(f"The recipe {path} is not a mapping of keys to values.")
     if unknown := [f"--{key}" for key in recipe if key not in NAMES | {"env"}]:
         raise ValueError(_unknown_keys(unknown))
+    return recipe
 
 
 def _unknown_keys(rest: list[str]) -> str:

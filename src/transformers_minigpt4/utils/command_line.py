@@ -286,6 +286,18 @@ def one_line_errors(context: ClickContext) -> Iterator[None]:
         raise typer.Exit(1) from error
 
 
+@contextlib.contextmanager
+def usage_errors(context: ClickContext) -> Iterator[None]:
+    """Turns a `ValueError` about what was typed into one line on stderr and exit status 2, as for unknown options."""
+    try:
+        yield
+    except ValueError as error:
+        if context.obj is True:
+            raise
+        complain(_one_line(error))
+        raise typer.Exit(2) from error
+
+
 # Raised with a message of one's own, rather than by the system with a file name.
 _EXPLAINED = (ValueError, OSError, FileExistsError, FileNotFoundError, NotADirectoryError, PermissionError)
 
