@@ -25,6 +25,7 @@ NAMES = [
     ("transformers", "Trainer._save_checkpoint"),
     ("transformers", "Trainer._save"),
     ("transformers", "Trainer._load_from_checkpoint"),
+    ("transformers", "Trainer._load_best_model"),
     ("datasets.iterable_dataset", "_BaseExamplesIterable"),
     ("pycocoevalcap.meteor.meteor", "Meteor._stat"),
     # Without an underscore, but not documented either.

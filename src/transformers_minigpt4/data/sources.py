@@ -18,6 +18,7 @@ from transformers_minigpt4.processing.image_utils_minigpt4 import load_image
 
 from . import annotations
 from .guess import guess_kind
+from .held_out import Selection
 from .images import image_bytes, image_key
 from .prompt_formats import PROMPT_FORMATS, PromptFormat, draw_instruction, render
 from .readers import AnnotationReader, BadRow, DatasetReader, Entry, Reader
@@ -174,9 +175,10 @@ class _Renderer:
         decode: bool,
         skipped: SkippedRows,
         features: Container[bytes] | None = None,
+        selection: Selection | None = None,
     ) -> None:
         self.prompt_format, self.seed, self.decode = prompt_format, seed, decode
-        self.skipped, self.features = skipped, features
+        self.skipped, self.features, self.selection = skipped, features, selection
 
     def __call__(self, batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
         row = self.row(cast(RawColumns, {column: values[0] for column, values in batch.items()}))
@@ -184,8 +186,15 @@ class _Renderer:
 
     def row(self, raw: RawColumns) -> Row | None:
         source, key = raw["source"], raw["key"]
+        undecoded = raw["images"]
         try:
-            images = [self._image(image) for image in raw["images"]]
+            if self.selection is not None:
+                contents = [UndecodedImage(bytes=image_bytes(image), path=image["path"]) for image in undecoded]
+                if not self.selection.selects(contents, str(raw["caption"] or raw["messages"])):
+                    return None
+                if self.decode or self.features is not None:  # nothing is read twice
+                    undecoded = contents
+            images = [self._image(image) for image in undecoded]
         except DataError:  # of an image without features
             raise
         except (OSError, ValueError) as error:
@@ -231,6 +240,7 @@ def open_rows(
     min_shards: int = 1,
     max_error_rate: float | None = 0.05,
     features: Container[bytes] | None = None,
+    selection: Selection | None = None,
 ) -> Rows:
     """
     Opens one or several sources as one stream of rows.
@@ -249,6 +259,8 @@ def open_rows(
         max_error_rate: Fraction of a source's rows, or shards, that may be bad; above it, reading raises.
         features: Rows then have undecoded images; of images without features, broken ones are skipped like any bad
             row, and an intact one stops reading.
+        selection: Gives only some of the rows, those that are held out or those that are not; the others do not count
+            as skipped.
 
     Returns:
         `Rows`: dataset, counts of skipped rows, fingerprint and length. The dataset is split among processes and data
@@ -271,10 +283,10 @@ def open_rows(
         reader = open_reader(source)
         digest.update(reader.fingerprint().encode())
         lengths.append(reader.length)
-        _check_for_a_row(reader, prompt_format, SkippedRows([names[number]], max_error_rate, log=False))
+        _check_for_a_row(reader, prompt_format, SkippedRows([names[number]], max_error_rate, log=False), selection)
         iterables.append(SourceIterable(reader, number, skipped, seed if shuffle else None, epochs, min_shards))
     mixed = _mix([iterable.dataset() for iterable in iterables], chosen, seed, epochs)
-    renderer = _Renderer(prompt_format, seed, decode, skipped, features)
+    renderer = _Renderer(prompt_format, seed, decode, skipped, features, selection)
     dataset = mixed.map(renderer, batched=True, batch_size=1, remove_columns=list(RAW_FEATURES))
     known = [length for length in lengths if length is not None]
     return Rows(dataset, skipped, digest.hexdigest(), sum(known) if len(known) == len(lengths) else None)
@@ -287,9 +299,10 @@ def render_source(
     *,
     seed: int | None = None,
     limit: int | None = None,
+    selection: Selection | None = None,
 ) -> Iterator[Row]:
     """The usable rows among the first `limit` of one epoch of a source, in the files' order without a seed."""
-    renderer = _Renderer(prompt_format, seed or 0, True, skipped)
+    renderer = _Renderer(prompt_format, seed or 0, True, skipped, selection=selection)
     rows = 0
     for entry in SourceIterable(reader, 0, skipped, seed, epochs=1).entries():
         if skipped.accepts(entry, 0) and (row := renderer.row(raw_row(entry, 0, 0))) is not None:
@@ -316,10 +329,18 @@ def _chosen(sources: str | Source | Sequence[str | Source]) -> list[Source]:
     return chosen
 
 
-def _check_for_a_row(reader: Reader, prompt_format: PromptFormat, skipped: SkippedRows) -> None:
+def _check_for_a_row(
+    reader: Reader, prompt_format: PromptFormat, skipped: SkippedRows, selection: Selection | None = None
+) -> None:
     """Reads up to the first usable row, so that a run without data stops before it loads a model."""
-    if next(render_source(reader, prompt_format, skipped), None) is None:
+    if next(render_source(reader, prompt_format, skipped, selection=selection), None) is None:
         examples = [f"{key}: {reason}" for found in skipped.examples.values() for key, reason in found[:1]]
+        if selection is not None and not examples:
+            raise DataError(
+                f"{skipped.report()}, and a held-out share of {selection.share} leaves "
+                f"{'none of them for evaluation' if selection.held_out else 'none of them to train on'}; take another "
+                "share, or keep a source of its own for evaluation"
+            )
         raise DataError(f"no usable row in {skipped.report()}; {'; '.join(examples) or 'it is empty'}")
 
 

@@ -9,16 +9,19 @@ from pathlib import Path
 from transformers import PreTrainedConfig
 from trl import ModelConfig, SFTConfig
 
+from transformers_minigpt4.data.held_out import Selection
 from transformers_minigpt4.data.prompt_formats import PROMPT_FORMATS, PromptFormat
 from transformers_minigpt4.utils.families import FAMILIES, LORA, PROJECTOR, QFORMER, family_of
 from transformers_minigpt4.utils.file_names import SOURCES_FILE
 
 from .cpu_settings import fit_trainer, has_accelerator
 from .packing import check_packable
+from .reporters import check_reporters
 from .schedule import check_floor
 from .stages import check_modules
 
 
+_NEEDS_ROWS = "needs rows to evaluate on. Set eval_share, such as 0.02, or eval_sources."
 PYTHON = "python:"  # in front of MODULE:FUNCTION, for rows or a model that code makes
 
 
@@ -74,6 +77,11 @@ class StageConfig(SFTConfig):
         min_lr (`float`, *optional*): Floor of the authors' schedule; if set, it replaces `lr_scheduler_type`.
         warmup_start_lr (`float`): Learning rate of that schedule's first step.
         iters_per_epoch (`int`, *optional*): Steps of the authors' first epoch; by default `warmup_steps`.
+        eval_sources (`list[str]`): Sources of rows to evaluate on, as in `sources`.
+        eval_share (`float`, *optional*): In their place, the fraction of the images in `sources` that is held out.
+        eval_rows (`int`): Rows of an evaluation, at most.
+        sample_images (`list[str]`): Image files about which the model writes at each checkpoint; by default the images
+            of the first rows of the evaluation.
 
     Where there is no GPU, `use_cpu` is set (`without_gpu` says so), and `changes` lists what else this changed.
 
@@ -84,6 +92,10 @@ class StageConfig(SFTConfig):
     min_lr: float | None = field(default=None, metadata={"help": "Floor of the authors' schedule."})
     warmup_start_lr: float = field(default=1e-6, metadata={"help": "Learning rate of that schedule's first step."})
     iters_per_epoch: int | None = field(default=None, metadata={"help": "Steps of that schedule's first epoch."})
+    eval_sources: list[str] = field(default_factory=list, metadata={"help": "Sources of rows to evaluate on."})
+    eval_share: float | None = field(default=None, metadata={"help": "Fraction of the images that is held out."})
+    eval_rows: int = field(default=256, metadata={"help": "Rows of an evaluation, at most."})
+    sample_images: list[str] = field(default_factory=list, metadata={"help": "Images described at each checkpoint."})
     # TRL's own truncation could cut image tokens; answers are cut by `max_completion_length`.
     max_length: int | None = field(default=None, metadata={"help": "Must stay unset."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "The collator gets complete rows."})
@@ -97,6 +109,7 @@ class StageConfig(SFTConfig):
         self.disable_tqdm = bool(self.disable_tqdm)
         self.without_gpu = not self.use_cpu and not has_accelerator()
         self.changes = fit_trainer(self, self.without_gpu)
+        set_up_evaluation(self)
         super().__post_init__()
         if self.max_length is not None:
             raise ValueError(
@@ -107,11 +120,6 @@ class StageConfig(SFTConfig):
             raise ValueError(
                 "TRL refuses packing and padding_free for images. Switch both off; pack_rows: true packs rows here."
             )
-        if self.load_best_model_at_end:
-            raise ValueError(
-                "load_best_model_at_end needs complete checkpoints, and these hold only trained modules. Switch it "
-                "off and load the checkpoint that you want."
-            )
         if self.push_to_hub:
             raise ValueError(
                 "push_to_hub would upload the output folder as it is, including paths of this computer. Leave it off, "
@@ -120,6 +128,43 @@ class StageConfig(SFTConfig):
             )
         if self.min_lr is not None:
             check_floor(self.min_lr, self.learning_rate)
+
+
+def set_up_evaluation(config: StageConfig) -> None:
+    """
+    Evaluates at each checkpoint unless the recipe says when, and compares checkpoints by their `eval_loss`.
+
+    Raises:
+        ValueError: for values that cannot be.
+    """
+    # A YAML file may give one value without a list.
+    for name in ("eval_sources", "sample_images"):
+        if isinstance(getattr(config, name), str):
+            setattr(config, name, [getattr(config, name)])
+    if config.eval_sources and config.eval_share is not None:
+        raise ValueError(
+            f"eval_share={config.eval_share} and eval_sources exclude each other: rows of the evaluation are held out "
+            "of the sources of training, or come from others. Drop one of the two."
+        )
+    if config.eval_share is not None:
+        Selection(config.eval_share, held_out=True)
+    if config.eval_rows < 1:
+        raise ValueError(f"eval_rows={config.eval_rows} leaves nothing to evaluate on. Take 1 or more.")
+    if not evaluates(config):
+        if config.load_best_model_at_end and config.eval_strategy == "no":
+            raise ValueError(f"load_best_model_at_end {_NEEDS_ROWS}")
+        return
+    if config.eval_strategy == "no":
+        config.eval_strategy = "epoch" if config.save_strategy == "epoch" else "steps"
+        config.eval_steps = config.save_steps if config.eval_steps is None else config.eval_steps
+    # With one checkpoint to keep, transformers would delete the last one, with which a run can be resumed.
+    if config.metric_for_best_model is None and (config.load_best_model_at_end or config.save_total_limit != 1):
+        config.metric_for_best_model = "loss"
+
+
+def evaluates(config: StageConfig) -> bool:
+    """Whether a recipe names rows to evaluate on."""
+    return config.eval_share is not None or bool(config.eval_sources)
 
 
 def check_stream(config: StageConfig) -> None:
@@ -194,6 +239,9 @@ def check_arguments(stage: StageArguments, config: StageConfig, model_args: Mode
     uncounted = [source for source in stage.sources if source.startswith((PYTHON, "wds:"))]
     if config.max_steps <= 0 and uncounted:
         steps_of_epochs(config, uncounted, None)
+    if config.eval_strategy != "no" and not evaluates(config):
+        raise ValueError(f"eval_strategy={config.eval_strategy} {_NEEDS_ROWS}")
+    check_reporters(config.report_to)
     _check_optimizations(stage, config)
 
 

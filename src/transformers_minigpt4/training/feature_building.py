@@ -16,7 +16,7 @@ from transformers.utils import logging
 from trl import ModelConfig
 
 from transformers_minigpt4.data.images import image_key
-from transformers_minigpt4.data.schema import RowImage, row_images
+from transformers_minigpt4.data.schema import RowImage, UndecodedImage, row_images
 from transformers_minigpt4.data.sources import open_rows
 from transformers_minigpt4.processing.image_utils_minigpt4 import load_image
 from transformers_minigpt4.utils.text import first_line
@@ -63,8 +63,9 @@ def _images(stage: StageArguments, config: StageConfig) -> Iterator[RowImage]:
     else:
         datasets = [
             open_rows(source, stage.prompt_format, shuffle=False, epochs=1, decode=False, max_error_rate=None).dataset
-            for source in stage.sources
+            for source in [*stage.sources, *config.eval_sources]
         ]
+    yield from (UndecodedImage(bytes=None, path=path) for path in config.sample_images)
     for dataset in datasets:
         for row in dataset:
             yield from row_images(row)

@@ -86,12 +86,22 @@ def take_features(model: PreTrainedModel) -> None:
 def _project(module: nn.Module, args: tuple[object, ...], kwargs: Batch) -> tuple[tuple[object, ...], Batch]:
     features = kwargs.pop("image_features", None)
     if features is not None:
-        projector = module.get_submodule("multi_modal_projector")
-        projected = projector(features.to(next(projector.parameters()).dtype))
-        # LLaVA takes a list of one tensor per image; MiniGPT-4 takes it as well.
-        output = BaseModelOutputWithPooling(pooler_output=list(projected))  # type: ignore[arg-type]
-        kwargs["mm_encoder_outputs"] = {"image": output}
+        kwargs["mm_encoder_outputs"] = encoder_outputs(module, features)
     return args, kwargs
+
+
+def encoder_outputs(base: nn.Module, features: torch.Tensor) -> dict[str, BaseModelOutputWithPooling]:
+    """
+    The argument `mm_encoder_outputs` of a model or of its `generate`, for cached features.
+
+    Args:
+        base (`nn.Module`): Base model of a MiniGPT-4 or LLaVA.
+        features (`torch.Tensor` of shape `(images, K, W)`): From a cache.
+    """
+    projector = base.get_submodule("multi_modal_projector")
+    projected = projector(features.to(next(projector.parameters()).dtype))
+    # LLaVA takes a list of one tensor per image; MiniGPT-4 takes it as well.
+    return {"image": BaseModelOutputWithPooling(pooler_output=list(projected))}  # type: ignore[arg-type]
 
 
 class _StandInProcessor:

@@ -18,6 +18,7 @@ from transformers import (
 )
 from trl import ModelConfig, get_quantization_config
 
+from transformers_minigpt4.data.held_out import Selection
 from transformers_minigpt4.data.skipped_rows import SkippedRows
 from transformers_minigpt4.data.sources import open_rows
 from transformers_minigpt4.utils.files import atomic_folder
@@ -26,17 +27,22 @@ from transformers_minigpt4.utils.text import first_line
 from .arguments import PYTHON, StageArguments, StageConfig, check_model, steps_of_epochs
 from .feature_cache import FeatureCache
 from .fingerprints import source_digest
+from .held_out import HeldOutRows, load_held_out, split_dataset
 from .prompt_check import check_prompt_format
 from .towerless import load_towerless
 
 
 class LoadedRows(NamedTuple):
-    """A recipe's rows, a digest of where they come from, counts of the skipped ones, and rows of an epoch if known."""
+    """
+    A recipe's rows, a digest of where they come from, counts of the skipped ones, rows of an epoch if known, and the
+    rows that are held out.
+    """
 
     dataset: Dataset | IterableDataset
     fingerprint: str | None = None
     skipped: SkippedRows | None = None
     length: int | None = None
+    held_out: HeldOutRows = HeldOutRows([], [], True)
 
 
 @dataclass(frozen=True)
@@ -70,8 +76,11 @@ def load_rows(stage: StageArguments, config: StageConfig) -> LoadedRows:
     """
     features = FeatureCache(stage.feature_cache) if stage.feature_cache is not None else None
     if stage.sources[0].startswith(PYTHON):
-        dataset = call_for_rows(stage, config)
-        return LoadedRows(dataset, length=len(dataset))
+        dataset, evaluation = call_for_rows(stage, config), None
+        if config.eval_share is not None:
+            dataset, evaluation = split_dataset(dataset, config.eval_share, config.eval_rows)
+        held_out = load_held_out(stage, config, features, evaluation)
+        return LoadedRows(dataset, length=len(dataset), held_out=held_out)
     rows = open_rows(
         stage.sources,
         stage.prompt_format,
@@ -79,10 +88,15 @@ def load_rows(stage: StageArguments, config: StageConfig) -> LoadedRows:
         min_shards=config.world_size * max(1, config.dataloader_num_workers),
         max_error_rate=stage.max_error_rate,
         features=features,
+        selection=None if config.eval_share is None else Selection(config.eval_share, held_out=False),
     )
+    length = rows.length
+    if length is not None and config.eval_share is not None:
+        length = round(length * (1 - config.eval_share))  # which rows are held out is known when they have been read
     if config.max_steps <= 0:
-        config.max_steps = steps_of_epochs(config, stage.sources, rows.length)
-    return LoadedRows(rows.dataset, rows.fingerprint, rows.skipped, rows.length)
+        config.max_steps = steps_of_epochs(config, stage.sources, length)
+    held_out = load_held_out(stage, config, features)
+    return LoadedRows(rows.dataset, rows.fingerprint, rows.skipped, length, held_out)
 
 
 def call_for_rows(stage: StageArguments, config: StageConfig) -> Dataset:

@@ -97,6 +97,9 @@ class TrainingProgress(TrainerCallback):
         steps = state.global_step - self._first_step
         took = f"{steps:,} steps in {duration(time.perf_counter() - self._since)}"
         print_facts([("done", took + (f", loss {losses[0]:.4g} → {losses[-1]:.4g}" if losses else ""))])
+        if state.best_model_checkpoint is not None:
+            best = os.path.basename(state.best_model_checkpoint)
+            print_facts([("best", f"{best}, eval_loss {state.best_metric:.4f} at step {state.best_global_step:,}")])
 
     def close(self) -> None:
         """Ends the bar, which a run that is interrupted leaves open otherwise."""

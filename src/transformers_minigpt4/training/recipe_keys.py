@@ -98,7 +98,17 @@ KEYS: dict[str, tuple[Key, ...]] = {
         Key("save_steps", "NUMBER", "Steps between checkpoints.", 500),
         Key("save_total_limit", "NUMBER", "Checkpoints to keep. By default all."),
         Key("logging_steps", "NUMBER", "Steps between log entries.", 10),
-        Key("report_to", "NAME", "Such as tensorboard or wandb.", "none"),
+        Key("report_to", "NAME", "Trackers, such as tensorboard, trackio or wandb.", "none"),
+    ),
+    "Evaluation": (
+        Key("eval_share", "FRACTION", "Fraction of the sources' images that is held out, to evaluate on."),
+        Key("eval_sources", "SOURCE...", "Sources of rows to evaluate on, in place of a share.", []),
+        Key("eval_rows", "NUMBER", "Rows of an evaluation, at most.", 256),
+        Key("eval_steps", "NUMBER", "Steps between evaluations. By default those between checkpoints."),
+        Key(
+            "load_best_model_at_end", "BOOL", "Whether the result is the checkpoint with the lowest eval_loss.", False
+        ),
+        Key("sample_images", "FILE...", "Images described at each checkpoint. By default held-out ones.", []),
     ),
     "Checks before and during a run": (
         Key("check_first_loss", "BOOL", "Stop if the first loss is no better than chance.", True),

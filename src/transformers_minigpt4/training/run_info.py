@@ -24,7 +24,7 @@ from .arguments import StageArguments
 
 
 logger = logging.getLogger(__name__)
-CURVE, PLOT = "loss.jsonl", "loss.png"
+CURVE, EVAL_CURVE, PLOT = "loss.jsonl", "eval_loss.jsonl", "loss.png"
 
 
 def recipe_settings(arguments: Sequence[StageArguments | TrainingArguments | ModelConfig]) -> dict[str, object]:
@@ -94,9 +94,13 @@ class RunInfoCallback(TrainerCallback):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         history = [entry for entry in state.log_history if "loss" in entry]
+        evaluated = [entry for entry in state.log_history if "eval_loss" in entry]
         counts = {} if self.skipped is None else {"rows": self.skipped.counts()}
-        write_atomically(folder / RUN_FILE, json.dumps({**self.info, **counts}, indent=1, default=str) + "\n")
+        found = {**self.info, **counts, **_best(state)}
+        write_atomically(folder / RUN_FILE, json.dumps(found, indent=1, default=str) + "\n")
         write_atomically(folder / CURVE, "".join(json.dumps(entry) + "\n" for entry in history))
+        if evaluated:
+            write_atomically(folder / EVAL_CURVE, "".join(json.dumps(entry) + "\n" for entry in evaluated))
         if history:
             with atomic_file(folder / PLOT) as scratch:
                 plot_curve([(entry["step"], entry["loss"]) for entry in history]).save(scratch, format="PNG")
@@ -112,6 +116,14 @@ class RunInfoCallback(TrainerCallback):
             if self.skipped is not None:
                 for line in self.skipped.report().splitlines():
                     logger.log(logging.INFO if line.endswith("none skipped") else logging.WARNING, line)
+
+
+def _best(state: TrainerState) -> dict[str, object]:
+    """The checkpoint with the lowest loss on held-out rows, if there were evaluations."""
+    if state.best_model_checkpoint is None or state.best_global_step is None:
+        return {}
+    name = Path(state.best_model_checkpoint).name
+    return {"best_checkpoint": {"checkpoint": name, "step": state.best_global_step, "eval_loss": state.best_metric}}
 
 
 def plot_curve(points: list[tuple[float, float]], size: tuple[int, int] = (720, 360)) -> Image.Image:

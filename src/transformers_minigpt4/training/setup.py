@@ -20,6 +20,8 @@ from .loading import LoadedRows
 from .loss import LabeledCollator, keep_labeled
 from .packing import pack
 from .run_info import RunInfoCallback, run_info
+from .run_page import RunPageCallback
+from .samples import SampleCallback
 from .sanity_checks import SanityCheckCallback
 from .stages import prepare_stage, trainable_parameters
 from .towerless import complete, has_tower
@@ -43,12 +45,13 @@ def make_trainer(
     """
     set_seed(config.seed)  # adapters are drawn at random
     prepare_stage(model, stage.trainable_modules)
-    collator = make_collator(model, processor, stage.max_completion_length)
+    collator = _with_features(stage, model, processor, make_collator(model, processor, stage.max_completion_length))
     common = {
         "model": model,
         "args": config,
         "train_dataset": rows.dataset,
-        "data_collator": _optimize(stage, config, model, processor, collator),
+        "eval_dataset": rows.held_out.evaluation or None,
+        "data_collator": _optimize(stage, config, model, collator),
         "processing_class": processor,
         "epoch_rows": rows.length,
     }
@@ -62,35 +65,50 @@ def make_trainer(
     info = run_info([stage, config, model_args], rows.dataset, trainable, rows.fingerprint)
     info |= {"device": str(config.device), "changed_for_the_cpu": config.changes}
     trainer.add_callback(RunInfoCallback(info, rows.skipped))
+    samples = None
+    if rows.held_out.samples and not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+        samples = SampleCallback(
+            rows.held_out,
+            collator,
+            processor,
+            stage.max_completion_length,
+            context=trainer.compute_loss_context_manager,
+        )
+        trainer.add_callback(samples)
+    trainer.add_callback(RunPageCallback(info, rows.skipped, samples))
     return trainer
 
 
-def _optimize(
-    stage: StageArguments,
-    config: StageConfig,
-    model: PreTrainedModel,
-    processor: ProcessorMixin,
-    collator: ImageTextCollator,
+def _with_features(
+    stage: StageArguments, model: PreTrainedModel, processor: ProcessorMixin, collator: ImageTextCollator
 ) -> Collator:
     """
-    Wraps a collator, and changes a prepared model, so that steps are cheaper: cached features in place of a tower,
-    packed rows, logits at labels only.
+    Wraps a collator, and changes a prepared model, so that cached features take the place of a tower.
+
+    Raises:
+        DataError: for a cache of other weights, if the model has its tower; without one, see [`source_digest`].
+    """
+    if stage.feature_cache is None:
+        return collator
+    if has_tower(model):
+        cache = train_from_features(model, processor.image_processor, stage.feature_cache)
+    else:
+        take_features(model)
+        cache = FeatureCache(stage.feature_cache)
+    return FeatureCollator(collator, cache)
+
+
+def _optimize(stage: StageArguments, config: StageConfig, model: PreTrainedModel, collator: Collator) -> Collator:
+    """
+    Wraps a collator, and changes a prepared model, so that steps are cheaper: packed rows, logits at labels only.
 
     Logits are computed at labels only wherever that is possible: not for an encoder-decoder, which has its own labels,
     and not on several GPUs in one process, among which torch would split the batch by rows.
 
     Raises:
-        DataError: for a cache of other weights, if the model has its tower; without one, see [`source_digest`].
         ValueError: for rows of a model that cannot be packed.
     """
-    wrapped: Collator = collator
-    if stage.feature_cache is not None:
-        if has_tower(model):
-            cache = train_from_features(model, processor.image_processor, stage.feature_cache)
-        else:
-            take_features(model)
-            cache = FeatureCache(stage.feature_cache)
-        wrapped = FeatureCollator(collator, cache)
+    wrapped = collator
     if stage.pack_rows:
         wrapped = pack(model, wrapped, stage.pack_tokens)
     if not family_of(model.config).encoder_decoder and config.n_gpu <= 1:

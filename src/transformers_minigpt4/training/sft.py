@@ -24,6 +24,7 @@ from .next_commands import commands_after
 from .progress import print_facts
 from .recipe import parse_recipe
 from .run_info import recipe_settings
+from .run_page import PAGE
 from .setup import make_trainer, save_final
 
 
@@ -61,7 +62,9 @@ def main(stage: StageArguments, config: StageConfig, model_args: ModelConfig, re
 
 def _print_next(stage: StageArguments, output: str, recipe: str | None) -> None:
     commands = commands_after(recipe, stage.prompt_format, output)
-    print_facts([("checkpoint", output), *(("next", command) for command in commands)])
+    print_facts(
+        [("checkpoint", output), ("curves", os.path.join(output, PAGE)), *(("next", command) for command in commands)]
+    )
 
 
 def _run() -> None:

@@ -13,8 +13,8 @@ class ThroughputCallback(TrainerCallback):
     """
     Adds `samples_per_second` and `non_padding_fraction` since the last log to every log of a loss.
 
-    Callbacks do not see batches, so the trainer calls [`count`] with each. It must come before the callbacks that
-    report logs.
+    The time of evaluations and checkpoints does not count. Callbacks do not see batches, so the trainer calls
+    [`count`] with each. It must come before the callbacks that report logs.
     """
 
     def __init__(self) -> None:
@@ -22,11 +22,22 @@ class ThroughputCallback(TrainerCallback):
         self.tokens: torch.Tensor | int = 0
         self.positions = 0
         self.since = time.perf_counter()
+        self.interrupted = False  # by an evaluation or a checkpoint
 
     def count(self, batch: Batch) -> None:
         """Counts a batch, without waiting for its device."""
         rows, tokens, positions = count_tokens(batch)
         self.rows, self.tokens, self.positions = self.rows + rows, self.tokens + tokens, self.positions + positions
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if self.interrupted:
+            self._restart()
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        self.interrupted = True
+
+    def on_save(self, args, state, control, **kwargs):
+        self.interrupted = True
 
     def on_train_begin(self, args, state, control, **kwargs):
         self._restart()
@@ -45,3 +56,4 @@ class ThroughputCallback(TrainerCallback):
 
     def _restart(self) -> None:
         self.rows, self.tokens, self.positions, self.since = 0, 0, 0, time.perf_counter()
+        self.interrupted = False

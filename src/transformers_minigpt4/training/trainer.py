@@ -1,9 +1,10 @@
 """TRL's and transformers' trainers with what the stages need: schedule, small complete checkpoints, exact resume."""
 
+import contextlib
 import os
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from accelerate.utils import DistributedType
@@ -15,7 +16,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, Trainer, TrainingArguments
-from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 from trl import SFTTrainer
 
@@ -24,9 +25,11 @@ from transformers_minigpt4.utils.text import first_line
 from . import checkpoints
 from .arguments import StageConfig, check_stream
 from .collator import Batch, Collator
+from .evaluation import EvaluationMixin
 from .loss import POSITIONS
 from .progress import TrainingProgress
 from .run_info import RunInfoCallback
+from .run_page import RunPageCallback
 from .sanity_checks import LabelsRequired
 from .schedule import get_minigpt4_schedule
 from .stages import touch_trainable
@@ -34,13 +37,7 @@ from .stream import POSITION, Position, PositionedStream, StreamEpochs, plain_wo
 from .throughput import ThroughputCallback
 
 
-if TYPE_CHECKING:  # the mixin overrides and calls methods of the trainer that it is put in front of
-    from transformers import Trainer as _Trainer
-else:
-    _Trainer = object
-
-
-class StageTrainerMixin(_Trainer):
+class StageTrainerMixin(EvaluationMixin):
     """
     Goes in front of a trainer class, see [`StageSFTTrainer`] and [`StageTrainer`]; its `args` are a [`StageConfig`],
     and it takes `epoch_rows`, the rows of an epoch of a stream, if they are known.
@@ -50,6 +47,7 @@ class StageTrainerMixin(_Trainer):
       under their name, or not at all.
     - A streaming dataset is split over ranks and workers, has no end, and resumes exactly where a run stopped.
     - Batches without images train along (`touch_trainable`).
+    - `eval_loss` is a mean over all tokens of the held-out rows, see [`EvaluationMixin`].
     """
 
     args: StageConfig
@@ -94,13 +92,25 @@ class StageTrainerMixin(_Trainer):
         self.lr_scheduler = self._given_schedule  # one of an earlier call has run out
         try:
             return super().train(checkpoint, *args, **kwargs)
+        except KeyboardInterrupt:
+            self._write_page("interrupted")
+            raise
         except Exception as error:
             plain = plain_worker_error(error)
+            self._write_page(f"stopped by an error: {first_line(plain or error)}")
             if plain is None:
                 raise
             raise plain from error
         finally:
             self.progress.close()
+
+    def _write_page(self, status: str) -> None:
+        """The page of a run that did not reach its end, if it is still possible to write one."""
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, RunPageCallback) and self.is_world_process_zero():
+                with contextlib.suppress(OSError):
+                    step = f"at step {self.state.global_step:,} of {self.state.max_steps:,}"
+                    callback.write(str(self.args.output_dir), self.state, f"{status}, {step}")
 
     def end(self) -> None:
         """
@@ -199,6 +209,7 @@ class StageTrainerMixin(_Trainer):
             super()._save_checkpoint(model, trial)
             if self._positions:
                 self._save_positions(staged)
+            self._name_best_checkpoint(staged, output)
             if self.is_world_process_zero():
                 for callback in self.callback_handler.callbacks:
                     if isinstance(callback, RunInfoCallback):
@@ -219,7 +230,20 @@ class StageTrainerMixin(_Trainer):
                 shutil.rmtree(staged.parent, ignore_errors=True)  # of a save that was interrupted
         self.accelerator.wait_for_everyone()
         if self.is_world_process_zero():
-            rotate_checkpoints(output_dir=str(output), save_total_limit=self.args.save_total_limit, use_mtime=False)
+            rotate_checkpoints(
+                output_dir=str(output),
+                save_total_limit=self.args.save_total_limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+                use_mtime=False,
+            )
+
+    def _name_best_checkpoint(self, staged: Path, output: Path) -> None:
+        """Records where the best checkpoint will be, which transformers looks for next to the staged one."""
+        best = f"checkpoint-{self.state.best_global_step}"
+        if staged.name == best or (output / best).is_dir():
+            self.state.best_model_checkpoint = str(output / best)
+        if self.args.should_save:
+            self.state.save_to_json(str(staged / TRAINER_STATE_NAME))
 
     def create_model_card(self, *args: object, **kwargs: object) -> None:
         """Writes none: TRL's describes a text model trained from "None". `minigpt4 push` writes the card."""
@@ -238,6 +262,12 @@ class StageTrainerMixin(_Trainer):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:
             checkpoints.load_trained(self.model, resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        if isinstance(self.model, PeftModel) or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            super()._load_best_model()
+        else:
+            checkpoints.load_trained(self.model, str(self.state.best_model_checkpoint))
 
 
 class StageSFTTrainer(StageTrainerMixin, SFTTrainer):
