@@ -192,8 +192,8 @@ def test_ctrl_c_names_the_command_that_resumes(project, monkeypatch, command):
     result = minigpt4(command, project, *["me/set"] * (command == "push"))
     assert result.exit_code == 130
     assert result.stderr == (
-        "minigpt4: stopped; everything finished so far is kept, resume with: "
-        f"minigpt4 curate {command} {shlex.quote(str(project))}\n"
+        "minigpt4: stopped; everything finished so far is kept, "
+        f"`minigpt4 curate {command} {shlex.quote(str(project))}{' me/set' * (command == 'push')}` resumes\n"
     )
 
 
@@ -213,7 +213,7 @@ def test_ctrl_c_does_not_wait_for_a_slow_endpoint(project):
             _, stderr = process.communicate(timeout=60)
             assert time.monotonic() - started < 30
     assert process.returncode == 130
-    assert stderr.endswith(f"resume with: minigpt4 curate repair {project}\n") and stderr.count("\n") == 1
+    assert stderr.endswith(f"`minigpt4 curate repair {project}` resumes\n") and stderr.count("\n") == 1
 
 
 def test_a_repair_without_any_result_is_a_failure(project):

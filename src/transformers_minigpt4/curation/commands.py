@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import shlex
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeAlias
@@ -10,7 +9,16 @@ from typing import TYPE_CHECKING, Annotated, TypeAlias
 import typer
 
 from transformers_minigpt4.hub import commands as hub
-from transformers_minigpt4.utils.command_line import DryRun, Host, Port, Seed, interruptible
+from transformers_minigpt4.utils.command_line import (
+    INTERRUPTED,
+    DryRun,
+    Host,
+    Port,
+    Seed,
+    complain,
+    interruptible,
+    this_command,
+)
 
 
 if TYPE_CHECKING:
@@ -85,9 +93,9 @@ def generate(project: ProjectPath) -> None:
     Examples:
         minigpt4 curate generate my-curation
     """
-    with _opened(project, "generate", create=True) as opened:
-        from .generate import run_generate
+    from .generate import run_generate
 
+    with _opened(project, create=True) as opened:
         typer.echo(str(run_generate(opened, opened.config)), err=True)
 
 
@@ -100,9 +108,9 @@ def repair(project: ProjectPath) -> None:
     Examples:
         minigpt4 curate repair my-curation
     """
-    with _opened(project, "repair") as opened:
-        from .repair import run_repair
+    from .repair import run_repair
 
+    with _opened(project) as opened:
         summary = run_repair(opened, opened.config)
         typer.echo(str(summary), err=True)
         summary.check()
@@ -115,9 +123,9 @@ def filter_texts(project: ProjectPath) -> None:
     Examples:
         minigpt4 curate filter my-curation
     """
-    with _opened(project, "filter") as opened:
-        from .filter import run_filter
+    from .filter import run_filter
 
+    with _opened(project) as opened:
         typer.echo(str(run_filter(opened, opened.config)), err=True)
 
 
@@ -131,6 +139,9 @@ def review(
         Path | None,
         typer.Option("--import", metavar="FILE", help="Read decisions from this .csv or .jsonl file; opens no page."),
     ] = None,
+    decided: Annotated[
+        bool, typer.Option("--decided", help="With --export: write the decisions made so far, not the pending pairs.")
+    ] = False,
     reviewer: Annotated[
         str | None,
         typer.Option(metavar="NAME", help="Whose decisions the file holds, if it does not say. The page asks."),
@@ -141,7 +152,8 @@ def review(
     """
     Accept, edit or reject pairs on a local web page or in a file.
 
-    Several people can review at once. The page runs until Ctrl-C; every decision is saved as it is made.
+    Several people can review at once. The page runs until Ctrl-C; every decision is saved as it is made. The exit
+    status is 0 if every pair has been decided on, else 130.
 
     Examples:
         minigpt4 curate review my-curation
@@ -149,9 +161,11 @@ def review(
     """
     if export is not None and import_from is not None:
         raise ValueError("--export and --import are two steps; give one of them")
-    with _opened(project, "review") as opened:
+    if decided and export is None:
+        raise ValueError("--decided says what to export; give --export FILE too")
+    with _opened(project) as opened:
         if export is not None:
-            _export(opened, export, reviewer)
+            _export(opened, export, reviewer, decided)
         elif import_from is not None:
             _import(opened, import_from, reviewer)
         else:
@@ -175,9 +189,9 @@ def build(
     Examples:
         minigpt4 curate build my-curation
     """
-    with _opened(project, "build") as opened:
-        from .build import run_build
+    from .build import run_build
 
+    with _opened(project) as opened:
         typer.echo(str(run_build(opened, opened.config, unreviewed=unreviewed)), err=True)
 
 
@@ -198,9 +212,9 @@ def push(
     Examples:
         minigpt4 curate push my-curation my-name/my-set --license cc-by-4.0 --dry-run
     """
-    with _opened(project, "push") as opened:
-        from .build import built_dataset
+    from .build import built_dataset
 
+    with _opened(project) as opened:
         folder = built_dataset(opened)
     hub.push(
         folder,
@@ -225,9 +239,9 @@ def run(project: ProjectPath) -> None:
     Examples:
         minigpt4 curate run my-curation
     """
-    with _opened(project, "run", create=True) as opened:
-        from .run import run_all
+    from .run import run_all
 
+    with _opened(project, create=True) as opened:
         run_all(opened, opened.config, say=typer.echo)
 
 
@@ -241,9 +255,9 @@ def status(
     Examples:
         minigpt4 curate status my-curation --output funnel.png
     """
-    with _opened(project, "status") as opened:
-        from .status import save_status_png, status_text
+    from .status import save_status_png, status_text
 
+    with _opened(project) as opened:
         typer.echo(status_text(opened))
         if output is not None:
             save_status_png(opened, output)
@@ -264,9 +278,9 @@ def report(
     Examples:
         minigpt4 curate report my-curation
     """
-    with _opened(project, "report") as opened:
-        from .report import run_report
+    from .report import run_report
 
+    with _opened(project) as opened:
         typer.echo(str(run_report(opened, opened.config, output)))
 
 
@@ -286,20 +300,19 @@ COMMANDS: dict[str, Callable[..., None]] = {
 
 
 @contextlib.contextmanager
-def _opened(where: Path, command: str, create: bool = False) -> Iterator["Project"]:
-    """The project of a folder or of a `curation.yaml`; Ctrl-C ends the command and says which one resumes."""
-    resume = shlex.join(["minigpt4", "curate", command, str(where)])
-    with interruptible(f"stopped; everything finished so far is kept, resume with: {resume}"):
-        from .config import CONFIG_FILE, CurationError
-        from .store import Project
+def _opened(where: Path, create: bool = False) -> Iterator["Project"]:
+    """The project of a folder or of a `curation.yaml`; Ctrl-C ends the command and says how to resume."""
+    from .config import CONFIG_FILE, CurationError
+    from .store import Project
 
-        if where.is_file() and where.name != CONFIG_FILE:
-            raise CurationError(
-                f"{where} is not a project: settings are in a file {CONFIG_FILE}, and its folder is the project"
-            )
-        folder = where.parent if where.name == CONFIG_FILE and not where.is_dir() else where
-        with Project.create(folder) if create else Project.open(folder) as project:
-            yield project
+    if where.is_file() and where.name != CONFIG_FILE:
+        raise CurationError(
+            f"{where} is not a project: settings are in a file {CONFIG_FILE}, and its folder is the project"
+        )
+    folder = where.parent if where.name == CONFIG_FILE and not where.is_dir() else where
+    message = f"stopped; everything finished so far is kept, `{this_command()}` resumes"
+    with Project.create(folder) if create else Project.open(folder) as project, interruptible(message):
+        yield project
 
 
 def _absolute(name: str) -> str:
@@ -307,10 +320,13 @@ def _absolute(name: str) -> str:
     return os.path.abspath(name) if os.path.isdir(name) else name
 
 
-def _export(project: "Project", path: Path, reviewer: str | None) -> None:
+def _export(project: "Project", path: Path, reviewer: str | None, decided: bool) -> None:
     from .review_files import export_pairs
 
-    found = export_pairs(project, path, reviewer)
+    found = export_pairs(project, path, reviewer, decided)
+    if decided:
+        typer.echo(f"{found.pairs:,} decisions in {path}", err=True)
+        return
     typer.echo(f"{found.pairs:,} pending pairs in {path}; fill in action: accept, edit or reject", err=True)
     for key in found.missing:
         typer.echo(f"omitted, because its image is gone: {key}", err=True)
@@ -328,8 +344,14 @@ def _import(project: "Project", path: Path, reviewer: str | None) -> None:
 
 
 def _serve(project: "Project", host: str, port: int | None) -> None:
+    from .review import ReviewQueue
     from .review_page import serve_review
+    from .review_screen import what_next
 
     with serve_review(project, host, port) as server:
         typer.echo(f"review at {server.url} (Ctrl-C ends it; every decision is saved as it is made)")
         server.wait()
+    progress = ReviewQueue(project).progress()
+    complain(what_next(project.folder, progress))
+    if progress.due:
+        raise typer.Exit(INTERRUPTED)

@@ -28,6 +28,13 @@ REPAIR_PROMPT = (
     "results without explanation. Return directly the input paragraph if it is already correct without explanation."
 )
 
+REVIEW_GUIDELINE = (
+    "Accept a description if all that it says can be seen in the image, it names what matters, and it reads well. "
+    "Edit it if little is wrong: take out what is repeated or cannot be seen. Reject the rest."
+)
+REVIEW_REASONS = ("not in the image", "too little detail", "repetitive", "bad English", "unsuitable image")
+_MOST_REASONS, _LONGEST_REASON = 9, 60  # one key each, 1 to 9; characters on a button
+
 
 class CurationError(ValueError):
     """A project or step that cannot continue; the message says what was given, why it fails and what to do."""
@@ -58,6 +65,8 @@ class CurationConfig:
             a key: `repair_model`, `repair_base_url` and so on.
         repair_prompt: What it is asked; the paper's by default.
         rules: Changes to the filter's rules: `{rule: {parameter: value}}`, or `{rule: false}` to leave one out.
+        review_guideline: What the review's page tells people to do.
+        review_reasons: Why people reject pairs: at most nine, which the keys 1 to 9 stand for.
         review_twice: Share of pairs that two reviewers see, to measure their agreement.
         build_unreviewed: Whether `build` also takes what the filter kept and nobody has reviewed.
     """
@@ -78,6 +87,8 @@ class CurationConfig:
     repair: ChatSettings | None = None
     repair_prompt: str = REPAIR_PROMPT
     rules: dict[str, object] = field(default_factory=dict)
+    review_guideline: str = REVIEW_GUIDELINE
+    review_reasons: list[str] = field(default_factory=lambda: list(REVIEW_REASONS))
     review_twice: float = 0.1
     build_unreviewed: bool = False
 
@@ -93,6 +104,7 @@ class CurationConfig:
             raise CurationError(f"seed is {self.seed!r}; set it to a whole number of 0 or more")
         if not 0 <= self.review_twice <= 1:
             raise CurationError(f"review_twice is {self.review_twice!r}; set it to a share between 0 and 1")
+        self._check_reasons()
         if not isinstance(self.rules, dict):
             raise CurationError(f"rules is {self.rules!r:.80}; write it as `rules: {{rule: {{parameter: value}}}}`")
         if ("<ImageHere>" in self.continue_prompt) or self.prompt.count("<ImageHere>") > 1:
@@ -101,6 +113,20 @@ class CurationConfig:
             raise CurationError(
                 "`prompt` is a plain question, so it goes through the chat template; write "
                 "`continue_prompt: Continue` too"
+            )
+
+    def _check_reasons(self) -> None:
+        reasons = self.review_reasons
+        for reason in reasons:
+            printable = isinstance(reason, str) and reason.isprintable() and reason == " ".join(reason.split())
+            if not printable or not 0 < len(reason) <= _LONGEST_REASON:
+                raise CurationError(
+                    f"review_reasons has {reason!r:.80}; write each as 1 to {_LONGEST_REASON} characters"
+                )
+        if len(reasons) > _MOST_REASONS or len(set(reasons)) < len(reasons):
+            raise CurationError(
+                f"review_reasons has {len(reasons)} entries; give at most {_MOST_REASONS}, each once: the keys 1 to "
+                f"{_MOST_REASONS} stand for them"
             )
 
     @property
@@ -164,7 +190,11 @@ def commented_yaml(config: CurationConfig) -> str:
     """The content of a `curation.yaml`: settings that differ from the defaults, and all others as comments."""
 
     def line(name: str, value: object) -> str:
-        text = yaml.safe_dump({name: value}, allow_unicode=True, width=10_000, sort_keys=False)
+        # `None`: a list on one line, so that it can be a comment.
+        flow = None if isinstance(value, list) else False
+        text = yaml.safe_dump(
+            {name: value}, allow_unicode=True, width=10_000, sort_keys=False, default_flow_style=flow
+        )
         return str(text).strip()
 
     lines = ["# Settings of a curation project; docs/guides/curate.md explains them. The commented ones are defaults."]

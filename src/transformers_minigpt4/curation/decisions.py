@@ -15,6 +15,7 @@ Action = Literal["accepted", "edited", "rejected"]
 ACTIONS: tuple[Action, ...] = get_args(Action)  # from the mildest to the strictest
 STEP = "review"
 DISAGREED = "reviewers disagreed"
+_LONGEST_REASON = 100  # characters
 _SETTINGS = ""  # people have none
 
 
@@ -50,6 +51,12 @@ def check_action(action: str, text: str | None) -> None:
         raise CurationError("an edited pair needs its text; reject the pair if no part of the text is usable")
 
 
+def clean_reason(reason: str) -> str:
+    """One short line, since reasons are counted and shown as labels."""
+    line = "".join(character if character.isprintable() else " " for character in reason)
+    return " ".join(line.split())[:_LONGEST_REASON]
+
+
 def same_text(text: str, other: str) -> bool:
     """Whether texts are the same except for surrounding white space and line endings, which browsers change."""
     return _plain(text) == _plain(other)
@@ -76,14 +83,22 @@ def add_decision(
     action: str,
     text: str | None,
     current: sqlite3.Row | None,
+    reason: str = "",
 ) -> None:
-    """Writes a decision within the caller's transaction, and the pair's result if it is about the `current` text."""
+    """
+    Writes a decision within the caller's transaction, and the pair's result if it is about the `current` text.
+
+    `reason` says why a pair is rejected, and is ignored otherwise.
+    """
     text = without_surrogates(text or "").strip()
     if action == "edited" and current is not None and current["text_id"] == text_id:
         action = "accepted" if same_text(text, current["after"]) else action
     connection.execute(
-        "INSERT INTO decisions (pair_id, reviewer, action, text, input, at) VALUES (?, ?, ?, ?, ?, ?)",
-        (pair_id, reviewer, action, text if action == "edited" else None, text_id, now()),
+        "INSERT INTO decisions (pair_id, reviewer, action, text, reason, input, at) VALUES (?, ?, ?, ?, ?, ?, ?)",
+        (
+            *(pair_id, reviewer, action, text if action == "edited" else None),
+            *(clean_reason(reason) if action == "rejected" else "", text_id, now()),
+        ),
     )
     if current is not None and current["text_id"] == text_id:
         _write_result(connection, pair_id, text_id)
@@ -103,16 +118,17 @@ def take_back(connection: sqlite3.Connection, decision: sqlite3.Row) -> None:
 def _write_result(connection: sqlite3.Connection, pair_id: int, text_id: str) -> bool:
     """Writes the result of the decisions on a text; `False` if there are none."""
     rows = connection.execute(
-        "SELECT reviewer, action, text FROM decisions WHERE pair_id = ? AND input = ? AND undone IS NULL ORDER BY id",
+        "SELECT reviewer, action, text, reason FROM decisions WHERE pair_id = ? AND input = ? AND undone IS NULL "
+        "ORDER BY id",
         (pair_id, text_id),
     ).fetchall()
     if not rows:
         return False
-    actions = [action for _, action, _ in rows]
-    # `max` takes the first of equals; of two edits the later counts.
-    _, action, text = max(reversed(rows), key=lambda row: ACTIONS.index(row[1]))
-    reason = DISAGREED if len(set(actions)) > 1 else ""
-    details = {"decisions": [[name, act] for name, act, _ in rows]}
+    actions = [row[1] for row in rows]
+    # `max` takes the first of equals; of two edits, or two reasons, the later counts.
+    _, action, text, why = max(reversed(rows), key=lambda row: ACTIONS.index(row[1]))
+    reason = DISAGREED if len(set(actions)) > 1 else why
+    details = {"decisions": [[*filter(None, (name, act, said))] for name, act, _, said in rows]}
     write_results(connection, STEP, [Result(pair_id, _SETTINGS, text_id, action, reason, text, details)])
     return True
 

@@ -44,6 +44,7 @@ class ReviewPair:
         text_id: Digest of `after`.
         flag: Why the repair asks people to look closely; mostly empty.
         again: Whether the reviewer decided on another text of this pair before.
+        decision: Id of the reviewer's decision on this text, or 0.
     """
 
     id: int
@@ -54,6 +55,7 @@ class ReviewPair:
     text_id: str
     flag: str
     again: bool
+    decision: int = 0
 
 
 @dataclass(frozen=True)
@@ -61,8 +63,9 @@ class Progress:
     """
     Counts over the pairs that the filter kept.
 
-    `left` counts what the reviewer can still be shown, whoever looks at it now; `twice` and `twice_done` are the pairs
-    that need two reviewers and those that had them; `missing` are due, but their image is missing.
+    `due` counts what needs a decision, and `left` what of it the reviewer can still be shown, whoever looks at it now;
+    `twice` and `twice_done` are the pairs that need two reviewers and those that had them; `missing` need a decision,
+    but their image is missing.
     """
 
     pairs: int
@@ -70,6 +73,7 @@ class Progress:
     edited: int
     rejected: int
     mine: int
+    due: int
     left: int
     twice: int
     twice_done: int
@@ -127,7 +131,42 @@ class ReviewQueue:
             self._claim(connection, row["id"], me)
         return self._pair(row)
 
-    def decide(self, reviewer: str, pair_id: int, text_id: str, action: str, text: str | None = None) -> str:
+    def open(self, reviewer: str, pair_id: int) -> tuple[ReviewPair | None, str]:
+        """
+        The pair that the reviewer chose, decided on or not; one that needs a decision is claimed.
+
+        Returns:
+            The pair, or `None` if it cannot be shown; and a message for the reviewer.
+
+        Raises:
+            ValueError: for an invalid name.
+            CurationError: if the project's file cannot be written.
+        """
+        me = person_name(reviewer)
+        with self.project.transaction() as connection:
+            row = self.current(connection, pair_id, me)
+            if row is None:
+                return None, "That pair is not due for review: the filter has dropped it, or there is none."
+            if not (self.project.folder / row["image"]).is_file():
+                return None, f"The image of {row['key']} is missing, so the pair cannot be shown."
+            earlier = live_decision(connection, pair_id, me, row["text_id"])
+            if earlier is None:
+                connection.execute("DELETE FROM claims WHERE reviewer = ?", (me,))
+                self._claim(connection, pair_id, me)
+                return self._pair(row), ""
+        said = f"{earlier['action']} this pair{': ' if earlier['reason'] else ''}{earlier['reason']}"
+        return self._pair(row), f"You have {said}. If you decide again, that replaces it."
+
+    def decide(
+        self,
+        reviewer: str,
+        pair_id: int,
+        text_id: str,
+        action: str,
+        text: str | None = None,
+        reason: str = "",
+        replaces: int = 0,
+    ) -> str:
         """
         Keeps a decision; it is on the disk when this returns.
 
@@ -137,6 +176,8 @@ class ReviewQueue:
             text_id: `ReviewPair.text_id`, to recognize a decision on a text that has changed meanwhile.
             action: One of `ACTIONS`.
             text: For `"edited"`, the new text. One that equals the old text makes the decision `"accepted"`.
+            reason: For `"rejected"`, why, in a few words.
+            replaces: `ReviewPair.decision`, if the reviewer saw their earlier decision and changes it.
 
         Returns:
             A message for the reviewer, mostly empty: that they have decided on this text before, which stays valid; or
@@ -153,11 +194,13 @@ class ReviewQueue:
             if known is None:
                 raise CurationError(f"there is no pair {pair_id} in this project; reload the page")
             earlier = live_decision(connection, pair_id, me, text_id)
-            if earlier is not None:
+            if earlier is not None and earlier["id"] == replaces:
+                take_back(connection, earlier)
+            elif earlier is not None:
                 return f"You {earlier['action']} this pair before; undo that first to change your decision."
             current = self.current(connection, pair_id)
-            add_decision(connection, pair_id, me, text_id, action, text, current)
-            connection.execute("DELETE FROM claims WHERE reviewer = ?", (me,))
+            add_decision(connection, pair_id, me, text_id, action, text, current, reason)
+            connection.execute("DELETE FROM claims WHERE reviewer = ? AND pair_id = ?", (me, pair_id))
         if current is None:
             return (
                 "The filter has dropped this pair meanwhile; your decision is kept and counts if the pair comes back."
@@ -196,7 +239,7 @@ class ReviewQueue:
     def progress(self, reviewer: str | None = None) -> Progress:
         """The counts, `mine` and `left` for one reviewer (0 and 0 without)."""
         me = person_name(reviewer) if reviewer is not None else ""
-        counts = dict.fromkeys(("accepted", "edited", "rejected", "mine", "left", "twice", "twice_done", "missing"), 0)
+        counts = dict.fromkeys(Progress.__annotations__.keys() - {"pairs"}, 0)
         names: dict[int, set[str]] = {}
         with plain_errors(self.project.folder):
             connection = self.project.connection()
@@ -218,6 +261,7 @@ class ReviewQueue:
             if len(who) < 1 + two:
                 gone = image not in there
                 counts["missing"] += gone
+                counts["due"] += not gone
                 counts["left"] += bool(me) and me not in who and not gone
         return Progress(pairs=len(text_ids), **counts)
 
@@ -256,6 +300,21 @@ class ReviewQueue:
         pairs = [self._pair(row) for row in rows if row["image"] in there]
         return pairs, [row["key"] for row in rows if row["image"] not in there]
 
+    def decided(self, reviewer: str | None = None) -> list[tuple[ReviewPair, sqlite3.Row]]:
+        """The decisions (of this reviewer, if named) on texts as they are now: pairs with rows of `decisions`."""
+        me = person_name(reviewer) if reviewer is not None else None
+        with plain_errors(self.project.folder):
+            connection = self.project.connection()
+            pairs = {row["id"]: self._pair(row) for row in self._rows(connection, "1", me or "")}
+            rows = fetch(connection, "SELECT * FROM decisions WHERE undone IS NULL ORDER BY pair_id, id").fetchall()
+        return [
+            (pairs[row["pair_id"]], row)
+            for row in rows
+            if row["pair_id"] in pairs
+            and row["input"] == pairs[row["pair_id"]].text_id
+            and me in (None, row["reviewer"])
+        ]
+
     def current(self, connection: sqlite3.Connection, pair_id: int, reviewer: str = "") -> sqlite3.Row | None:
         """A pair as it reaches the review now, or `None` if it does not."""
         return fetch_one(connection, f"{self._select()} WHERE p.id = :pair", {"pair": pair_id, "me": reviewer})
@@ -270,7 +329,9 @@ class ReviewQueue:
             SELECT w.id, p.key, p.image, coalesce(g.text, '') AS before, w.text AS after, w.hash AS text_id,
                 CASE WHEN f.outcome = 'flagged' THEN f.reason ELSE '' END AS flag,
                 EXISTS (SELECT 1 FROM decisions AS d WHERE d.pair_id = w.id AND d.reviewer = :me
-                    AND d.input != w.hash AND d.undone IS NULL) AS again
+                    AND d.input != w.hash AND d.undone IS NULL) AS again,
+                coalesce((SELECT d.id FROM decisions AS d WHERE d.pair_id = w.id AND d.reviewer = :me
+                    AND d.input = w.hash AND d.undone IS NULL), 0) AS decision
             FROM pairs AS p CROSS JOIN ({self._incoming}) AS w ON w.id = +p.id
             LEFT JOIN results AS g ON g.pair_id = w.id AND g.step = 'generate'
             LEFT JOIN results AS f ON f.pair_id = w.id AND f.step = 'repair' AND f.output = w.hash

@@ -1,7 +1,6 @@
 """The review without a page: pairs into a CSV or JSONL file, and people's decisions back from one."""
 
 import csv
-import json
 import os
 import sqlite3
 from collections.abc import Collection, Iterator
@@ -10,17 +9,18 @@ from pathlib import Path
 from typing import TextIO
 
 from transformers_minigpt4.utils.files import PathLike, atomic_file, to_json
-from transformers_minigpt4.utils.text import from_spreadsheet_cell, spreadsheet_cell, without_surrogates
+from transformers_minigpt4.utils.json_files import json_lines
+from transformers_minigpt4.utils.text import from_spreadsheet_cell, spreadsheet_cell
 from transformers_minigpt4.web.html import person_name
 
 from .config import CurationError
-from .decisions import add_decision, check_action, live_decision, same_text, take_back
-from .review import ReviewQueue
+from .decisions import add_decision, check_action, clean_reason, live_decision, same_text, take_back
+from .review import ReviewPair, ReviewQueue
 from .store import Project
 
 
-# What is exported; reviewers fill in the last three. An import needs `pair`, `text_id` and `action`.
-FIELDS = ("pair", "image", "text_before", "text_after", "flag", "text_id", "action", "text", "reviewer")
+# What is exported; reviewers fill in the last four. An import needs `pair`, `text_id` and `action`.
+FIELDS = ("pair", "image", "text_before", "text_after", "flag", "text_id", "action", "text", "reason", "reviewer")
 _NEEDED = ("pair", "text_id", "action")
 _ACTIONS = {"accept": "accepted", "edit": "edited", "reject": "rejected"}
 # A spreadsheet would take a digest of digits only, or of digits and one e, for a number.
@@ -50,15 +50,16 @@ class Import:
         return self.accepted + self.edited + self.rejected
 
 
-def export_pairs(project: Project, path: PathLike, reviewer: str | None = None) -> Export:
+def export_pairs(project: Project, path: PathLike, reviewer: str | None = None, decided: bool = False) -> Export:
     """
-    Writes the pairs that need a decision.
+    Writes the pairs that need a decision, or the decisions made so far.
 
     Args:
         project: The project.
         path: A `.csv` or `.jsonl` file; an older one is replaced. The images' paths in it are relative to the
             project's folder. `flag` says why the repair asks people to look closely.
-        reviewer: Leaves out what this person has decided on.
+        reviewer: Leaves out what this person has decided on; with `decided`, what others have.
+        decided: Writes the decisions on the current texts, a row for each.
 
     Raises:
         CurationError: for another kind of file, or a folder that does not exist.
@@ -67,17 +68,13 @@ def export_pairs(project: Project, path: PathLike, reviewer: str | None = None) 
     kind = _kind(path)
     if not Path(path).absolute().parent.is_dir():
         raise CurationError(f"there is no folder for {os.fspath(path)}; create it, or choose another one")
-    pairs, missing = ReviewQueue(project).due(reviewer)
-    name = person_name(reviewer) if reviewer is not None else ""
-    rows = [
-        dict(
-            zip(
-                FIELDS,
-                (pair.key, pair.image, pair.before, pair.after, pair.flag, _ID + pair.text_id, "", "", name),
-            )
-        )
-        for pair in pairs
-    ]
+    queue, missing = ReviewQueue(project), list[str]()
+    if decided:
+        rows = [_row(pair, *_said(decision)) for pair, decision in queue.decided(reviewer)]
+    else:
+        pairs, missing = queue.due(reviewer)
+        name = person_name(reviewer) if reviewer is not None else ""
+        rows = [_row(pair, "", "", "", name) for pair in pairs]
     with atomic_file(path) as scratch, open(scratch, "w", encoding="utf-8", newline="") as file:
         if kind == "csv":
             writer = csv.DictWriter(file, FIELDS)
@@ -86,6 +83,16 @@ def export_pairs(project: Project, path: PathLike, reviewer: str | None = None) 
         else:
             file.writelines(to_json(row) + "\n" for row in rows)
     return Export(len(rows), missing)
+
+
+def _row(pair: ReviewPair, action: str, text: str, reason: str, reviewer: str) -> dict[str, str]:
+    shown = (pair.key, pair.image, pair.before, pair.after, pair.flag, _ID + pair.text_id)
+    return dict(zip(FIELDS, (*shown, action, text, reason, reviewer), strict=True))
+
+
+def _said(decision: sqlite3.Row) -> tuple[str, str, str, str]:
+    action = next(word for word, action in _ACTIONS.items() if action == decision["action"])
+    return action, decision["text"] or "", decision["reason"], decision["reviewer"]
 
 
 def import_decisions(project: Project, path: PathLike, reviewer: str | None = None) -> Import:
@@ -98,7 +105,7 @@ def import_decisions(project: Project, path: PathLike, reviewer: str | None = No
     Args:
         project: The project.
         path: A `.csv` or `.jsonl` file with `pair`, `text_id`, `action` (accept, edit or reject), for edits `text`,
-            and `reviewer`; other fields are ignored.
+            for rejected ones `reason` (may be empty), and `reviewer`; other fields are ignored.
         reviewer: Who decided, for rows that do not say.
 
     Raises:
@@ -129,6 +136,7 @@ def _import_row(
 ) -> str:
     """Writes one row's decision; returns what it counts as."""
     said, key, text = row["action"].strip().lower(), row["pair"].strip(), row.get("text", "").strip()
+    reason = clean_reason(row.get("reason", ""))
     if not said:
         return "undecided"
     action = _ACTIONS.get(said, said)
@@ -154,14 +162,17 @@ def _import_row(
         raise ValueError(f"the text of pair {key!r} has changed since the export; export it again and decide on that")
     if action != "edited" and text and not same_text(text, current["after"]):
         raise ValueError(f"pair {key!r} has action {said} and a text; write edit, or leave the text empty")
+    if action != "rejected" and reason:
+        raise ValueError(f"pair {key!r} has action {said} and a reason; leave it empty, it is for reject")
     if action == "edited" and same_text(text, current["after"]):
         action = "accepted"
     earlier = live_decision(connection, current["id"], me, text_id)
     if earlier is not None:
-        if earlier["action"] == action and (earlier["text"] or "") == (text if action == "edited" else ""):
+        before = earlier["action"], earlier["text"] or "", earlier["reason"]
+        if before == (action, text if action == "edited" else "", reason):
             return "known"
         take_back(connection, earlier)
-    add_decision(connection, current["id"], me, text_id, action, text, current)
+    add_decision(connection, current["id"], me, text_id, action, text, current, reason)
     return action
 
 
@@ -171,8 +182,11 @@ def _read(path: PathLike) -> Iterator[tuple[int, dict[str, str]]]:
     if os.path.exists(path) and not os.path.isfile(path):
         raise CurationError(f"{os.fspath(path)} is not a regular file; give the file that the export wrote")
     try:
+        if kind == "jsonl":
+            yield from _read_jsonl(path)
+            return
         with open(path, encoding="utf-8-sig", newline="") as file:
-            yield from _read_csv(file, path) if kind == "csv" else _read_jsonl(file, path)
+            yield from _read_csv(file, path)
     except FileNotFoundError:
         raise CurationError(f"there is no file {os.fspath(path)}; write one with --export first") from None
     except UnicodeDecodeError as error:
@@ -201,24 +215,13 @@ def _read_csv(file: TextIO, path: PathLike) -> Iterator[tuple[int, dict[str, str
         raise CurationError(f"line {reader.line_num} of {os.fspath(path)} is not CSV: {error}") from error
 
 
-def _read_jsonl(file: TextIO, path: PathLike) -> Iterator[tuple[int, dict[str, str]]]:
-    for number, line in enumerate(file, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise CurationError(f"line {number} of {os.fspath(path)} is not JSON: {error}") from error
-        except RecursionError:
-            raise CurationError(f"line {number} of {os.fspath(path)} is nested too deeply; is it an export?") from None
+def _read_jsonl(path: PathLike) -> Iterator[tuple[int, dict[str, str]]]:
+    for number, row in json_lines(path):
+        if isinstance(row, ValueError):
+            raise CurationError(f"line {number} of {os.fspath(path)} cannot be read: {row}; nothing was imported")
         if not isinstance(row, dict) or not all(isinstance(value, str | None) for value in row.values()):
             raise CurationError(f"line {number} of {os.fspath(path)} is not an object of texts; nothing was imported")
         row = {name: value or "" for name, value in row.items()}
-        if broken := [name for name, value in row.items() if without_surrogates(value) != value]:
-            raise CurationError(
-                f"line {number} of {os.fspath(path)} has half a surrogate pair in {broken[0]!r}; remove it, since "
-                "it is no character; nothing was imported"
-            )
         _need(row, path, number)
         yield number, row
 

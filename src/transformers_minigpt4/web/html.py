@@ -31,7 +31,7 @@ _KEYS = """
   };
   const typing = (node) => node && (node.isContentEditable || /^(INPUT|TEXTAREA|SELECT)$/.test(node.tagName));
   document.addEventListener("keydown", (event) => {
-    if (event.repeat || event.isComposing) return;
+    if (event.repeat || event.isComposing || document.querySelector("dialog.zoom")) return;
     if (submit && event.key === "Enter" && (event.ctrlKey || event.metaKey)) {
       event.preventDefault(); event.stopPropagation();
       if (document.activeElement) document.activeElement.blur();
@@ -45,7 +45,42 @@ _KEYS = """
       const field = document.querySelector("#" + focus[key] + " textarea, #" + focus[key] + " input");
       if (field) { event.preventDefault(); field.focus(); }
     } else if (keys[key]) { event.preventDefault(); press(keys[key]); }
+    else if (key === "z") zoom(document.querySelector(".image img"));
   }, true);
+  document.addEventListener("click", (event) => {
+    const node = event.target.closest ? event.target : event.target.parentElement;
+    const image = node.closest(".image img"), link = node.closest("[data-press]");
+    if (image) zoom(image);
+    if (link) { window.pressed = link.dataset.value; press(link.dataset.press); }
+  });
+  const zoom = (image) => {
+    if (!image) return;
+    const dialog = document.createElement("dialog"), copy = new Image(), close = document.createElement("button");
+    dialog.className = "zoom"; copy.src = image.src; copy.alt = image.alt; close.textContent = "Close (Esc)";
+    dialog.append(copy, close); document.body.append(dialog);
+    let scale = 1;
+    const fit = () => Math.min(innerWidth / copy.naturalWidth, innerHeight / copy.naturalHeight) || 1;
+    const show = (times, x, y) => {
+      const before = copy.getBoundingClientRect();
+      const [left, top] = [(x - before.left) / before.width, (y - before.top) / before.height];
+      scale = Math.min(8, Math.max(1, times));
+      copy.style.width = fit() * scale * copy.naturalWidth + "px";
+      dialog.scrollTo(left * copy.offsetWidth - x, top * copy.offsetHeight - y);  // what was below the pointer stays
+    };
+    copy.onload = () => show(1, 0, 0);
+    copy.onclick = (event) => show(scale > 1 ? 1 : 3, event.clientX, event.clientY);
+    dialog.addEventListener("wheel", (event) => {
+      event.preventDefault(); show(scale * (event.deltaY < 0 ? 1.25 : 0.8), event.clientX, event.clientY);
+    }, { passive: false });
+    dialog.addEventListener("keydown", (event) => {
+      if (event.key === "+") show(scale * 1.25, innerWidth / 2, innerHeight / 2);
+      if (event.key === "-") show(scale * 0.8, innerWidth / 2, innerHeight / 2);
+      if (event.key.toLowerCase() === "z") dialog.close();
+    });
+    close.onclick = () => dialog.close();
+    dialog.onclose = () => dialog.remove();
+    dialog.showModal();
+  };
 })();
 """
 
@@ -72,15 +107,33 @@ def keep_name(parameter: str) -> str:
     The `js` of the event that takes a person's name.
 
     It puts the name into the page's address, so that a reload keeps it, and leaves the text box at once, so that the
-    next letters are keys of the page and not part of the name.
+    next letters are keys of the page and not part of the name. The browser remembers the name for [`known_name`].
 
     Args:
         parameter: Name of the address's query parameter.
     """
     return (
         f'(name) => {{ history.replaceState(null, "", "?{parameter}=" + encodeURIComponent(name)); '
+        f'try {{ localStorage.setItem("{parameter}", name); }} catch {{}} '
         "if (document.activeElement) document.activeElement.blur(); return [name]; }"
     )
+
+
+def known_name(parameter: str) -> str:
+    """The `js` that fills in the name which this browser gave last; see [`keep_name`]."""
+    return f'() => {{ try {{ return [localStorage.getItem("{parameter}") ?? ""]; }} catch {{ return [""]; }} }}'
+
+
+def press_html(elem_id: str, value: str, content: str) -> str:
+    """
+    A button within HTML that presses another one.
+
+    Args:
+        elem_id: Of the button of the page, whose `js` reads the value as `window.pressed`.
+        value: What is pressed.
+        content: HTML.
+    """
+    return f'<button type="button" data-press="{elem_id}" data-value="{_entities(value)}">{content}</button>'
 
 
 def escape(text: str) -> str:
@@ -125,6 +178,8 @@ def keys_script(keys: Mapping[str, str], submit: str | None = None, focus: Mappi
         keys: `elem_id` of the button for each key, in lower case. Keys do nothing while somebody types in a field.
         submit: `elem_id` of the button that Ctrl-Enter (Cmd-Enter) presses, within fields too. Escape leaves a field.
         focus: `elem_id` of the text box that a key puts the cursor in.
+
+    A click on an image of [`image_html`], or Z, shows it as large as the window; wheel, click, + and - zoom.
     """
     script = _KEYS.replace("__KEYS__", json.dumps(dict(keys))).replace("__SUBMIT__", json.dumps(submit))
     return script.replace("__FOCUS__", json.dumps(dict(focus or {})))

@@ -39,7 +39,12 @@ _CSS = """
 .gradio-container { max-width: 1400px !important; }
 .gradio-container .html-container { padding: 0; }
 .foreign-text { white-space: pre-wrap; overflow-wrap: anywhere; unicode-bidi: isolate; line-height: 1.5; }
-.image img { width: 100%; height: 50vh; object-fit: contain; object-position: left top; margin: 0; }
+.image img { width: 100%; height: 50vh; object-fit: contain; object-position: left top; margin: 0; cursor: zoom-in; }
+dialog.zoom { width: 100vw; height: 100vh; max-width: none; max-height: none; padding: 0; border: 0; overflow: auto;
+  background: #111; }
+dialog.zoom img { display: block; margin: auto; max-width: none; cursor: zoom-in; }
+dialog.zoom button { position: fixed; right: 12px; top: 12px; padding: 6px 12px; border-radius: 6px; background: #fff;
+  color: #111; }
 .control { border: 1px solid currentColor; border-radius: 3px; font-size: 0.75em; padding: 0 2px; }
 """
 
