@@ -196,7 +196,8 @@ def test_an_answer_that_the_template_rewrites_needs_marks():
 @pytest.mark.parametrize("name", ["qwen3", "gemma3"])
 def test_the_modern_recipe_trains_on_a_real_template(name, tmp_path):
     save_chat_model(tmp_path / "base", chat_processor(name))
-    folder = run("modern_small", tmp_path / "out", tmp_path / "base", sources()["llava"])
+    more = ("--assistant-only-loss", "true") if name == "qwen3" else ()  # which is what the collator does anyway
+    folder = run("modern_small", tmp_path / "out", tmp_path / "base", sources()["llava"], *more)
     losses = curve(folder / "checkpoint-2")
     assert len(losses) == 2 and all(0 < loss < 20 for loss in losses)
 

@@ -116,6 +116,8 @@ class StageConfig(SFTConfig):
                 f"max_length={self.max_length} would cut image tokens. Leave it unset; answers have "
                 "max_completion_length."
             )
+        # The collator learns answers only in any case; TRL would ask for a template that it knows by heart.
+        self.assistant_only_loss = False
         if self.packing or self.padding_free:
             raise ValueError(
                 "TRL refuses packing and padding_free for images. Switch both off; pack_rows: true packs rows here."

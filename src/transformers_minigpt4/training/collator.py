@@ -118,15 +118,7 @@ class ImageTextCollator:
         if hasattr(self.processor, "encode_conversation"):  # MiniGPT-4's
             turns = [self._tokenize_turns(row) for row in rows]
             return turns, self._pixels([row["images"] for row in rows if row["images"]])
-        template = self.chat_template or self.processor.chat_template
-        if isinstance(template, str) and not has_generation_markers(template):
-            template = get_training_chat_template(self.processor)
-        if not isinstance(template, str):
-            raise ValueError(
-                f"{type(self.processor).__name__} has no chat template, so conversations cannot be told from answers. "
-                "Set processor.chat_template to one with {% generation %} tags, or give prompts and completions."
-            )
-        return self._tokenize_conversations(rows, template)
+        return self._tokenize_conversations(rows, marked_template(self.processor, self.chat_template))
 
     def _pixels(self, images: list[list[RowImage]]) -> torch.Tensor | None:
         if not images:
@@ -252,6 +244,24 @@ def make_collator(
             "a MiniGPT-4 with that language model."
         )
     return EncoderDecoderCollator(processor, max_completion_length)
+
+
+def marked_template(processor: ProcessorMixin, chat_template: str | None = None) -> str:
+    """
+    A chat template that marks its answers, for a processor that cannot find them itself: its own, or TRL's variant.
+
+    Raises:
+        ValueError: for a template without `{% generation %}` marks that TRL does not know.
+    """
+    template = chat_template or getattr(processor, "chat_template", None)
+    if isinstance(template, str) and not has_generation_markers(template):
+        template = get_training_chat_template(processor)
+    if not isinstance(template, str):
+        raise ValueError(
+            f"{type(processor).__name__} has no chat template, so conversations cannot be told from answers. Set "
+            "processor.chat_template to one with {% generation %} tags, or give prompts and completions."
+        )
+    return template
 
 
 def nothing_to_learn(row: Row) -> str:

@@ -9,6 +9,8 @@ from transformers_minigpt4.data.schema import IMAGE_PLACEHOLDER
 from transformers_minigpt4.utils.families import BLIP2, LLAVA, family_of
 from transformers_minigpt4.utils.text import first_line
 
+from .collator import marked_template
+
 
 # Prompt formats with a template of their own, and the recipe that has each.
 _TEMPLATES: dict[PromptFormat, tuple[Template, str]] = {
@@ -36,9 +38,12 @@ def check_prompt_format(
     Raises:
         ValueError: naming the recipe, or the prompt format, to take instead.
     """
-    if prompt_format == "messages" and hasattr(processor, "check_trainable"):
+    if prompt_format == "messages" and not family_of(config).encoder_decoder:
         try:
-            processor.check_trainable()
+            if hasattr(processor, "check_trainable"):
+                processor.check_trainable()
+            else:
+                marked_template(processor)
         except ValueError as error:
             raise ValueError(f"prompt_format: messages cannot be trained on {name}. {error}") from error
     if prompt_format not in _TEMPLATES:
