@@ -161,23 +161,29 @@ class TestReport:
 
     def test_each_reason_has_its_samples(self, page):
         titles = [" ".join(text.split()) for text in page.texts["h3"]]
-        assert titles == [
-            "failed in repair: timeout 1 pairs",
-            "flagged in repair: adds words 1 pairs",
-            "dropped by filter: apology 1 pairs",
-            "dropped by filter: leftovers 1 pairs",
-            "dropped by filter: no_image 1 pairs",
-            "dropped by filter: unfinished 1 pairs",
-            "rejected in review 1 pairs",
+        assert titles[3:] == [
+            "failed in repair: timeout 1 pair",
+            "flagged in repair: adds words 1 pair",
+            "dropped by filter: apology 1 pair",
+            "dropped by filter: leftovers 1 pair",
+            "dropped by filter: no_image 1 pair",
+            "dropped by filter: unfinished 1 pair",
+            "rejected in review 1 pair",
         ]
         assert "says 'i apologize'" in page.texts["why"]
         assert TEXTS[0] + " It is very old indeed." in page.texts["text"]  # after, beside before
+
+    def test_what_is_kept_has_samples_too(self, page, project):
+        titles = [" ".join(text.split()) for text in page.texts["h3"]]
+        assert titles[:3] == ["accepted in review 4 pairs", "edited in review 1 pair", "kept by filter 7 pairs"]
+        assert "A new text about the engine." in page.texts["text"]
+        assert page.texts["label"].count("as described") >= 1  # the repair changed the first text
 
     def test_images(self, page):
         import base64
 
         images = [attributes["src"] for tag, attributes in page.elements if tag == "img"]
-        assert len(images) == 6
+        assert len(images) == 6 + 4 + 1 + 6  # of what was lost, accepted, edited and kept
         for source in images:
             with Image.open(io.BytesIO(base64.b64decode(source.split(",")[1]))) as image:
                 assert max(image.size) <= 240

@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 from transformers_minigpt4.cli import app
 from transformers_minigpt4.curation.config import CurationConfig, CurationError
 from transformers_minigpt4.curation.decisions import DISAGREED
+from transformers_minigpt4.curation.report import run_report
 from transformers_minigpt4.curation.review import ReviewQueue
 from transformers_minigpt4.curation.review_files import export_pairs, import_decisions
 from transformers_minigpt4.curation.review_list import ROWS, all_reasons, list_pairs
@@ -50,6 +51,12 @@ def test_a_reason_is_counted_and_belongs_to_rejected_pairs(queue):
     assert "    not in the image" in status_text(queue.project)
     _, result = next(iter(queue.project.current("review")))
     assert result.details == {"decisions": [["anna", "rejected", "not in the image"]]}
+
+
+def test_the_report_says_who_rejected_and_why(queue):
+    decide(queue, "anna", "rejected", reason="repetitive")
+    page = run_report(queue.project, queue.project.config).read_text()
+    assert "rejected in review: repetitive" in page and "anna: rejected, repetitive" in page
 
 
 def test_reasons_of_two_reviewers(queue_for_two):

@@ -1,9 +1,9 @@
-"""Writes `report.html`: one page without links to elsewhere, with funnel, lengths, rules and samples of each drop."""
+"""Writes `report.html`: one page without links to elsewhere, with funnel, lengths, rules, samples kept and dropped."""
 
 import os
 import random
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -27,7 +27,8 @@ _SAMPLES = 6  # of each reason
 _THUMBNAIL = 240  # pixels of the longer side; shown at 160
 _LONGEST_TEXT = 4_000  # characters shown of one text
 _WIDTH, _HEIGHT, _BUCKETS = 720, 140, 30  # of a histogram
-_EXPLAINED = {"flagged": "flagged in", "failed": "failed in", "dropped": "dropped by", "rejected": "rejected in"}
+_EXPLAINED = {"dropped": "dropped by", "kept": "kept by"}  # other outcomes: `rejected in`
+_KEPT = (("review", "accepted"), ("review", "edited"), ("filter", "kept"))  # shown as kept, the last step first
 
 
 def run_report(project: Project, config: CurationConfig, path: str | os.PathLike[str] | None = None) -> Path:
@@ -95,6 +96,7 @@ def _facts(project: Project, config: CurationConfig) -> JsonObject:
         "funnel": rows,
         "charts": list(_charts(project)),
         "rules": rules,
+        "kept": list(_kept(project)),
         "groups": list(_groups(project)),
     }
 
@@ -168,6 +170,16 @@ def _summary(values: Sequence[int]) -> str:
 # Samples
 
 
+def _kept(project: Project) -> Iterator[JsonObject]:
+    """Samples of what people accepted and edited and what the filter kept, with the texts as the model wrote them."""
+    described = {pair.id: result.text or "" for pair, result in project.current("generate")}
+    for step, outcome in _KEPT:
+        found = [(pair, result) for pair, result in project.current(step) if result.outcome == outcome]
+        if found:
+            texts = {pair.id: text for pair, text in project.texts(step)}
+            yield _group(project, step, outcome, "", found, texts, described)
+
+
 def _groups(project: Project) -> Iterator[JsonObject]:
     """Samples of every reason for which a step failed, dropped, rejected or flagged pairs."""
     for step in project.steps:
@@ -177,28 +189,49 @@ def _groups(project: Project) -> Iterator[JsonObject]:
             if result.outcome not in PASSING[step] or result.outcome == "flagged":
                 reasons.setdefault((result.outcome, result.reason), []).append((pair, result))
         for (outcome, reason), found in sorted(reasons.items(), key=lambda item: (-len(item[1]), item[0])):
-            chosen = random.Random(0).sample(found, min(_SAMPLES, len(found)))
-            samples = [_sample(project, pair, result, texts[pair.id]) for pair, result in chosen]
-            title = f"{_EXPLAINED.get(outcome, outcome)} {step}{': ' if reason else ''}{reason}"
-            yield {"title": title, "count": len(found), "samples": samples}
+            yield _group(project, step, outcome, reason, found, texts, {})
 
 
-def _sample(project: Project, pair: Pair, result: Result, text: str) -> JsonObject:
+def _group(
+    project: Project,
+    step: str,
+    outcome: str,
+    reason: str,
+    found: Sequence[tuple[Pair, Result]],
+    texts: Mapping[int, str],
+    described: Mapping[int, str],
+) -> JsonObject:
+    chosen = random.Random(0).sample(found, min(_SAMPLES, len(found)))
+    samples = [
+        _sample(project, pair, result, texts[pair.id], described.get(pair.id, texts[pair.id]))
+        for pair, result in sorted(chosen, key=lambda item: item[0].id)
+    ]
+    title = f"{_EXPLAINED.get(outcome, f'{outcome} in')} {step}{': ' if reason else ''}{reason}"
+    return {"title": title, "count": len(found), "samples": samples}
+
+
+def _sample(project: Project, pair: Pair, result: Result, text: str, described: str) -> JsonObject:
     """One pair of a group: its texts with labels, why it is here, and its image."""
-    texts = [("", text)] if text else []
-    if result.text is not None and result.text != text:
-        texts = [("before", text)] * bool(text) + [("after", result.text)]
-    details = {name: value for name, value in result.details.items() if name != "also"}
-    why = str(details.pop("why", ""))
-    if "of" in details:
-        why += f"; like {details.pop('of')}"
-    if result.outcome != "dropped" and details:
-        why = "; ".join(filter(None, [why, ", ".join(f"{name}: {value}" for name, value in details.items())]))
-    sample = {"key": pair.key, "texts": list(_shortened(texts)), "why": why}
+    after = result.text if result.text is not None else text
+    steps = [("as described", described)] * (described != text) + [("before", text)] * (after != text)
+    texts = [(label, one) for label, one in steps if one] + [("after" if steps else "", after)] * bool(after)
+    sample = {"key": pair.key, "texts": list(_shortened(texts)), "why": _why(result)}
     try:
         return {**sample, "image": thumbnail_url(load_image(project.image_path(pair)), _THUMBNAIL), "no_image": ""}
     except ImageLoadError as error:
         return {**sample, "image": None, "no_image": f"no image: {error.reason}"}
+
+
+def _why(result: Result) -> str:
+    """What a step recorded of its verdict, in words."""
+    details = {name: value for name, value in result.details.items() if name != "also"}
+    why = str(details.pop("why", ""))
+    if "of" in details:
+        why += f"; like {details.pop('of')}"
+    decisions = details.pop("decisions", ())
+    said = "; ".join(f"{name}: {', '.join(words)}" for name, *words in decisions)
+    more = ", ".join(f"{name}: {value}" for name, value in details.items()) if result.outcome != "dropped" else ""
+    return "; ".join(filter(None, (why, said, more)))
 
 
 def _shortened(texts: Iterable[tuple[str, str]]) -> Iterator[tuple[str, str]]:
