@@ -1,6 +1,7 @@
 """Wrong inputs and wrong checkpoints say what was given, why it cannot work and what to do."""
 
 import json
+import os
 import shutil
 
 import pytest
@@ -8,7 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, T5Config
 
-from transformers_minigpt4 import MiniGPT4ForConditionalGeneration
+from transformers_minigpt4 import MiniGPT4ForConditionalGeneration, MiniGPT4Model
+from transformers_minigpt4.modeling.checkpoint_mixin_minigpt4 import CheckpointMixin
 
 
 @pytest.fixture
@@ -43,10 +45,77 @@ def test_parameter_that_the_model_does_not_have(broken):
 
 def test_parameter_of_another_shape(broken):
     folder = broken(lambda weights: weights.update({PROJECTOR: torch.zeros(64, 47)}))
-    with pytest.raises(RuntimeError, match="mismatch"):
+    with pytest.raises(ValueError, match=rf"broken: .*{PROJECTOR} has shape \[64, 47\], not \[64, 48\]"):
         MiniGPT4ForConditionalGeneration.from_pretrained(folder)
     again = MiniGPT4ForConditionalGeneration.from_pretrained(folder, ignore_mismatched_sizes=True)
     assert again.model.multi_modal_projector.linear_1.weight.shape == (64, 48)
+
+
+@pytest.mark.parametrize("load", [MiniGPT4ForConditionalGeneration, MiniGPT4Model, AutoModelForImageTextToText])
+@pytest.mark.parametrize(
+    "section,key,value,message",
+    [
+        ("text_config", "num_hidden_layers", 40, r"342 missing .*layers\.10\."),
+        ("text_config", "vocab_size", 2**22, r"embed_tokens.weight has shape \[1201, 64\], not \[4194304, 64\]"),
+        ("vision_config", "intermediate_size", 2**20, r"fc1.* has shape .*, not \[1048576"),
+        ("text_config", "rope_parameters", {"rope_type": "foo"}, "config.json: no model can be built .*'foo'"),
+    ],
+)
+def test_a_config_larger_than_the_files(tiny_checkpoint, tmp_path, load, section, key, value, message, monkeypatch):
+    """Refused before memory is allocated for any of it: transformers is not even called."""
+    shutil.copytree(tiny_checkpoint, tmp_path / "large")
+    content = json.loads((tmp_path / "large" / "config.json").read_text())
+    content[section][key] = value
+    (tmp_path / "large" / "config.json").write_text(json.dumps(content))
+    monkeypatch.setattr(CheckpointMixin, "_load", lambda *args, **kwargs: pytest.fail("it was loaded"))
+    with pytest.raises(ValueError, match=message):
+        load.from_pretrained(tmp_path / "large")
+
+
+def test_trained_modules_that_do_not_fit_their_config(tiny_checkpoint, tmp_path, monkeypatch):
+    model = MiniGPT4ForConditionalGeneration.from_pretrained(tiny_checkpoint)
+    model.requires_grad_(False)
+    model.model.multi_modal_projector.requires_grad_(True)
+    model.save_pretrained(tmp_path, trained_only=True)
+    content = json.loads((tmp_path / "config.json").read_text())
+    content["text_config"]["intermediate_size"] = 2**20
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    monkeypatch.setattr(CheckpointMixin, "_load", lambda *args, **kwargs: pytest.fail("it was loaded"))
+    with pytest.raises(ValueError, match=r"mlp.* has shape .*, not .*1048576"):
+        MiniGPT4ForConditionalGeneration.from_pretrained(tmp_path)
+
+
+class Poison:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def test_a_poisoned_pickle_is_refused_in_our_words(tiny_checkpoint, tmp_path):
+    folder = shutil.copytree(tiny_checkpoint, tmp_path / "poisoned")
+    (folder / "model.safetensors").unlink()
+    torch.save({"lm_head.weight": Poison(str(tmp_path / "victim"))}, folder / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"poisoned is a pickle that contains more than weights.*refused") as caught:
+        MiniGPT4ForConditionalGeneration.from_pretrained(folder)
+    assert "weights_only" not in str(caught.value) and not (tmp_path / "victim").exists()
+
+
+@pytest.mark.parametrize("content", ["[]", '{"weight_map": 3}', '{"metadata": {}}'])
+def test_a_damaged_index(tiny_checkpoint, tmp_path, content):
+    folder = shutil.copytree(tiny_checkpoint, tmp_path / "folder")
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(OSError, match=r"index\.json does not list the shards"):
+        MiniGPT4ForConditionalGeneration.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("content", ["[]", '{"base_model_name_or_path": null}'])
+def test_an_adapter_without_base(tmp_path, content):
+    (tmp_path / "adapter_config.json").write_text(content)
+    with pytest.raises(ValueError, match=r"adapter_config\.json names no base_model_name_or_path"):
+        MiniGPT4ForConditionalGeneration.from_pretrained(tmp_path)
 
 
 def test_config_that_names_an_encoder_decoder(tiny_checkpoint, tmp_path):

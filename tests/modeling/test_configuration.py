@@ -117,3 +117,61 @@ def test_old_and_new_key_must_agree(tmp_path):
 def test_an_old_argument_is_refused_with_its_new_name():
     with pytest.raises(ValueError, match="projection_layers is called projector_layers now"):
         MiniGPT4Config(projection_layers=3)
+
+
+# What a hostile or damaged config.json says: a place in it, a value, and what the message must contain.
+DAMAGED = [
+    ("text_config", None, "text_config is null"),
+    ("vision_config", None, "vision_config is null"),
+    ("text_config", [], r"text_config is \[\]"),
+    ("vision_config", 3, "vision_config is 3"),
+    ("text_config.model_type", "foo", "text_config: Unrecognized model type for subconfig: foo"),
+    ("text_config.num_hidden_layers", 10**7, "text_config.num_hidden_layers is 10000000; .* from 1 to 1,000"),
+    ("vision_config.num_hidden_layers", 10**7, "vision_config.num_hidden_layers is 10000000"),
+    ("qformer_config.num_hidden_layers", 10**7, "qformer_config.num_hidden_layers is 10000000"),
+    ("text_config.num_hidden_layers", -1, "text_config.num_hidden_layers is -1"),
+    ("text_config.num_hidden_layers", "2", "text_config.num_hidden_layers is '2'"),
+    ("text_config.num_hidden_layers", True, "text_config.num_hidden_layers is True"),
+    ("text_config.hidden_size", 0, "text_config.hidden_size is 0"),
+    ("text_config.hidden_size", 65, "text_config: The hidden size"),
+    ("vision_config.hidden_size", 65, "vision_config: hidden_size=65 is not a multiple"),
+    ("text_config.num_attention_heads", 0, "text_config.num_attention_heads is 0"),
+    (
+        "text_config.num_key_value_heads",
+        3,
+        "text_config.num_attention_heads=4 is not a multiple of num_key",
+    ),
+    ("text_config.vocab_size", 10**12, "text_config.vocab_size is 1000000000000"),
+    ("text_config.vocab_size", None, "text_config: Field 'vocab_size' expected int"),
+    ("text_config.intermediate_size", 10**12, "text_config.intermediate_size is 1000000000000"),
+    ("text_config.hidden_act", "foo", "text_config.hidden_act='foo' is unknown"),
+    ("vision_config.patch_size", 0, "vision_config.patch_size is 0"),
+    ("vision_config.image_size", [56], r"vision_config.image_size is \[56\]; .* height and width"),
+    ("qformer_config.cross_attention_frequency", 0, "qformer_config.cross_attention_frequency is 0"),
+    ("num_query_tokens", "8", "Field 'num_query_tokens' expected int"),
+    ("dtype", "foo", "dtype is 'foo'"),
+    ("base_checkpoints", [{"name_or_path": None}], "base_checkpoints is damaged"),
+]
+
+
+@pytest.mark.parametrize("place,value,message", DAMAGED)
+def test_a_damaged_config_is_refused_before_anything_is_built(tiny_checkpoint, tmp_path, place, value, message):
+    """By our own class and by Auto classes, with file, key and value in one line."""
+    with open(f"{tiny_checkpoint}/config.json") as file:
+        content = section = json.load(file)
+    *sections, key = place.split(".")
+    for name in sections:
+        section = section[name]
+    section[key] = value
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    for config_class in (MiniGPT4Config, AutoConfig):
+        with pytest.raises(ValueError, match=f"^{tmp_path}/config.json: {message}") as caught:
+            config_class.from_pretrained(tmp_path)
+        assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize("content", ["[]", "null", "3", "[" * 100_000])
+def test_a_config_that_is_no_object(tmp_path, content):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(ValueError, match=r"config\.json: it is .*not a JSON object"):
+        MiniGPT4Config.from_pretrained(tmp_path)

@@ -1,6 +1,5 @@
 """Writes the complete model of a checkpoint that contains only trained modules or a PEFT adapter."""
 
-import json
 import os
 import shutil
 from pathlib import Path
@@ -8,6 +7,8 @@ from pathlib import Path
 from peft import PeftModel
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
+from transformers_minigpt4.modeling.trained_modules_minigpt4 import adapter_base
+from transformers_minigpt4.utils.checkpoint_files import loading_from
 from transformers_minigpt4.utils.file_names import SOURCES_FILE
 
 from .output import check_output, output_folder
@@ -41,20 +42,23 @@ def merge_checkpoint(
         ValueError: for a checkpoint that is complete already, and an `output` that contains it or its base.
     """
     output = Path(output).resolve()
-    adapter = Path(source) / ADAPTER_CONFIG
-    is_adapter = adapter.is_file()
-    base = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"] if is_adapter else str(source)
-    with naming(base):
-        checkpoints = getattr(AutoConfig.from_pretrained(base), "base_checkpoints", None) or []
+    is_adapter = (Path(source) / ADAPTER_CONFIG).is_file()
+    base = adapter_base(source) if is_adapter else str(source)
+    with naming(base), loading_from(base):
+        checkpoints = (
+            getattr(AutoConfig.from_pretrained(base, trust_remote_code=False), "base_checkpoints", None) or []
+        )
     if not checkpoints and not is_adapter:
         raise ValueError(f"{source} is a complete checkpoint already: there is nothing to merge.")
     places = [str(source), base, *(checkpoint["name_or_path"] for checkpoint in checkpoints)]
     check_output(output, places, overwrite)
 
-    model = AutoModelForImageTextToText.from_pretrained(base, dtype=dtype)
+    with loading_from(base):
+        model = AutoModelForImageTextToText.from_pretrained(base, dtype=dtype, trust_remote_code=False)
+        processor = AutoProcessor.from_pretrained(base, trust_remote_code=False)
     if is_adapter:
-        model = PeftModel.from_pretrained(model, source).merge_and_unload()
-    processor = AutoProcessor.from_pretrained(base)
+        with loading_from(source):
+            model = PeftModel.from_pretrained(model, source).merge_and_unload()
 
     with output_folder(output) as folder:
         model.save_pretrained(folder)

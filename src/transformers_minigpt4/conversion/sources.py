@@ -23,6 +23,8 @@ from transformers import (
 )
 from transformers.image_processing_utils import BaseImageProcessor
 
+from transformers_minigpt4.modeling.config_checks_minigpt4 import check_sizes, config_file, sizes_of
+from transformers_minigpt4.utils.checkpoint_files import loading_from
 from transformers_minigpt4.utils.families import BLIP2, family_of
 
 from . import key_maps
@@ -78,8 +80,15 @@ def _config(name: str) -> PreTrainedConfig:
     source, revision = split_revision(name)
     if not Path(source).exists() and (source.startswith(("/", ".", "~")) or Path(source).suffix in (".pth", ".pt")):
         raise OSError(f"There is no file or folder {source}.")
-    with naming(source):
-        config: PreTrainedConfig = AutoConfig.from_pretrained(source, revision=revision)
+    with naming(source), loading_from(source, weights=False):
+        config: PreTrainedConfig = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
+    try:
+        check_sizes("", sizes_of(config))
+        for key in config.sub_configs:
+            if (sub_config := getattr(config, key, None)) is not None:
+                check_sizes(key, sizes_of(sub_config))
+    except ValueError as error:
+        raise ValueError(f"{config_file(source)}: {error}") from error
     return config
 
 
@@ -191,9 +200,16 @@ def open_image_processor(name: str, vision_config: PreTrainedConfig) -> BaseImag
     if isinstance(vision_config, Blip2VisionConfig):
         return BlipImageProcessorPil(size=shape)
     source, revision = split_revision(name)
-    image_processor: BaseImageProcessor = AutoImageProcessor.from_pretrained(
-        source, revision=revision, size=shape, crop_size=None, do_resize=True, do_center_crop=False
-    )
+    with loading_from(source, weights=False):
+        image_processor: BaseImageProcessor = AutoImageProcessor.from_pretrained(
+            source,
+            revision=revision,
+            trust_remote_code=False,
+            size=shape,
+            crop_size=None,
+            do_resize=True,
+            do_center_crop=False,
+        )
     return image_processor
 
 
@@ -317,13 +333,16 @@ def open_tokenizer(name: str) -> PreTrainedTokenizerBase:
     special tokens replace them.
     """
     source, revision = split_revision(name)
-    if find_file(source, "tokenizer.model", revision) is None or not _is_broken(source, revision):
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, revision=revision)
-        return tokenizer
-    repaired: PreTrainedTokenizerBase = LlamaTokenizer.from_pretrained(
-        source, revision=revision or "main", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
-    )
-    return repaired
+    with loading_from(source, weights=False):
+        if find_file(source, "tokenizer.model", revision) is None or not _is_broken(source, revision):
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+                source, revision=revision, trust_remote_code=False
+            )
+            return tokenizer
+        repaired: PreTrainedTokenizerBase = LlamaTokenizer.from_pretrained(
+            source, revision=revision or "main", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+        )
+        return repaired
 
 
 def _is_broken(source: str, revision: str | None) -> bool:

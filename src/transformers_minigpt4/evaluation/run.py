@@ -21,6 +21,7 @@ from transformers_minigpt4.llm.client import ChatModel
 from transformers_minigpt4.llm.opening import open_chat_model
 from transformers_minigpt4.llm.types import ChatSettings
 from transformers_minigpt4.processing.image_utils_minigpt4 import ImageLoadError, load_image
+from transformers_minigpt4.utils.checkpoint_files import loading_from
 from transformers_minigpt4.utils.models import GenerativeModel, check_is_folder
 from transformers_minigpt4.utils.text import first_line
 
@@ -169,7 +170,8 @@ def checkpoint_facts(checkpoint: str, dtype: str = "auto", trust_remote_code: bo
     folder = Path(checkpoint)
     local = folder.is_dir()
     try:
-        config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=trust_remote_code)
+        with loading_from(checkpoint):
+            config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"cannot read the config of {checkpoint!r}: {first_line(error)}; give a folder or Hub id"

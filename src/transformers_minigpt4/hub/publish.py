@@ -17,7 +17,11 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 
-from transformers_minigpt4.modeling.configuration_minigpt4 import with_current_keys
+from transformers_minigpt4.modeling.checkpoint_checks_minigpt4 import check_fits
+from transformers_minigpt4.modeling.configuration_minigpt4 import MiniGPT4Config, with_current_keys
+from transformers_minigpt4.modeling.modeling_minigpt4 import MiniGPT4ForConditionalGeneration
+from transformers_minigpt4.modeling.trained_modules_minigpt4 import LazyTensors, checkpoint_files
+from transformers_minigpt4.utils.checkpoint_files import check_checkpoint_files
 from transformers_minigpt4.utils.file_names import RUN_FILE
 from transformers_minigpt4.utils.files import JsonObject
 
@@ -145,6 +149,7 @@ def _check_repo_id(repo_id: str) -> None:
 def _prepare_model(
     folder: Path, repo_id: str, license: License | None, language: Sequence[str], base: str | None
 ) -> Publication:
+    check_checkpoint_files(folder)
     config = with_current_keys(read_facts(folder, "config.json"))
     if config.get("model_type") != "minigpt4":
         found = f"a {config['model_type']!r} config" if config.get("model_type") else "no config.json"
@@ -163,6 +168,9 @@ def _prepare_model(
         publication.files["config.json"] = config_bytes
         config = json.loads(config_bytes)
     parameters, dtypes = _check_weights(folder, publication)
+    if not config.get("base_checkpoints"):
+        read_config = MiniGPT4Config.from_pretrained(folder)
+        check_fits(MiniGPT4ForConditionalGeneration, read_config, LazyTensors(checkpoint_files(str(folder))), folder)
     sources = [*read_sources(folder), *_base_sources(config)]
     text = model_card(
         folder,

@@ -1,7 +1,10 @@
 """Loads an image-text-to-text model of any family for inference, with its processor."""
 
+import os
+
 from transformers import AutoModelForImageTextToText, AutoProcessor, ProcessorMixin
 
+from transformers_minigpt4.utils.checkpoint_files import loading_from
 from transformers_minigpt4.utils.models import GenerativeModel, check_is_folder, usable_device
 from transformers_minigpt4.utils.text import first_line
 
@@ -28,13 +31,14 @@ def load_model_and_processor(
     device = usable_device(device)
     check_is_folder(checkpoint)
     try:
-        processor = AutoProcessor.from_pretrained(checkpoint, trust_remote_code=trust_remote_code)
-        model = AutoModelForImageTextToText.from_pretrained(
-            checkpoint, dtype=dtype, device_map=device, trust_remote_code=trust_remote_code
-        )
+        with loading_from(checkpoint):
+            processor = AutoProcessor.from_pretrained(checkpoint, trust_remote_code=trust_remote_code)
+            model = AutoModelForImageTextToText.from_pretrained(
+                checkpoint, dtype=dtype, device_map=device, trust_remote_code=trust_remote_code
+            )
     except (OSError, ValueError) as error:
-        raise ValueError(
-            f"cannot load {checkpoint!r} as an image-text-to-text model on {device!r}: {first_line(error)}; give a "
-            "folder or Hub id that holds such a model and its processor"
-        ) from error
+        message = f"cannot load {checkpoint!r} as an image-text-to-text model on {device!r}: {first_line(error)}"
+        if os.path.isdir(checkpoint):
+            raise ValueError(message) from error
+        raise ValueError(f"{message}; give a folder or Hub id that holds such a model and its processor") from error
     return model.eval(), processor

@@ -12,6 +12,7 @@ import torch
 from jinja2 import TemplateError
 from transformers import AutoModelForCausalLM, AutoTokenizer, BatchEncoding, PreTrainedTokenizerBase
 
+from transformers_minigpt4.utils.checkpoint_files import loading_from
 from transformers_minigpt4.utils.models import GenerativeModel, check_is_folder, usable_device
 from transformers_minigpt4.utils.text import first_line
 
@@ -156,8 +157,11 @@ class _Prompt(Generic[Key]):
 def _load(name: str) -> tuple[PreTrainedTokenizerBase, GenerativeModel]:
     check_is_folder(name, ", or set base_url for an endpoint")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        model = AutoModelForCausalLM.from_pretrained(name, dtype="auto", device_map=usable_device(None))
+        with loading_from(name):
+            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+            model = AutoModelForCausalLM.from_pretrained(
+                name, dtype="auto", device_map=usable_device(None), trust_remote_code=False
+            )
     except (OSError, ValueError) as error:
         raise ValueError(
             f"cannot load {name!r} as chat model: {first_line(error)}; give a folder or Hub id of a causal language "

@@ -1,19 +1,22 @@
 """Loading and saving: complete checkpoints, PEFT adapters, and checkpoints that hold only trained modules."""
 
-import json
 import os
-from collections.abc import Collection
-from typing import Any, Self, TypeAlias
+import pickle
+from typing import Any, Self
 
 from transformers import PreTrainedModel
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.generation.configuration_utils import GenerationConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
+from .checkpoint_checks_minigpt4 import LoadingInfo, check_complete, check_fits
 from .configuration_minigpt4 import JsonObject, MiniGPT4Config
 from .trained_modules_minigpt4 import (
     HubOptions,
+    LazyTensors,
+    NoSafetensorsError,
     PathLike,
+    adapter_base,
     assemble,
     checkpoint_files,
     commit_of,
@@ -21,7 +24,8 @@ from .trained_modules_minigpt4 import (
 )
 
 
-LoadingInfo: TypeAlias = dict[str, Collection[str]]
+# With these, transformers reads something else than a checkpoint's safetensors files.
+_OTHER_WEIGHTS = ("state_dict", "gguf_file", "variant")
 
 
 class CheckpointMixin(PreTrainedModel):
@@ -37,18 +41,17 @@ class CheckpointMixin(PreTrainedModel):
         See [`~PreTrainedModel.from_pretrained`].
 
         Raises:
-            ValueError: for a checkpoint that lacks parameters or has others, where transformers would warn and
-                continue with random ones. `ignore_mismatched_sizes=True` accepts parameters of other shapes, as it
-                does there.
+            ValueError: for a config that no model can be built from; for a checkpoint that lacks parameters or has
+                others, where transformers would warn and continue with random ones; and for parameters of other
+                shapes, which `ignore_mismatched_sizes=True` accepts, as it does there.
+            OSError: for files that are missing, incomplete, or no safetensors files.
         """
         wants_info = kwargs.pop("output_loading_info", False)
         name, config = pretrained_model_name_or_path, kwargs.get("config")
         if name is not None and config is None and os.path.isfile(os.path.join(name, "adapter_config.json")):
             # Auto classes have looked up the base of a PEFT adapter already.
-            with open(os.path.join(name, "adapter_config.json"), encoding="utf-8") as file:
-                base = json.load(file)["base_model_name_or_path"]
             kwargs["adapter_kwargs"] = {**(kwargs.get("adapter_kwargs") or {}), "_adapter_model_path": name}
-            name = base
+            name = adapter_base(name)
         hub_options = {key: kwargs[key] for key in HubOptions.__annotations__ if key in kwargs}
         if config is None and name is not None:
             config = MiniGPT4Config.from_pretrained(name, **hub_options)
@@ -56,8 +59,10 @@ class CheckpointMixin(PreTrainedModel):
             kwargs["config"] = config
             model, info = cls._load_trained_modules(str(name), hub_options, *model_args, **kwargs)
         else:
+            if config is not None and name is not None:
+                cls._check_files(str(name), config, hub_options, kwargs)
             model, info = cls._load(name, *model_args, **kwargs)
-        _check_complete(cls, pretrained_model_name_or_path, info)
+        check_complete(cls, pretrained_model_name_or_path, info)
         if name is not None and not os.path.isdir(name):
             revision = kwargs.get("revision")
             model._base_revision = getattr(revision, "resolved", None) or commit_of(str(name), revision)
@@ -66,9 +71,27 @@ class CheckpointMixin(PreTrainedModel):
         return model
 
     @classmethod
+    def _check_files(cls, name: str, config: MiniGPT4Config, hub_options: JsonObject, options: JsonObject) -> None:
+        """Compares a complete checkpoint's files with its config, before anything is loaded."""
+        quantized = getattr(config, "quantization_config", None) is not None  # packed weights have other shapes
+        if quantized or any(options.get(key) is not None for key in _OTHER_WEIGHTS):
+            return
+        try:
+            files = checkpoint_files(name, **hub_options)
+        except NoSafetensorsError:
+            return  # transformers may know the format
+        check_fits(cls, config, LazyTensors(files), name, **_check_options(options))
+
+    @classmethod
     def _load(cls, name: PathLike | None, *model_args: object, **kwargs: Any) -> tuple[Self, LoadingInfo]:
         """transformers' own loading, with the names of missing and unexpected parameters."""
-        loaded: Any = super().from_pretrained(name, *model_args, output_loading_info=True, **kwargs)
+        try:
+            loaded: Any = super().from_pretrained(name, *model_args, output_loading_info=True, **kwargs)
+        except pickle.UnpicklingError as error:  # whose words advise to run what is in the file
+            raise ValueError(
+                f"A weights file of {name} is a pickle that contains more than weights, and loading it could run any "
+                "program: refused. Take a checkpoint in safetensors format."
+            ) from error
         model, info = loaded
         return model, info
 
@@ -79,7 +102,9 @@ class CheckpointMixin(PreTrainedModel):
         """Loads a checkpoint that holds only trained modules, together with its base checkpoints."""
         # Revision and subfolder are those of the checkpoint itself, not of the bases.
         shared = {key: value for key, value in hub_options.items() if key not in ("revision", "subfolder")}
-        state_dict = assemble(kwargs["config"].base_checkpoints, checkpoint_files(name, **hub_options), **shared)
+        config = kwargs["config"]
+        state_dict = assemble(config.base_checkpoints, checkpoint_files(name, **hub_options), **shared)
+        check_fits(cls, config, state_dict, name, **_check_options(kwargs))
         rest = {key: value for key, value in kwargs.items() if key not in hub_options}
         adapter = (rest.pop("adapter_kwargs", None) or {}).get("_adapter_model_path")
         model, info = cls._load(None, *model_args, **rest, state_dict=state_dict)
@@ -125,14 +150,6 @@ class CheckpointMixin(PreTrainedModel):
                 os.remove(stale)
 
 
-def _check_complete(model_class: type[PreTrainedModel], name: PathLike | None, info: LoadingInfo) -> None:
-    problems = [
-        f"{len(info[kind])} {words} ({', '.join(sorted(info[kind])[:5])}{', …' if len(info[kind]) > 5 else ''})"
-        for kind, words in (("missing_keys", "missing"), ("unexpected_keys", "that the model does not have"))
-        if info[kind]
-    ]
-    if problems:
-        raise ValueError(
-            f"The checkpoint {name} does not fit {model_class.__name__} with its config: parameters "
-            f"{' and '.join(problems)}. Take weights and config of one model, or convert the weights first."
-        )
+def _check_options(options: JsonObject) -> JsonObject:
+    """The options of `from_pretrained` that decide what a model must have."""
+    return {key: options[key] for key in ("ignore_mismatched_sizes", "image_modules") if key in options}

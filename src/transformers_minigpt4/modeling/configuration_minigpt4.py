@@ -1,13 +1,18 @@
 """Configuration of MiniGPT-4: a vision tower, an optional Q-Former, a projector and a language model."""
 
+import os
+from collections.abc import Mapping
 from dataclasses import field
 from typing import Any, Self, TypeAlias
 
+import torch
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, Blip2QFormerConfig, PreTrainedConfig
 from transformers.activations import ACT2FN
 from transformers.configuration_utils import SubConfigSpec
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from .config_checks_minigpt4 import CONFIG_ERRORS, check_sizes, config_file, reason, sizes_of
 
 
 # Where transformers finds the code that is saved with every checkpoint.
@@ -136,9 +141,58 @@ class MiniGPT4Config(PreTrainedConfig):
     tie_word_embeddings: bool = False
 
     @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Self:
+        """
+        See [`~PreTrainedConfig.from_pretrained`].
+
+        Raises:
+            ValueError: for a config that no model can be built from, naming file, key and value.
+        """
+        try:
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        except ValueError as error:
+            place = config_file(pretrained_model_name_or_path)
+            if str(error).startswith(place):
+                raise
+            raise ValueError(f"{place}: {error}") from error
+
+    @classmethod
+    def get_config_dict(
+        cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any
+    ) -> tuple[JsonObject, JsonObject]:
+        """
+        See [`~PreTrainedConfig.get_config_dict`].
+
+        Raises:
+            ValueError: for a file that is no JSON object.
+        """
+        try:
+            return super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        except (AttributeError, RecursionError, TypeError) as error:
+            raise ValueError(
+                f"{config_file(pretrained_model_name_or_path)}: it is not a JSON object. Copy it again from where the "
+                "checkpoint came from."
+            ) from error
+
+    @classmethod
     def from_dict(cls, config_dict: JsonObject, **kwargs: Any) -> Self:
-        """See [`~PreTrainedConfig.from_dict`]; keys of early versions (`OLD_KEYS`) are read as today's."""
-        return super().from_dict(with_current_keys(config_dict), **kwargs)
+        """
+        See [`~PreTrainedConfig.from_dict`]; keys of early versions (`OLD_KEYS`) are read as today's.
+
+        Raises:
+            ValueError: for a config that no model can be built from, naming file, key and value.
+        """
+        try:
+            if not isinstance(config_dict, Mapping):
+                raise ValueError(f"it is {config_dict!r:.40}, not a JSON object.")
+            current = with_current_keys(config_dict)
+            for key in ("vision_config", "text_config"):
+                if key in current and current[key] is None:  # and not the default, as in Python
+                    raise ValueError(f"{key} is null; it must be the config of a model.")
+            return super().from_dict(current, **kwargs)
+        except CONFIG_ERRORS as error:
+            place = config_file(kwargs.get("name_or_path"))
+            raise ValueError(f"{place}: {reason(error)}" if place else reason(error)) from error
 
     def __post_init__(self, **kwargs: Any) -> None:
         for old, new in OLD_KEYS.items():
@@ -148,18 +202,40 @@ class MiniGPT4Config(PreTrainedConfig):
         if not __name__.startswith("transformers_modules"):
             # Only for the remote code: `pipeline()` would ask for `trust_remote_code` although the package is here.
             kwargs.pop("custom_pipelines", None)
+        check_sizes("", vars(self))
+        dtype = str(self.dtype).removeprefix("torch.") if self.dtype is not None else "float32"
+        if not isinstance(getattr(torch, dtype, None), torch.dtype):
+            raise ValueError(f"dtype is {self.dtype!r}; it must be a type of torch, such as 'float16'.")
+        _check_base_checkpoints(self.base_checkpoints)
         if isinstance(self.qformer_config, dict):
             self.qformer_config = {**self.qformer_config}
             width = self.vision_config.get("hidden_size") if isinstance(self.vision_config, dict) else None
             width = getattr(self.vision_config, "hidden_size", width)
             if width is not None:
                 self.qformer_config.setdefault("encoder_hidden_size", width)
+        for name in self.sub_configs_defaults:
+            self._build_sub_config(name)
         super().__post_init__(**kwargs)
         self._check_sub_configs()
         # Tying is a property of the language model, but transformers reads it from the outer config.
         self.tie_word_embeddings = self.tie_word_embeddings or bool(
             getattr(self.text_config, "tie_word_embeddings", False)
         )
+
+    def _build_sub_config(self, name: str) -> None:
+        """Makes a config of a dict, after a look at its sizes; `super` would not say which of them is wrong."""
+        given = getattr(self, name)
+        if isinstance(given, dict):
+            check_sizes(name, given)
+            try:
+                given, _ = self.sub_configs_defaults[name].create_subconfig(name, given)
+            except CONFIG_ERRORS as error:
+                raise ValueError(f"{name}: {reason(error)}") from error
+            setattr(self, name, given)
+        elif given is not None and not isinstance(given, PreTrainedConfig):
+            raise ValueError(f"{name} is {given!r}; it must be the config of a model.")
+        if given is not None:
+            check_sizes(name, sizes_of(given))  # under whatever names the class has them
 
     def _check_sub_configs(self) -> None:
         text, vision, qformer = self.text_config, self.vision_config, self.qformer_config
@@ -209,6 +285,9 @@ class MiniGPT4Config(PreTrainedConfig):
                 "text_config.vocab_size as well (`resize_token_embeddings`)."
             )
         for name, sub in (("vision_config", vision), ("qformer_config", qformer), ("text_config", text)):
+            act = getattr(sub, "hidden_act", None)
+            if isinstance(act, str) and act not in ACT2FN:
+                raise ValueError(f"{name}.hidden_act={act!r} is unknown to transformers. Use gelu or silu …")
             heads = getattr(sub, "num_attention_heads", None)
             if heads and getattr(sub, "head_dim", None) is None and sub.hidden_size % heads != 0:
                 raise ValueError(
@@ -266,10 +345,23 @@ class MiniGPT4Config(PreTrainedConfig):
         return output
 
 
+def _check_base_checkpoints(records: list[BaseCheckpoint] | None) -> None:
+    for record in records or []:
+        prefixes = record.get("prefixes")
+        if not (
+            all(isinstance(record.get(key), str) for key in ("name_or_path", "fingerprint"))
+            and isinstance(record.get("revision"), str | None)
+            and isinstance(prefixes, Mapping)
+            and all(isinstance(text, str) for pair in prefixes.items() for text in pair)
+        ):
+            raise ValueError(
+                "base_checkpoints is damaged: every entry has name_or_path, revision, prefixes and fingerprint. Copy "
+                "config.json again from where the checkpoint came from."
+            )
+
+
 def _pair(size: int | list[int] | tuple[int, ...]) -> tuple[int, int]:
-    if isinstance(size, int):
-        return size, size
-    return size[-2], size[-1]
+    return (size, size) if isinstance(size, int) else (size[0], size[-1])
 
 
 __all__ = ["MiniGPT4Config"]

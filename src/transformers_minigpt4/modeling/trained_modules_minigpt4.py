@@ -55,6 +55,10 @@ class TensorSlice(Protocol):
     def get_shape(self) -> list[int]: ...
 
 
+class NoSafetensorsError(OSError):
+    """A folder or repository without weights in safetensors format."""
+
+
 def find_file(name_or_path: str, file: str, **hub_options: Unpack[HubOptions]) -> Path | None:
     """
     A file of a folder or a Hub repository, downloaded if necessary; `None` if there is no such file in it.
@@ -76,7 +80,8 @@ def checkpoint_files(name_or_path: str, **hub_options: Unpack[HubOptions]) -> li
         hub_options: `revision`, `token`, `cache_dir`, `local_files_only`, `subfolder`.
 
     Raises:
-        OSError: when the checkpoint cannot be found or has no safetensors weights.
+        OSError: when the checkpoint cannot be found, or a shard is missing; [`NoSafetensorsError`] when it has no
+            safetensors weights.
     """
     try:
         if (single := find_file(name_or_path, SAFE_WEIGHTS_NAME, **hub_options)) is not None:
@@ -85,11 +90,16 @@ def checkpoint_files(name_or_path: str, **hub_options: Unpack[HubOptions]) -> li
     except (OSError, HFValidationError) as error:
         raise OSError(f"The checkpoint {name_or_path} cannot be read: {str(error).splitlines()[0]}") from error
     if index is None:
-        raise OSError(
+        raise NoSafetensorsError(
             f"{name_or_path} contains neither {SAFE_WEIGHTS_NAME} nor {SAFE_WEIGHTS_INDEX_NAME}. Check the path; a "
             "checkpoint in another format has to be converted first."
         )
-    files, _ = get_checkpoint_shard_files(name_or_path, str(index), **hub_options)
+    try:
+        files, _ = get_checkpoint_shard_files(name_or_path, str(index), **hub_options)
+    except (AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+        raise OSError(
+            f"{index} does not list the shards of a checkpoint, and is damaged. Download or save it again."
+        ) from error
     missing = [os.path.basename(file) for file in files if not os.path.exists(file)]
     if missing:
         raise OSError(f"{name_or_path} lacks {len(missing)} of its shards: {', '.join(missing)}.")
@@ -156,6 +166,24 @@ class LazyTensors(dict[str, TensorSlice]):
             self.handles.append(handle)
             for name in handle.keys():  # noqa: SIM118  a safetensors handle is not a mapping
                 self[name] = handle.get_slice(name)
+
+
+def adapter_base(folder: PathLike) -> str:
+    """
+    Folder or Hub id of the base of a PEFT adapter.
+
+    Raises:
+        ValueError: for an `adapter_config.json` that names none.
+    """
+    path = os.path.join(folder, "adapter_config.json")
+    try:
+        with open(path, encoding="utf-8") as file:
+            base = json.load(file)["base_model_name_or_path"]
+    except (LookupError, RecursionError, TypeError, ValueError):
+        base = None
+    if not isinstance(base, str):
+        raise ValueError(f"{path} names no base_model_name_or_path. Save the adapter again, or write it there.")
+    return base
 
 
 def target_name(name: str, prefixes: Mapping[str, str]) -> str | None:

@@ -19,6 +19,7 @@ from transformers_minigpt4.data.images import image_key
 from transformers_minigpt4.data.schema import RowImage, UndecodedImage, row_images
 from transformers_minigpt4.data.sources import open_rows
 from transformers_minigpt4.processing.image_utils_minigpt4 import load_image
+from transformers_minigpt4.utils.checkpoint_files import loading_from
 from transformers_minigpt4.utils.text import first_line
 
 from .arguments import PYTHON, StageArguments, StageConfig
@@ -46,7 +47,8 @@ def build_features(stage: StageArguments, config: StageConfig, model_args: Model
         raise ValueError("The recipe names no folder for features. Set --feature-cache FOLDER.")
     source = find_model(stage, config, model_args)
     images = _images(stage, config)
-    model = AutoModelForImageTextToText.from_pretrained(source.name, **source.keywords)
+    with loading_from(source.name):
+        model = AutoModelForImageTextToText.from_pretrained(source.name, **source.keywords)
     prepare_stage(model, stage.trainable_modules)
     if not getattr(model, "is_quantized", False):
         nn.Module.to(model, config.device)  # mypy cannot read the decorated method of transformers

@@ -21,6 +21,7 @@ from trl import ModelConfig, get_quantization_config
 from transformers_minigpt4.data.held_out import Selection
 from transformers_minigpt4.data.skipped_rows import SkippedRows
 from transformers_minigpt4.data.sources import open_rows
+from transformers_minigpt4.utils.checkpoint_files import loading_from
 from transformers_minigpt4.utils.files import atomic_folder
 from transformers_minigpt4.utils.text import first_line
 
@@ -115,10 +116,12 @@ def load_model(
         ValueError: for a model that is not there, or that the recipe was not written for.
     """
     source = find_model(stage, config, model_args)
-    if stage.feature_cache is None:
-        return AutoModelForImageTextToText.from_pretrained(source.name, **source.keywords), source.processor
-    FeatureCache(stage.feature_cache, source=source.digest)
-    return load_towerless(source.config, source.name, **source.keywords), source.processor
+    if stage.feature_cache is not None:
+        FeatureCache(stage.feature_cache, source=source.digest)
+    with loading_from(source.name):
+        if stage.feature_cache is None:
+            return AutoModelForImageTextToText.from_pretrained(source.name, **source.keywords), source.processor
+        return load_towerless(source.config, source.name, **source.keywords), source.processor
 
 
 def find_model(stage: StageArguments, config: StageConfig, model_args: ModelConfig) -> ModelSource:
@@ -133,7 +136,8 @@ def find_model(stage: StageArguments, config: StageConfig, model_args: ModelConf
     if name.startswith(PYTHON):
         name = _save_made_model(name, config)
     try:
-        model_config = AutoConfig.from_pretrained(name, **source)
+        with loading_from(name):
+            model_config = AutoConfig.from_pretrained(name, **source)
     except OSError as error:
         if os.path.isdir(name):
             raise
@@ -145,7 +149,8 @@ def find_model(stage: StageArguments, config: StageConfig, model_args: ModelConf
             f"({first_line(error)}). {cure} model_name_or_path to where it is."
         ) from error
     check_model(stage, model_config, name)
-    processor = AutoProcessor.from_pretrained(name, **source)
+    with loading_from(name):
+        processor = AutoProcessor.from_pretrained(name, **source)
     check_prompt_format(stage.prompt_format, model_config, processor, name)
     digest = None if stage.feature_cache is None else _digest(name, model_config, processor, model_args)
     keywords = {
