@@ -1,5 +1,6 @@
 """Sources that are wrong or broken: one clear error each, and nothing left behind."""
 
+import argparse
 import json
 import os
 import pickle
@@ -166,10 +167,19 @@ def test_poisoned_pickle(tmp_path, form):
         torch.save(state, file)
     else:
         file.write_bytes(pickle.dumps(state))
-    refuse(
+    message = refuse(
         tmp_path, ValueError, "poisoned.pth is a pickle that contains more than weights.*refused", projector=str(file)
     )
+    assert "weights_only" not in message and "add_safe_globals" not in message
     assert not victim.exists()
+
+
+def test_a_pickle_with_more_than_weights(tmp_path):
+    """Harmless, and refused without torch's advice to allow it."""
+    file = tmp_path / "trained.pth"
+    torch.save({"model": {"llama_proj.weight": torch.zeros(1)}, "config": argparse.Namespace(lr=1)}, file)
+    message = refuse(tmp_path, ValueError, r"refused\. It asks for argparse\.Namespace\. Take", projector=str(file))
+    assert "weights_only" not in message and "safe_globals" not in message
 
 
 def test_poisoned_language_model(tmp_path):
@@ -354,6 +364,20 @@ def test_output_that_is_a_file_or_a_source(tmp_path):
     with pytest.raises(ValueError, match="is inside, the output folder"):
         convert_checkpoint(folder, overwrite=True, **{**ORIGINAL, "language_model": str(folder)})
     assert (folder / "model.safetensors").exists()
+
+
+def test_a_folder_that_fills_during_the_conversion_is_kept(tmp_path, monkeypatch):
+    """Two conversions into one folder: the second to end finds a complete checkpoint there."""
+    output = tmp_path / "place" / "out"
+
+    def other(*_):
+        output.mkdir(parents=True)
+        (output / "config.json").write_text("theirs")
+
+    monkeypatch.setattr("transformers_minigpt4.conversion.convert.save_sources", other)
+    with pytest.raises(FileExistsError, match="has content now: another program writes there"):
+        convert_checkpoint(output, **ORIGINAL)
+    assert (output / "config.json").read_text() == "theirs" and os.listdir(output.parent) == ["out"]
 
 
 FULL_DISK = """

@@ -3,7 +3,9 @@
 import contextlib
 import json
 import os
+import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -86,6 +88,108 @@ class TestAtomicFolder:
                 assert os.listdir(folder) == ["old"]
                 raise RuntimeError
             assert os.listdir(folder) == ["old"] and sorted(os.listdir(tmp_path)) == [other.name, folder.name]
+
+
+# Replaces a folder, and is killed in front of one of the steps that change the disk, or in the middle of deleting.
+KILLED = """
+import os, shutil, signal, sys
+from pathlib import Path
+from transformers_minigpt4.utils import files
+
+folder, step, exchanges = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "exchange"
+steps = 0
+
+def counted(function):
+    def call(*arguments, **options):
+        global steps
+        if steps == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+        steps += 1
+        return function(*arguments, **options)
+    return call
+
+def delete(path, ignore_errors):
+    for file in sorted(Path(path).glob("*")):
+        counted(os.remove)(file)
+    if Path(path).exists():
+        counted(os.rmdir)(path)
+
+os.replace, shutil.rmtree = counted(os.replace), delete
+files._exchange = counted(files._exchange) if exchanges else lambda first, second: False
+with files.atomic_folder(folder) as scratch:
+    for name in "abc":
+        (scratch / name).write_text("new")
+print(steps)
+"""
+
+
+def state_of(folder) -> set[str]:
+    assert sorted(os.listdir(folder)) == ["a", "b", "c"]
+    return {path.read_text() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("way", ["exchange", "two moves"])
+def test_a_kill_at_any_step_leaves_a_complete_folder(tmp_path, way):
+    """
+    Where the system exchanges folders, under its name at every moment; elsewhere after the next call at the latest.
+    """
+    seen = []
+    for step in range(20):
+        folder = tmp_path / str(step) / "folder"
+        folder.mkdir(parents=True)
+        for name in "abc":
+            (folder / name).write_text("old")
+        done = subprocess.run([sys.executable, "-c", KILLED, folder, str(step), way], capture_output=True, text=True)
+        if way == "exchange":
+            seen += state_of(folder)
+        with pytest.raises(RuntimeError), atomic_folder(folder, locked=True):
+            seen += state_of(folder)
+            raise RuntimeError
+        assert os.listdir(folder.parent) == ["folder"]
+        if done.returncode == 0:
+            break
+        assert done.returncode == -9, done.stderr
+    assert step == int(done.stdout) > 4 and set(seen) == {"old", "new"}
+
+
+@pytest.mark.skipif(sys.platform not in ("linux", "darwin"), reason="no function of the system exchanges two folders")
+def test_a_reader_always_finds_the_folder(tmp_path):
+    folder = tmp_path / "folder"
+    absent, stop = [], threading.Event()
+
+    def look() -> None:
+        while not stop.is_set():
+            if not (folder / "file").exists():
+                absent.append(os.listdir(tmp_path))
+
+    def write(content: str) -> None:
+        with atomic_folder(folder) as scratch:
+            (scratch / "file").write_text(content)
+
+    write("0")
+    reader = threading.Thread(target=look)
+    reader.start()
+    for number in range(300):
+        write(str(number))
+    stop.set()
+    reader.join()
+    assert not absent and os.listdir(tmp_path) == ["folder"]
+
+
+@pytest.mark.parametrize("at_the_start", ["absent", "empty"])
+def test_what_somebody_else_wrote_meanwhile_is_kept(tmp_path, at_the_start):
+    folder = tmp_path / "folder"
+    if at_the_start == "empty":
+        folder.mkdir()
+    with pytest.raises(FileExistsError, match="has content now"), atomic_folder(folder, overwrite=False) as scratch:
+        (scratch / "mine").touch()
+        folder.mkdir(exist_ok=True)
+        (folder / "theirs").touch()
+    assert os.listdir(folder) == ["theirs"] and os.listdir(tmp_path) == ["folder"]
+    (folder / "theirs").unlink()
+    with atomic_folder(folder, overwrite=False) as scratch:
+        (scratch / "mine").touch()
+    assert os.listdir(folder) == ["mine"] and os.listdir(tmp_path) == ["folder"]
 
 
 class TestJsonLinesWriter:

@@ -134,7 +134,7 @@ def convert_checkpoint(
     }
 
     sources = [source for source in (tower, bridge, language, trained) if source is not None]
-    with output_folder(output) as folder:
+    with output_folder(output, overwrite) as folder:
         save_checkpoint(folder, model, processor, pieces, dtypes, max_shard_size, show_progress)
         save_sources(folder, sources, settings)
     return output

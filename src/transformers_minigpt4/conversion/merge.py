@@ -60,7 +60,7 @@ def merge_checkpoint(
         with loading_from(source):
             model = PeftModel.from_pretrained(model, source).merge_and_unload()
 
-    with output_folder(output) as folder:
+    with output_folder(output, overwrite) as folder:
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
         for place in places:

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 from transformers.dynamic_module_utils import custom_object_save
@@ -14,6 +15,7 @@ from transformers.dynamic_module_utils import custom_object_save
 from transformers_minigpt4.processing.processing_minigpt4 import MiniGPT4Processor
 from transformers_minigpt4.utils.file_names import SOURCES_FILE
 from transformers_minigpt4.utils.files import atomic_folder, flush_folder
+from transformers_minigpt4.utils.text import first_line
 
 from .sources import Source
 from .weights import Piece, save_pieces
@@ -39,12 +41,20 @@ def check_output(output: Path, sources: Sequence[str | None], overwrite: bool) -
 
 
 @contextmanager
-def output_folder(output: Path) -> Iterator[Path]:
-    """A folder beside `output` that replaces it at the end, when it is on the disk, or vanishes on an error."""
+def output_folder(output: Path, overwrite: bool) -> Iterator[Path]:
+    """
+    A folder beside `output` that replaces it at the end, when it is on the disk, or vanishes on an error.
+
+    Raises:
+        FileExistsError: without `overwrite`, when something else has filled `output` in the meantime.
+        OSError: when the disk is full.
+    """
     try:
-        with atomic_folder(output) as folder:
+        with atomic_folder(output, overwrite=overwrite) as folder:
             yield folder
             flush_folder(folder)
+    except SafetensorError as error:  # while writing: what is read has been checked
+        raise OSError(f"writing {output} failed ({first_line(error)}); nothing of it is left") from error
     except OSError as error:
         if error.filename is None and error.errno is not None:
             raise OSError(error.errno, f"writing {output} failed ({error.strerror}); nothing of it is left") from error

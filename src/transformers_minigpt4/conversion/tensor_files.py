@@ -1,6 +1,7 @@
 """Reads tensors one at a time from safetensors and PyTorch files."""
 
 import pickle
+import re
 import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -33,6 +34,8 @@ DTYPES = {
 # Read, hashed, converted and written at once: small enough to stay in the caches and in memory already mapped.
 _CHUNK_BYTES = 2**23
 _MAPPED_BYTES = 2**26
+# What torch raises for a file that is not as it should be.
+_DAMAGES = (ArithmeticError, AssertionError, AttributeError, EOFError, LookupError, OSError, RuntimeError, TypeError)
 
 
 @dataclass(frozen=True)
@@ -193,12 +196,14 @@ def load_pickle(path: Path) -> object:
     try:
         loaded: object = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except pickle.UnpicklingError as error:
-        reason = next((line for line in str(error).splitlines() if "GLOBAL" in line or "class" in line), "")
+        # torch's own words advise to allow what the file wants to run.
+        found = re.search(r"GLOBAL ([\w.]+)", str(error))
+        wanted = f"It asks for {found[1]}. " if found is not None else ""
         raise ValueError(
-            f"{path} is a pickle that contains more than weights, and loading it could run any program: refused. Take "
-            f"the file from its authors, or have it saved again as safetensors. {reason.strip()}".strip()
+            f"{path} is a pickle that contains more than weights, and loading it could run any program: refused. "
+            f"{wanted}Take the file from its authors, or have it saved again as safetensors."
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+    except (*_DAMAGES, ValueError) as error:
         raise OSError(
             f"{path} is not a complete PyTorch file ({first_line(error)}). It is truncated or damaged: download or "
             "copy it again."

@@ -1,10 +1,12 @@
 """Files and folders that are replaced atomically, JSON Lines that survive a kill, and a lock on a folder."""
 
 import contextlib
+import ctypes
 import glob
 import json
 import os
 import shutil
+import sys
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -16,6 +18,12 @@ from filelock import FileLock, Timeout
 PathLike: TypeAlias = "str | os.PathLike[str]"
 JsonObject: TypeAlias = dict[str, Any]
 LOCK_FILE = ".lock"
+# Functions of the C library that exchange two names, with their arguments; None stands for a path. -100 is the
+# working folder (AT_FDCWD), 2 the flag (RENAME_EXCHANGE in renameat2(2), RENAME_SWAP in rename(2) of macOS).
+_EXCHANGES: Mapping[str, tuple[str, tuple[int | None, ...]]] = {
+    "linux": ("renameat2", (-100, None, -100, None, 2)),
+    "darwin": ("renamex_np", (None, None, 2)),
+}
 
 
 @contextlib.contextmanager
@@ -57,15 +65,19 @@ def write_json(path: PathLike, content: object) -> None:
 
 
 @contextlib.contextmanager
-def atomic_folder(folder: PathLike, locked: bool = False) -> Iterator[Path]:
+def atomic_folder(folder: PathLike, locked: bool = False, overwrite: bool = True) -> Iterator[Path]:
     """
     Yields an empty folder next to `folder`, which replaces it at the end, or vanishes on an error.
 
     Args:
-        folder (`str` or `os.PathLike`): The folder to make or to replace. Its parent is created. After a kill in the
-            middle of replacing it, the next call puts the old one back first.
+        folder (`str` or `os.PathLike`): The folder to make or to replace. Its parent is created. See
+            [`replace_folder`] for what a kill leaves.
         locked (`bool`, *optional*, defaults to `False`): Whether the caller holds a lock on it, so that what killed
             calls have left next to it can be deleted.
+        overwrite (`bool`, *optional*, defaults to `True`): Whether a folder with content is replaced.
+
+    Raises:
+        FileExistsError: without `overwrite`, when somebody else has put something into `folder` in the meantime.
     """
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -77,7 +89,10 @@ def atomic_folder(folder: PathLike, locked: bool = False) -> Iterator[Path]:
     scratch.mkdir()
     try:
         yield scratch
-        replace_folder(scratch, folder)
+        if overwrite:
+            replace_folder(scratch, folder)
+        else:
+            _fill_folder(scratch, folder)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
@@ -86,16 +101,54 @@ def replace_folder(new: Path, folder: Path) -> None:
     """
     Moves a complete folder to the name `folder`; what had that name is deleted.
 
+    Linux and macOS exchange the two in one step, so at every moment, and after a kill at any, there is one complete
+    folder of that name. What a kill leaves to be deleted, the next call deletes. Where the system or the file system
+    cannot (Windows, some network drives), the old folder is moved away first; after a kill in between there is none
+    until the next call for the same name, which puts the old one back.
+
     Args:
         new (`Path`): A folder on the same file system.
         folder (`Path`): Its future name. A folder there is put back if `new` cannot be moved.
     """
+    old = _beside(folder, "old")  # deleting takes time, and a kill would leave half of it
+    if folder.is_dir() and _exchange(new, folder):
+        os.replace(new, old)
+        shutil.rmtree(old, ignore_errors=True)
+        return
     if folder.exists():
-        os.replace(folder, _beside(folder, "old"))  # deleting takes time, and a kill would leave half of it
+        os.replace(folder, old)
     try:
         os.replace(new, folder)
     finally:
         _recover_folder(folder)
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Exchanges the names of two folders in one step, which Python has no function for; `False` where it cannot."""
+    if sys.platform not in _EXCHANGES or not first.is_dir():
+        return False
+    name, arguments = _EXCHANGES[sys.platform]
+    function = getattr(ctypes.CDLL(None), name, None)
+    if function is None:
+        return False
+    folders = [os.fsencode(first), os.fsencode(second)]
+    failed: int = function(*(folders.pop(0) if argument is None else argument for argument in arguments))
+    return not failed
+
+
+def _fill_folder(new: Path, folder: Path) -> None:
+    """Moves a complete folder to a name that is free, or that of an empty folder."""
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            folder.rmdir()
+        os.rename(new, folder)  # fails for a folder with content
+    except OSError as error:
+        if not folder.exists():
+            raise
+        raise FileExistsError(
+            f"{folder} was empty at the start, but has content now: another program writes there. It was left as it "
+            "is; name another folder."
+        ) from error
 
 
 def _recover_folder(folder: Path) -> None:
