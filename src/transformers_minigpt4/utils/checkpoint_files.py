@@ -1,7 +1,6 @@
 """Looks at the files of a checkpoint before libraries do, and gives one line to whatever these raise."""
 
 import contextlib
-import json
 import os
 import pickle
 from collections.abc import Iterator
@@ -9,6 +8,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
+from .json_files import brief, read_json
 from .text import first_line
 
 
@@ -94,14 +94,12 @@ def read_json_object(path: Path) -> dict[str, object]:
     The object in a JSON file.
 
     Raises:
-        ValueError: for a file that contains something else, with its name.
+        OSError: if it cannot be read.
+        ValueError: for a file that contains something else; the message begins with its path.
     """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON ({first_line(error)}). {AGAIN}") from error
+    content = read_json(path)
     if not isinstance(content, dict):
-        raise ValueError(f"{path} is {json.dumps(content)[:40]}, not a JSON object. {AGAIN}")
+        raise ValueError(f"{path} is {brief(content)}, not a JSON object. {AGAIN}")
     return content
 
 
