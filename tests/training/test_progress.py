@@ -34,6 +34,7 @@ from transformers_minigpt4.training.stream import StreamEpochs
 
 
 LINE = r"step={}/5 loss=\d+\.\d{{4}} lr=\d\.\d{{3}}e-\d\d samples/s=\S+ epoch={:.3f} eta=0:\d\d:\d\d"
+FOOTER = ["checkpoint", "curves", "next", "next", "next"]
 STEPS = ("--max_steps", "5", "--save_steps", "5", "--logging_steps", "2", "--warmup_steps", "1")
 
 
@@ -87,7 +88,7 @@ def test_a_run_prints_header_lines_and_footer(finished):
     assert len(logged) == 3
     for step, line in zip((1, 2, 4), logged):  # the first, and every second
         assert re.fullmatch(LINE.format(step, step * 2 / 30), line), line
-    assert labels[-5:] == ["done", "checkpoint", "next", "next", "next"] and printed[-4] == f"checkpoint: {folder}"
+    assert labels[-6:] == ["done", *FOOTER] and printed[-5] == f"checkpoint: {folder}"
     assert f"minigpt4 describe IMAGE --model {folder}" in printed[-3]
 
 
@@ -104,7 +105,7 @@ def test_a_finished_run_is_complete(finished, resume, no_gpu, capsys):
     more = ["--resume_from_checkpoint", *(value.format(folder) for value in resume)] if resume else []
     main(*parse_recipe(words(folder, *more)), recipe="minigpt4_stage2")
     printed = capsys.readouterr().out.splitlines()
-    assert [line.partition(": ")[0] for line in printed[1:]] == ["complete", "checkpoint", *["next"] * 3]
+    assert [line.partition(": ")[0] for line in printed[1:]] == ["complete", *FOOTER]
     assert "all 5 steps" in printed[1] and str(folder) in printed[2]
     assert digests(folder) == before
 
@@ -277,7 +278,9 @@ def test_ctrl_c_during_a_save(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("more", "expected"), [([], 23), (["--gradient_accumulation_steps", "2"], 12)])
 def test_epochs_of_sources_of_known_length(more, expected, no_gpu, tmp_path):
-    options = [word for word in words(tmp_path / "out", "--num-train-epochs", "1.5", *more) if word not in STEPS[:2]]
+    options = words(tmp_path / "out", "--num-train-epochs", "1.5", *more)
+    place = options.index("--max_steps")
+    del options[place : place + 2]
     stage, config, _ = parse_recipe(options)
     assert config.max_steps == -1  # in spite of the recipe's own
     loaded = load_rows(stage, config)

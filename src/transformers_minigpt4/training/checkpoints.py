@@ -200,9 +200,8 @@ def _recorded(folder: Path) -> dict[str, object] | None:
 
 
 def _comparable(settings: Mapping[str, object]) -> dict[str, object]:
-    """Settings as JSON, without those that do not change a result or that TRL sets later."""
-    other = ("resume_from_checkpoint", "disable_tqdm", "ddp_find_unused_parameters")
-    kept = {key: value for key, value in settings.items() if key not in other}
+    """Settings as JSON, without those that do not change a result."""
+    kept = {key: value for key, value in settings.items() if key not in ("resume_from_checkpoint", "disable_tqdm")}
     return json.loads(json.dumps(kept, default=str))
 
 

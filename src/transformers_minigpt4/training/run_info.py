@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from datasets import Dataset, IterableDataset
@@ -28,7 +28,7 @@ CURVE, EVAL_CURVE, PLOT = "loss.jsonl", "eval_loss.jsonl", "loss.png"
 
 
 def recipe_settings(arguments: Sequence[StageArguments | TrainingArguments | ModelConfig]) -> dict[str, object]:
-    """The keys of a recipe and their values; secrets are left out."""
+    """The keys of a recipe and their values, of the dataclasses that it was parsed into; secrets are left out."""
     recipe: dict[str, object] = {}
     for group in arguments:
         values = group.to_dict() if isinstance(group, TrainingArguments) else dataclasses.asdict(group)
@@ -37,7 +37,7 @@ def recipe_settings(arguments: Sequence[StageArguments | TrainingArguments | Mod
 
 
 def run_info(
-    arguments: Sequence[StageArguments | TrainingArguments | ModelConfig],
+    recipe: Mapping[str, object],
     dataset: Dataset | IterableDataset,
     trainable: dict[str, int],
     fingerprint: str | None = None,
@@ -46,12 +46,11 @@ def run_info(
     Facts that are known before the first step.
 
     Args:
-        arguments (`list`): The dataclasses that a recipe was parsed into; secrets are left out.
+        recipe (`Mapping[str, object]`): Of [`recipe_settings`].
         dataset (`Dataset` or `IterableDataset`): The rows.
         trainable (`dict[str, int]`): What `prepare_stage` returned.
         fingerprint (`str`, *optional*): Digest of the data; by default computed from `dataset`.
     """
-    recipe = recipe_settings(arguments)
     return {
         "recipe": recipe,
         "command": sys.argv,

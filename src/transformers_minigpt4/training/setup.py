@@ -19,7 +19,7 @@ from .features import FeatureCollator, take_features, train_from_features
 from .loading import LoadedRows
 from .loss import LabeledCollator, keep_labeled
 from .packing import pack
-from .run_info import RunInfoCallback, run_info
+from .run_info import RunInfoCallback, recipe_settings, run_info
 from .run_page import RunPageCallback
 from .samples import SampleCallback
 from .sanity_checks import SanityCheckCallback
@@ -43,6 +43,7 @@ def make_trainer(
         DataError: for a feature cache of other weights.
         ValueError: for modules that the model does not have, and for rows that cannot be packed.
     """
+    settings = recipe_settings([stage, config, model_args])  # before TRL changes some for itself
     set_seed(config.seed)  # adapters are drawn at random
     prepare_stage(model, stage.trainable_modules)
     collator = _with_features(stage, model, processor, make_collator(model, processor, stage.max_completion_length))
@@ -62,7 +63,7 @@ def make_trainer(
         trainer = StageSFTTrainer(**common, peft_config=_adapters(model_args, stage))
     trainer.add_callback(SanityCheckCallback(stage.check_first_loss))
     trainable = trainable_parameters(trainer.model)
-    info = run_info([stage, config, model_args], rows.dataset, trainable, rows.fingerprint)
+    info = run_info(settings, rows.dataset, trainable, rows.fingerprint)
     info |= {"device": str(config.device), "changed_for_the_cpu": config.changes}
     trainer.add_callback(RunInfoCallback(info, rows.skipped))
     samples = None
