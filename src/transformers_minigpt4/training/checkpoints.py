@@ -29,6 +29,7 @@ from transformers_minigpt4.utils.files import (
     replace_folder,
 )
 
+from .resume_files import check_resume_files
 from .stages import trainable_parameters
 
 
@@ -132,11 +133,14 @@ def resolve_resume(folder: PathLike, resume: str | bool | None) -> str | None:
         resume (`str`, `bool` or `None`): A checkpoint, true for the folder's last one, if it has any, or false.
 
     Raises:
-        ValueError: for a checkpoint that does not exist, and a folder with checkpoints that the run would overwrite.
+        ValueError: for a checkpoint that does not exist or is damaged, and a folder with checkpoints that would be
+            overwritten.
     """
     resume = _resume_value(resume)
     last = get_last_checkpoint(str(folder)) if os.path.isdir(folder) else None
     if resume is True:
+        if last is not None:
+            check_resume_files(last)
         return last
     if isinstance(resume, str):
         if not os.path.isdir(resume):
@@ -144,6 +148,7 @@ def resolve_resume(folder: PathLike, resume: str | bool | None) -> str | None:
                 f"--resume-from-checkpoint {resume} is not a folder. Name a checkpoint, or set it to true for the "
                 f"last one in {folder}."
             )
+        check_resume_files(resume)
         return resume
     if last is not None:
         raise ValueError(

@@ -28,6 +28,7 @@ from .collator import Batch, Collator
 from .evaluation import EvaluationMixin
 from .loss import POSITIONS
 from .progress import TrainingProgress
+from .resume_files import read_saved
 from .run_info import RunInfoCallback
 from .run_page import RunPageCallback
 from .sanity_checks import LabelsRequired
@@ -186,7 +187,7 @@ class StageTrainerMixin(EvaluationMixin):
                 f"{checkpoint} has no data position for process {self.args.process_index}. Resume with as many "
                 "processes as the run had."
             )
-        saved = torch.load(path, weights_only=True)
+        saved = read_saved(path)
         workers, batch_size = self.args.dataloader_num_workers, self.args.train_batch_size
         if saved["workers"] != workers or saved["batch_size"] != batch_size:
             raise ValueError(
