@@ -1,5 +1,8 @@
 """What all commands share: one line for an error, a status for Ctrl-C, options and help."""
 
+import errno
+import sqlite3
+
 import pytest
 import typer
 from typer.testing import CliRunner, Result
@@ -39,6 +42,10 @@ class OutOfMemoryError(RuntimeError):
         (InUseError("Another run writes into a."), "Another run writes into a."),
         (KeyError("a"), "KeyError: 'a' (`minigpt4 --debug ...` shows the trace)"),
         (OutOfMemoryError("tried to allocate"), "the device is out of memory; lower --batch-size"),
+        (OSError(errno.ENOSPC, "No space left on device", "a.txt"), "a.txt: no space is left on the disk; free some"),
+        (OSError(errno.ENOSPC, "No space left on device"), "no space is left on the disk; free some"),
+        (sqlite3.OperationalError("database or disk is full"), "no space is left on the disk"),
+        (OSError("checkpoint-4 could not be written (No space left on device). Free it."), "checkpoint-4 could not"),
     ],
 )
 def test_an_error_is_one_line(error, line):

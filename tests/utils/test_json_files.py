@@ -10,7 +10,7 @@ from transformers_minigpt4.curation.review_files import _read
 from transformers_minigpt4.evaluation.evaluator import read_json as read_task_json
 from transformers_minigpt4.evaluation.evaluator import read_json_lines
 from transformers_minigpt4.evaluation.results import read_results
-from transformers_minigpt4.inference.describe import CaptionFile
+from transformers_minigpt4.inference.caption_file import CaptionFile
 from transformers_minigpt4.utils.files import JsonLinesWriter
 from transformers_minigpt4.utils.json_files import JsonText, brief, json_lines, parse_json, read_json
 

@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 import typer
 from typer.core import TyperArgument, TyperCommand, TyperGroup, TyperOption
 
+from .disk_full import is_disk_full
 from .interrupts import INTERRUPTED, Message, stoppable, text_of
 
 
@@ -306,10 +307,17 @@ def _one_line(error: BaseException) -> str:
     """The first line of an error that explains itself, preceded by its type if it may not."""
     if type(error).__name__ == "OutOfMemoryError":  # torch's, by name, because torch need not be imported yet
         return "the device is out of memory; lower --batch-size, set --dtype bfloat16, or spread with --device auto"
+    explained = type(error) in _EXPLAINED or type(error).__module__.startswith("transformers_minigpt4")
+    if is_disk_full(error) and (not explained or getattr(error, "errno", None) is not None):
+        where = f"{error.filename}: " if isinstance(error, OSError) and error.filename else ""
+        return (
+            f"{where}no space is left on the disk; free some, or choose a place on another disk, and run the command "
+            "again. What was written completely is kept"
+        )
     if isinstance(error, OSError) and error.filename and error.strerror:
         return f"{error.filename}: {error.strerror}"
     line = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-    if type(error) in _EXPLAINED or type(error).__module__.startswith("transformers_minigpt4"):
+    if explained:
         return line or type(error).__name__
     return f"{type(error).__name__}: {line} (`minigpt4 --debug ...` shows the trace)"
 

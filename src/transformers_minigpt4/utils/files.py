@@ -14,6 +14,8 @@ from typing import Any, BinaryIO, TypeAlias
 
 from filelock import FileLock, Timeout
 
+from .disk_full import naming_path
+
 
 PathLike: TypeAlias = "str | os.PathLike[str]"
 JsonObject: TypeAlias = dict[str, Any]
@@ -37,8 +39,9 @@ def atomic_file(path: PathLike) -> Iterator[Path]:
     path = Path(path)
     scratch = _beside(path, "tmp")
     try:
-        yield scratch
-        os.replace(scratch, path)
+        with naming_path(path):
+            yield scratch
+            os.replace(scratch, path)
     finally:
         scratch.unlink(missing_ok=True)
 
@@ -61,7 +64,8 @@ def write_atomically(path: PathLike, content: str | bytes, sync: bool = False) -
 
 def write_json(path: PathLike, content: object) -> None:
     """Writes an indented JSON file in one step."""
-    write_atomically(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    text = json.dumps(content, indent=1, ensure_ascii=False)
+    write_atomically(path, (text if _is_unicode(text) else json.dumps(content, indent=1)) + "\n")
 
 
 @contextlib.contextmanager
@@ -88,11 +92,12 @@ def atomic_folder(folder: PathLike, locked: bool = False, overwrite: bool = True
     scratch = _beside(folder, "tmp")
     scratch.mkdir()
     try:
-        yield scratch
-        if overwrite:
-            replace_folder(scratch, folder)
-        else:
-            _fill_folder(scratch, folder)
+        with naming_path(folder):
+            yield scratch
+            if overwrite:
+                replace_folder(scratch, folder)
+            else:
+                _fill_folder(scratch, folder)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
@@ -220,7 +225,8 @@ class JsonLinesWriter:
 
     def __exit__(self, *_: object) -> None:
         if self._file is not None:
-            self._file.close()
+            with naming_path(self.path):  # closing writes what a full disk has refused once more
+                self._file.close()
             self._file = None
 
     def _mend(self, file: BinaryIO) -> None:
@@ -247,15 +253,21 @@ class JsonLinesWriter:
         """
         if self._file is None:
             raise ValueError(f"{str(self.path)!r} is not open; use {type(self).__name__} in a with statement")
-        self._file.write(b"".join(to_json(record).encode() + b"\n" for record in records))
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        with naming_path(self.path):
+            self._file.write(b"".join(to_json(record).encode() + b"\n" for record in records))
+            self._file.flush()
+            os.fsync(self._file.fileno())
 
 
 def to_json(record: Mapping[str, object]) -> str:
     """One line of JSON: readable UTF-8, or ASCII escapes where a file name is not valid Unicode."""
     text = json.dumps(record, ensure_ascii=False)
-    return text if text.isascii() or not any("\ud800" <= char <= "\udfff" for char in text) else json.dumps(record)
+    return text if _is_unicode(text) else json.dumps(record)
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether a text can be written as UTF-8; file names may have lone surrogates."""
+    return text.isascii() or not any("\ud800" <= char <= "\udfff" for char in text)
 
 
 def _is_no_json(line: bytes) -> bool:
