@@ -31,7 +31,9 @@ def ddp_losses(base, folder, mixed, batch):
     settings = {"max_steps": STEPS, "per_device_train_batch_size": batch, "save_steps": STEPS, "ddp_backend": backend}
     trainer = trainer_on(base, folder, rows(mixed=mixed), **settings)
     trainer.train()
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    # Five rows for two processes: the second one runs out, and repeats a row that must not count.
+    evaluated = [trainer.evaluate(rows(5, mixed))["eval_loss"]]
+    return evaluated + [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
 def fsdp2_losses(base):
@@ -94,12 +96,12 @@ def test_two_processes_are_one(tmp_path):
             launch(2, folder, all_losses, base, folder, 2)
         found.append(json.loads((folder / "losses.json").read_text()))
     for name, one in found[0].items():
-        assert len(set(one)) == STEPS, name
+        assert len(set(one)) == STEPS + name.startswith("ddp"), name
         assert found[1][name] == pytest.approx(one, abs=1e-5), name
 
 
 def test_a_stream_on_two_processes_resumes(tmp_path):
-    """With cached features and packed rows, whose tower neither process loads."""
+    """With cached features and packed rows, whose tower neither process loads, and rows held out for evaluation."""
     arguments = [
         *("--config", "minigpt4_stage1", *SMALL, "--model_name_or_path", str(model_folder("minigpt4"))),
         *("--sources", sources()["wds"]),
@@ -108,6 +110,7 @@ def test_a_stream_on_two_processes_resumes(tmp_path):
     cache = ("--feature_cache", str(tmp_path / "cache"))
     assert build_features(*parse_recipe([*arguments, *cache]))["encoded"] == 30
     arguments += [*cache, "--pack_rows", "true", "--ddp_backend", "gloo"]
+    arguments += ["--eval_share", "0.3", "--eval_rows", "5", "--load_best_model_at_end", "true"]
     complete, resumed = tmp_path / "complete", tmp_path / "resumed"
     # What `accelerate launch` does on GPUs; the other processes take a shorter way into the same function.
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
@@ -119,7 +122,10 @@ def test_a_stream_on_two_processes_resumes(tmp_path):
     resume = ["--output_dir", str(resumed), "--resume_from_checkpoint", str(complete / "checkpoint-3")]
     launch(2, tmp_path, run_main, [*arguments, *resume])
     assert len(curve(complete)) == 6 and curve(resumed) == curve(complete)
-    assert json.loads((complete / "run.json").read_text())["world_size"] == 2
+    record, again = (json.loads((folder / "run.json").read_text()) for folder in (complete, resumed))
+    assert record["world_size"] == 2 and record["best_checkpoint"] == again["best_checkpoint"]
+    answers = [json.loads(line) for line in (complete / "samples.jsonl").read_text().splitlines()]
+    assert [answer["step"] for answer in answers] == [0] * 4 + [3] * 4 + [6] * 4
 
 
 def test_the_wrapped_model_goes_before_the_process_group(tmp_path):

@@ -40,7 +40,9 @@ def command(folder, *more):
 
 @pytest.mark.parametrize("workers", ["0", "2"])
 def test_sigkill_and_resume_give_the_same_bits(base, tmp_path, workers):
-    more = ("--dataloader_num_workers", workers)
+    more = ["--dataloader_num_workers", workers]
+    if workers == "0":
+        more += ["--eval_share", "0.3", "--eval_rows", "2"]
     run_main(command(tmp_path / "complete", *more))
     folder, log = tmp_path / "killed", tmp_path / "log"
     process = start(log, run_main, command(folder, *more))
