@@ -149,7 +149,10 @@ def set_up_evaluation(config: StageConfig) -> None:
             "of the sources of training, or come from others. Drop one of the two."
         )
     if config.eval_share is not None:
-        Selection(config.eval_share, held_out=True)
+        try:
+            Selection(config.eval_share, held_out=True)
+        except ValueError as error:
+            raise ValueError(f"eval_share: {error}") from error
     if config.eval_rows < 1:
         raise ValueError(f"eval_rows={config.eval_rows} leaves nothing to evaluate on. Take 1 or more.")
     if not evaluates(config):
