@@ -273,7 +273,8 @@ def test_an_interrupted_run_leaves_its_page(tmp_path, monkeypatch):
     monkeypatch.setattr(EvaluationMixin, "evaluation_loop", interrupt)
     with pytest.raises(KeyboardInterrupt):
         run("minigpt4_stage1", tmp_path, model_folder("minigpt4"), sources()["wds"], *EVALUATE)
-    assert "interrupted, at step 2 of 2" in (tmp_path / "run.html").read_text()
+    page = (tmp_path / "run.html").read_text()
+    assert "interrupted, at step 2 of 2" in page
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,8 @@ from .samples import SampleAnswer, SampleCallback
 
 PAGE = "run.html"
 TEMPLATES = Path(__file__).parent / "templates"
+# Settings that transformers computes from others.
+_DERIVED = {"do_eval", "ddp_find_unused_parameters"}
 _THUMBNAIL = 320  # pixels of the longer side; shown at 160
 
 
@@ -116,12 +118,14 @@ def _facts(info: JsonObject, state: TrainerState) -> dict[str, str]:
         "trained": f"{trained:,} parameters of {', '.join(recipe['trainable_modules'])}",
         "sources": ", ".join(recipe["sources"]),
         "steps": f"{state.global_step:,} of {state.max_steps:,}, {batch:,} rows each",
+        "device": str(info.get("device", "unknown")) + (f", {processes} processes" if processes > 1 else ""),
     }
     if losses:
         facts["training loss"] = f"{losses[0]:.4f} at first, {losses[-1]:.4f} at last"
     if evaluated:
         loss, step = min(evaluated)
-        facts["evaluation loss"] = f"{evaluated[-1][0]:.4f} at last, lowest {loss:.4f} at step {step:,}"
+        last = f"{evaluated[-1][0]:.4f} at last, lowest {loss:.4f} at step {step:,}"
+        facts["evaluation loss"] = f"{last}, on {info['evaluation_rows']:,} rows that are held out"
     if state.best_model_checkpoint:
         facts["best checkpoint"] = Path(state.best_model_checkpoint).name
     if seconds:
@@ -167,7 +171,9 @@ def changed_settings(recipe: Mapping[str, Any]) -> dict[str, str]:
         for field in dataclasses.fields(group):
             default = field.default_factory() if callable(field.default_factory) else field.default
             value = recipe.get(field.name)
-            if value is not None and _text(value) != _text(default) and (value or default):
+            if field.name in _DERIVED or isinstance(value, dict) or value in (None, []):
+                continue
+            if _text(value) != _text(default):
                 changed[field.name] = _text(value)
     return changed
 

@@ -66,15 +66,11 @@ def make_trainer(
     info = run_info(settings, rows.dataset, trainable, rows.fingerprint)
     info |= {"device": str(config.device), "changed_for_the_cpu": config.changes}
     trainer.add_callback(RunInfoCallback(info, rows.skipped))
+    info["evaluation_rows"] = len(rows.held_out.evaluation)
     samples = None
     if rows.held_out.samples and not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
-        samples = SampleCallback(
-            rows.held_out,
-            collator,
-            processor,
-            stage.max_completion_length,
-            context=trainer.compute_loss_context_manager,
-        )
+        context = trainer.compute_loss_context_manager
+        samples = SampleCallback(rows.held_out, collator, processor, stage.max_completion_length, context)
         trainer.add_callback(samples)
     trainer.add_callback(RunPageCallback(info, rows.skipped, samples))
     return trainer

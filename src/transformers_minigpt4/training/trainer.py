@@ -106,11 +106,13 @@ class StageTrainerMixin(EvaluationMixin):
             self.progress.close()
 
     def _write_page(self, status: str) -> None:
-        """The page of a run that did not reach its end, if it is still possible to write one."""
+        """The page of a run that did not reach its end, if it took a step and the page can be written."""
+        if not self.state.global_step or not self.is_world_process_zero():
+            return
+        step = f"at step {self.state.global_step:,} of {self.state.max_steps:,}"
         for callback in self.callback_handler.callbacks:
-            if isinstance(callback, RunPageCallback) and self.is_world_process_zero():
-                with contextlib.suppress(OSError):
-                    step = f"at step {self.state.global_step:,} of {self.state.max_steps:,}"
+            if isinstance(callback, RunPageCallback):
+                with contextlib.suppress(OSError, ValueError):
                     callback.write(str(self.args.output_dir), self.state, f"{status}, {step}")
 
     def end(self) -> None:
