@@ -8,8 +8,11 @@ import pytest
 from huggingface_hub import ModelCard
 from huggingface_hub.utils import yaml_dump
 
-from transformers_minigpt4.hub.cards import License, derive_license, read_sources
+from transformers_minigpt4.hub.cards import License, derive_license
 from transformers_minigpt4.hub.publish import prepare
+from transformers_minigpt4.hub.records import read_sources
+from transformers_minigpt4.training.recipe import parse_recipe
+from transformers_minigpt4.training.run_info import changed_settings, recipe_settings
 
 
 REPO = "somebody/tiny-minigpt4"
@@ -75,6 +78,18 @@ def test_without_records(checkpoint, tmp_path):
     assert "None" not in made.text and "{{" not in made.text and "\n\n\n" not in made.text
     assert "contains the complete model" in made.text and "547,621 parameters, F32" in made.text
     assert "the longer the text" in made.text and "spatial relations" in made.text and "2304.10592" in made.text
+
+
+def test_settings_that_differ_from_the_defaults(checkpoint, tmp_path):
+    words = ["--config", "tiny_stage2", "--output", str(tmp_path / "out"), "--learning-rate", "1e-3"]
+    recipe = recipe_settings(parse_recipe(words))
+    run = {"recipe": recipe, "changed_settings": changed_settings(recipe), "seed": 42}
+    assert len(run["recipe"]) > 100
+    text = card(checkpoint, tmp_path, run=run).text
+    rows = text.partition("| setting | value |\n| --- | --- |\n")[2].partition("\n\n")[0].splitlines()
+    assert 10 <= len(rows) <= 20 and "| learning_rate | 0.001 |" in rows and "| max_steps | 200 |" in rows
+    assert "| seed | 42 |" in rows  # of the run
+    assert not any(name in text for name in ("adam_beta1", "hub_token", "output_dir", "TOKEN", "ddp_"))
 
 
 def test_with_all_records(checkpoint, tmp_path):

@@ -65,6 +65,7 @@ def hub(monkeypatch):
         constants["HUGGINGFACE_CO_URL_TEMPLATE"] = server.url + "/{repo_id}/resolve/{revision}/{filename}"
         for name, value in constants.items():
             monkeypatch.setattr(f"huggingface_hub.constants.{name}", value)
+        monkeypatch.setattr("huggingface_hub.hf_api.api.endpoint", server.url)
         monkeypatch.setattr("transformers.utils.hub._hf_api", None)  # made once, for the Hub of that moment
         yield server
 

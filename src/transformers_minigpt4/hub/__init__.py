@@ -1,1 +1,1 @@
-"""How weights and data travel: conversion, checks and publishing."""
+"""Publishing on the Hugging Face Hub: which files, with which card, in one commit."""

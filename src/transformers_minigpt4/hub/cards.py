@@ -1,23 +1,20 @@
 """Writes model and dataset cards from the records in a checkpoint or dataset folder; absent facts stay absent."""
 
-import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
 
 from datasets import DatasetDict, DatasetInfo, Value
 from datasets.info import DatasetInfosDict
 from huggingface_hub import DatasetCard, DatasetCardData, EvalResult, ModelCard, ModelCardData
-from huggingface_hub.utils import HFValidationError, validate_repo_id
 from transformers import PreTrainedConfig
 
 from transformers_minigpt4.modeling.configuration_minigpt4 import MiniGPT4Config
-from transformers_minigpt4.utils.file_names import RESULTS_FILE, RUN_FILE, SOURCES_FILE
+from transformers_minigpt4.utils.file_names import RESULTS_FILE, RUN_FILE
 from transformers_minigpt4.utils.files import JsonObject
 
+from .records import Facts, evaluations_of, hub_ids, read_facts, run_facts, source_name, table_row
 
-Facts: TypeAlias = Mapping[str, Any]  # from JSON files that people may edit
 
 TEMPLATES = Path(__file__).parent / "templates"
 
@@ -27,6 +24,7 @@ PIPELINE_TAG = "image-text-to-text"
 
 # They only require their own text to be kept, so a stricter license next to them covers the combination.
 _PERMISSIVE = {"mit", "apache-2.0", "bsd-2-clause", "bsd-3-clause"}
+_MODULES = {"multi_modal_projector": "projector", "qformer": "Q-Former"}  # in the words of the card
 _SIZE_CATEGORIES = {1_000: "n<1K", 10_000: "1K<n<10K", 100_000: "10K<n<100K", 1_000_000: "100K<n<1M"}
 
 
@@ -65,25 +63,6 @@ class License:
         return {key: value for key, value in fields.items() if value}
 
 
-def read_facts(folder: Path, name: str) -> JsonObject:
-    """
-    The JSON object in `folder/name`, or an empty one if there is no such file.
-
-    Raises:
-        ValueError: if the file is not a JSON object.
-    """
-    path = folder / name
-    if not path.is_file():
-        return {}
-    try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}); repair or remove it") from error
-    if not isinstance(facts, dict):
-        raise ValueError(f"{path} contains a {type(facts).__name__}, not a JSON object; repair or remove it")
-    return facts
-
-
 def derive_license(sources: Sequence[Facts]) -> License:
     """
     The license of a checkpoint, from the recorded licenses of its bases.
@@ -106,46 +85,6 @@ def derive_license(sources: Sequence[Facts]) -> License:
         "such as llama2 for LLaMA-2, or other with --license-name and --license-link for the first LLaMA and Vicuna "
         "v0, which are for non-commercial research"
     )
-
-
-def read_sources(folder: Path) -> list[JsonObject]:
-    """
-    The bases of a checkpoint, from `minigpt4_sources.json`.
-
-    The record's `"sources"` is a list of objects or an object of objects by part. Each may have `part`, `id` (Hub id
-    or path), `revision` (of a Hub id), `sha256` and `license`.
-
-    Raises:
-        ValueError: if the record has another format.
-    """
-    record = read_facts(folder, SOURCES_FILE).get("sources", [])
-    if isinstance(record, Mapping):
-        record = [{"part": part, **source} for part, source in record.items() if isinstance(source, Mapping)]
-    if not isinstance(record, list) or not all(isinstance(source, dict) and source.get("id") for source in record):
-        raise ValueError(f"{folder / SOURCES_FILE}: \"sources\" is not a list of objects that each have an 'id'")
-    return record
-
-
-def hub_ids(entries: Iterable[object]) -> list[str]:
-    """Ids of those `entries` that are on the Hub, each once. A record without a revision may be of a local folder."""
-    ids = [entry["id"] for entry in entries if isinstance(entry, Mapping) and _is_on_hub(entry)]
-    return list(dict.fromkeys(ids))
-
-
-def source_name(source: Facts) -> str:
-    """A Hub id as it is; of a path only the last part, since the rest describes somebody's computer."""
-    return str(source["id"]) if _is_on_hub(source) else Path(str(source["id"])).name
-
-
-def _is_on_hub(source: Facts) -> bool:
-    name = source.get("id")
-    if not source.get("revision") or not isinstance(name, str) or "/" not in name:
-        return False
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return True
 
 
 def model_card(
@@ -176,7 +115,7 @@ def model_card(
         ValueError: if a record cannot be read.
     """
     run, results = read_facts(folder, RUN_FILE), read_facts(folder, RESULTS_FILE)
-    evaluations = list(_evaluations(results, folder / RESULTS_FILE))
+    evaluations = list(evaluations_of(results, folder / RESULTS_FILE))
     data = run.get("datasets") or []
     bases = hub_ids(sources)
     name = repo_id.split("/")[-1]
@@ -204,8 +143,77 @@ def model_card(
         parameters=f"{parameters:,}",
         dtypes=", ".join(dtypes),
         modules=_modules(MiniGPT4Config.from_pretrained(folder)),
-        sources=[_row(source_name(source), source, "part", "revision", "sha256", "license") for source in sources],
-        run=_run_facts(run),
+        sources=[
+            table_row(source_name(source), source, "part", "revision", "sha256", "license") for source in sources
+        ],
+        run=run_facts(run),
+        evaluations=evaluations,
+    )
+    return card
+
+
+def adapter_card(
+    folder: Path,
+    repo_id: str,
+    license: License,
+    *,
+    config: Facts,
+    sources: Sequence[Facts],
+    parameters: int,
+    dtypes: Sequence[str],
+    language: Sequence[str] = ("en",),
+) -> ModelCard:
+    """
+    Card of a PEFT adapter for a MiniGPT-4 checkpoint.
+
+    Args:
+        folder, repo_id, license, parameters, dtypes, language: As for [`model_card`].
+        config: Its `adapter_config.json`, as it is published.
+        sources: Bases of the checkpoint that it is for, as far as they are known.
+
+    Raises:
+        ValueError: if a record cannot be read.
+    """
+    run, results = read_facts(folder, RUN_FILE), read_facts(folder, RESULTS_FILE)
+    evaluations = list(evaluations_of(results, folder / RESULTS_FILE))
+    base, kind = str(config["base_model_name_or_path"]), str(config.get("peft_type") or "PEFT")
+    name = repo_id.split("/")[-1]
+    row = {"part": "base", "id": base, "revision": config.get("revision") or "main"}
+    card_data = ModelCardData(
+        **license.metadata,
+        language=list(language),
+        library_name="peft",
+        pipeline_tag=PIPELINE_TAG,
+        base_model=[base],
+        base_model_relation="adapter",
+        datasets=hub_ids(run.get("datasets") or []) or None,
+        eval_results=[_eval_result(row) for row in evaluations] or None,
+        model_name=name if evaluations else None,
+        tags=["minigpt4", "vision-language", kind.lower(), f"base_model:adapter:{base}", f"arxiv:{PAPER}"],
+    )
+    rank = f", rank {config['r']}" if config.get("r") else ""
+    complete = [_MODULES.get(module, module) for module in config.get("modules_to_save") or []]
+    card: ModelCard = ModelCard.from_template(
+        card_data,
+        template_path=str(TEMPLATES / "model_card.md.jinja"),
+        name=name,
+        repo_id=repo_id,
+        license=license,
+        task=PIPELINE_TAG,
+        paper=PAPER,
+        adapter=f"{kind.replace('LORA', 'LoRA')}{rank}",
+        adapter_base=base,
+        adapter_revision=config.get("revision"),
+        adapter_modules=" and the ".join(complete),
+        has_processor=(folder / "processor_config.json").is_file(),
+        parameters=f"{parameters:,}",
+        dtypes=", ".join(dtypes),
+        modules=[],
+        sources=[
+            table_row(source_name(source), source, "part", "revision", "sha256", "license")
+            for source in (row, *sources)
+        ],
+        run=run_facts(run),
         evaluations=evaluations,
     )
     return card
@@ -269,7 +277,7 @@ def dataset_card(
         first_split=next(iter(rows)),
         align={"image", "image_id", "caption"} <= set(features),
         local=local,
-        run=_run_facts(record),
+        run=run_facts(record),
     )
     return card
 
@@ -297,74 +305,6 @@ def _modules(config: MiniGPT4Config) -> list[tuple[str, str]]:
         ("projector", f"{layers}, {config.image_seq_length} positions per image"),
         ("language model", words(config.text_config, *size, ("vocab_size", "tokens"))),
     ]
-
-
-def _row(name: str, record: Facts, *keys: str) -> dict[str, str]:
-    return {"name": _cell(name), **{key: _cell(record.get(key)) for key in keys}}
-
-
-def _cell(value: object) -> str:
-    """A value as one cell of a Markdown table."""
-    if isinstance(value, Mapping):
-        value = ", ".join(f"{key}: {_cell(entry)}" for key, entry in value.items())
-    elif isinstance(value, (list, tuple)):
-        value = ", ".join(_cell(entry) for entry in value)
-    return "" if value is None else " ".join(str(value).split()).replace("|", "\\|")
-
-
-def _run_facts(run: Facts) -> JsonObject:
-    """What the templates show of a `run.json`, as text for tables; keys that are missing there are missing here."""
-    facts: JsonObject = {
-        key: _cell(run[key]) for key in ("stage", "seed", "git_revision", "source", "hardware", "review") if key in run
-    }
-    for key in ("recipe", "loss", "versions", "counts", "lost", "models", "prompts", "rules"):
-        value = run.get(key)
-        if isinstance(value, Mapping) and value:
-            facts[key] = [(_cell(name), _cell(entry)) for name, entry in value.items()]
-        elif isinstance(value, list) and value:
-            facts[key] = [("", _cell(entry)) for entry in value]
-        elif value:
-            facts[key] = [("", _cell(value))]
-    data = run.get("datasets") or []
-    entries = [entry if isinstance(entry, Mapping) else {"id": entry} for entry in data]
-    facts["datasets"] = [
-        _row(source_name(entry), entry, "revision", "rows", "sha256") for entry in entries if entry.get("id")
-    ]
-    return {key: value for key, value in facts.items() if value}
-
-
-def _evaluations(results: Facts, path: Path) -> Iterable[JsonObject]:
-    """
-    One row per metric of a `results.json`.
-
-    It contains `{"tasks": {name: {"metrics": {metric: number}, …}}}`; a task may also have `dataset`, `split`,
-    `revision`, `samples`, `primary` (the name of its first metric) and `intervals` (`{metric: [low, high]}`, 95 %).
-    """
-    if not results:
-        return
-    tasks = results.get("tasks")
-    if not isinstance(tasks, Mapping) or not all(
-        isinstance(task, Mapping) and isinstance(task.get("metrics"), Mapping) for task in tasks.values()
-    ):
-        raise ValueError(
-            f'{path} has no "tasks" with "metrics"; it is not from `minigpt4 evaluate`, rename or remove it'
-        )
-    for name, task in tasks.items():
-        metrics = sorted(task["metrics"].items(), key=lambda item: item[0] != task.get("primary"))
-        for metric, value in metrics:
-            if not isinstance(value, (int, float)) or isinstance(value, bool):
-                raise ValueError(f"{path}: {metric} of {name} is {value!r}, not a number")
-            interval = (task.get("intervals") or {}).get(metric)
-            yield {
-                "task": _cell(name),
-                "dataset": _cell(task.get("dataset") or name),
-                "split": task.get("split"),
-                "revision": task.get("revision"),
-                "metric": _cell(metric),
-                "value": value,
-                "interval": f"{interval[0]:.4g} to {interval[1]:.4g}" if interval else "",
-                "samples": _cell((task.get("questions") or {}).get(metric, task.get("samples"))),
-            }
 
 
 def _eval_result(row: Facts) -> EvalResult:

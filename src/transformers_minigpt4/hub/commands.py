@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, TypeAlias
 
 import typer
 
-from transformers_minigpt4.utils.command_line import DryRun, interruptible
+from transformers_minigpt4.utils.command_line import DryRun, interruptible, this_command
 
 
 if TYPE_CHECKING:
@@ -47,7 +47,8 @@ def push(
     folder: Annotated[
         Path,
         typer.Argument(
-            metavar="FOLDER", help="A checkpoint, full or of trained modules only; or a dataset such as cc_sbu_align."
+            metavar="FOLDER",
+            help="A checkpoint, full or of trained modules only; a PEFT adapter; or a dataset such as cc_sbu_align.",
         ),
     ],
     repo_id: RepoId,
@@ -64,9 +65,12 @@ def push(
         str | None,
         typer.Option(
             metavar="REPO_ID",
-            help="For trained modules only: where their local base is on the Hub, namespace/name[@revision].",
+            help="For an adapter or trained modules: where their local base is on the Hub, namespace/name[@revision].",
         ),
     ] = None,
+    merge: Annotated[
+        bool, typer.Option("--merge", help="Publish the full model that an adapter or trained modules make.")
+    ] = False,
     private: Private = False,
     revision: Revision = None,
     message: Message = None,
@@ -76,31 +80,41 @@ def push(
     Publish a checkpoint or a dataset on the Hugging Face Hub.
 
     Everything goes in one commit: readers see the old state or the new one. If interrupted, rerun the same command to
-    resume. --dry-run shows files, sizes and card without touching the network. Log in first with `hf auth login`, or
-    set HF_TOKEN.
+    resume. --dry-run shows files, sizes and card without sending anything. Log in first with `hf auth login`, or set
+    HF_TOKEN.
 
     Examples:
         minigpt4 push my-checkpoint my-name/my-minigpt4 --license llama2 --dry-run
         minigpt4 push my-checkpoint my-name/my-minigpt4 --license llama2 --private
+        minigpt4 push my-adapter my-name/my-adapter --license llama2 --base my-name/my-minigpt4
     """
-    import tempfile
+    with interruptible(f"stopped before anything became visible; `{this_command()}` resumes"):
+        import tempfile
 
-    from .cards import License
-    from .publish import prepare
-    from .upload import publish
+        from .cards import License
+        from .publish import prepare
+        from .upload import publish
 
-    if license_id is None and (license_name or license_link):
-        raise ValueError("--license-name and --license-link go with --license other")
-    license = License(license_id, license_name, license_link) if license_id is not None else None
-    text = card.read_text(encoding="utf-8") if card is not None else None
-    with tempfile.TemporaryDirectory() as scratch:
-        publication = prepare(
-            folder, repo_id, Path(scratch), license=license, language=language or ("en",), card=text, base=base
-        )
-        if dry_run:
-            _show(publication, private, revision)
-            return
-        with interruptible("stopped before anything became visible; rerun the same command to resume"):
+        if license_id is None and (license_name or license_link):
+            raise ValueError("--license-name and --license-link go with --license other")
+        license = License(license_id, license_name, license_link) if license_id is not None else None
+        text = card.read_text(encoding="utf-8") if card is not None else None
+        # Merged weights are as large as the model, and a temporary folder may be in memory.
+        near = folder.resolve().parent if merge and folder.is_dir() else None
+        with tempfile.TemporaryDirectory(prefix=".minigpt4-push-", dir=near) as scratch:
+            publication = prepare(
+                folder,
+                repo_id,
+                Path(scratch),
+                license=license,
+                language=language or ("en",),
+                card=text,
+                base=base,
+                merge=merge,
+            )
+            if dry_run:
+                _show(publication, private, revision)
+                return
             # In a thread, because huggingface_hub waits for uploads under way before it lets Ctrl-C through.
             published = _in_thread(
                 lambda: publish(publication, private=private, revision=revision, commit_message=message)

@@ -49,6 +49,10 @@ def save_trained(
         state_dict (`dict`, *optional*): Gathered tensors of a model that is sharded over ranks.
     """
     if isinstance(model, PeftModel):
+        for adapter in model.peft_config.values():
+            base = adapter.base_model_name_or_path
+            if base and os.path.isdir(base):  # a relative path would look like a name on the Hub from other folders
+                adapter.base_model_name_or_path = os.path.abspath(base)
         model.save_pretrained(str(folder), state_dict=state_dict)
         return
     if isinstance(model, MiniGPT4PreTrainedModel) and state_dict is None:

@@ -20,11 +20,13 @@ from transformers_minigpt4.utils.file_names import RUN_FILE
 from transformers_minigpt4.utils.files import PathLike, atomic_file, write_atomically
 from transformers_minigpt4.utils.versions import CORE_PACKAGES, git_revision, package_versions
 
-from .arguments import StageArguments
+from .arguments import StageArguments, StageConfig
 
 
 logger = logging.getLogger(__name__)
 CURVE, EVAL_CURVE, PLOT = "loss.jsonl", "eval_loss.jsonl", "loss.png"
+# Settings of the machine rather than of the training.
+_LOCAL = {"output_dir", "disable_tqdm", "accelerator_config", "debug", "report_to", "pad_to_multiple_of"}
 
 
 def recipe_settings(arguments: Sequence[StageArguments | TrainingArguments | ModelConfig]) -> dict[str, object]:
@@ -53,6 +55,7 @@ def run_info(
     """
     return {
         "recipe": recipe,
+        "changed_settings": changed_settings(recipe),
         "command": sys.argv,
         "seed": recipe.get("seed"),
         "data_seed": recipe.get("data_seed"),
@@ -62,6 +65,20 @@ def run_info(
         "trainable_parameters": trainable,
         "world_size": int(os.environ.get("WORLD_SIZE", "1")),
     }
+
+
+def changed_settings(recipe: Mapping[str, object]) -> dict[str, object]:
+    """The settings of [`recipe_settings`] that differ from the defaults of their dataclasses, for the model card."""
+    changed = {}
+    for group in (StageArguments, StageConfig, ModelConfig):
+        for field in dataclasses.fields(group):
+            default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+            value = recipe.get(field.name)
+            # TrainingArguments puts other values in place of empty ones, and angle brackets in place of tokens.
+            is_unset = (not value and (not default or default is dataclasses.MISSING)) or str(value).startswith("<")
+            if field.name not in _LOCAL and value != default and not is_unset:
+                changed[field.name] = value
+    return changed
 
 
 def data_fingerprint(dataset: Dataset | IterableDataset) -> str:
