@@ -6,6 +6,7 @@ import pytest
 from chat_processors import TEMPLATES, TRLS, chat_processor, framed
 from tiny_models import drawn_image, save_chat_model
 from training_runs import curve, run, sources
+from trl import prepare_multimodal_messages
 from trl.chat_template_utils import supports_tool_calling
 
 from transformers_minigpt4 import MiniGPT4Processor
@@ -78,6 +79,29 @@ def test_the_prompt_that_is_trained_is_the_one_that_is_asked(name):
         row["messages"][:-1], add_generation_prompt=True, tokenize=True, return_dict=True
     )["input_ids"][0]
     assert batch["input_ids"][0, :last].tolist() == asked
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_assistant_masks_need_no_marks(name):
+    """What TRL's own collators ask for, of templates without marks, padded on the left."""
+    processor = chat_processor(name)
+    rows = [conversation(images=images) for images in ((1, 2), (1,))]
+    chats = [prepare_multimodal_messages(row["messages"], images=row["images"]) for row in rows]
+    options = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
+    batch = processor.apply_chat_template(chats, **options, return_tensors="pt", processor_kwargs={"padding": True})
+    for ids, mask, count in zip(batch["input_ids"], batch["assistant_masks"], (2, 1)):
+        learned_ids = ids[mask == 1].tolist()
+        found, expected = processor.tokenizer.decode(learned_ids), "".join(LEARNED[name][:count])
+        assert found.replace(" ", "") == expected.replace(" ", "")
+    alone = processor.apply_chat_template(chats[1], **options)
+    assert sum(alone["assistant_masks"][0]) == batch["assistant_masks"][1].sum()
+
+
+def test_an_incomplete_conversation_has_no_assistant_mask():
+    options = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
+    chat = conversation(images=(0,))["messages"]
+    with pytest.raises(ValueError, match="complete conversations only"):
+        chat_processor("qwen3").apply_chat_template(chat, **options, add_generation_prompt=True)
 
 
 @pytest.mark.parametrize("name", LEARNED)

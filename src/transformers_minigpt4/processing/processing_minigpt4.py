@@ -3,6 +3,7 @@
 import os
 from typing import Any
 
+import torch
 from PIL.Image import Image
 from tokenizers import AddedToken, normalizers, pre_tokenizers
 from transformers import GenerationConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -152,7 +153,30 @@ class MiniGPT4Processor(ProcessorMixin):
         template = chat_template or self.chat_template
         if isinstance(template, str) and "{" in template:  # otherwise it is the name of one of several
             chat_template = with_images(template)
-        return super().apply_chat_template(conversation, chat_template, *args, **kwargs)
+        masked = kwargs.get("tokenize") and kwargs.get("return_dict") and kwargs.get("return_assistant_tokens_mask")
+        if not masked or is_authors(self.chat_template) or sanitize_control_tokens:
+            return super().apply_chat_template(conversation, chat_template, *args, **kwargs)
+        inputs = super().apply_chat_template(
+            conversation, chat_template, *args, **{**kwargs, "return_assistant_tokens_mask": False}
+        )
+        return self._with_assistant_masks(inputs, conversation if batched else [conversation], chat_template)
+
+    def _with_assistant_masks(self, inputs: Any, conversations: Any, chat_template: str | None) -> Any:
+        """Adds masks of the answers, which templates need not mark, see [`~MiniGPT4Processor.encode_conversation`]."""
+        masks = []
+        for row, chat in enumerate(conversations):
+            ids, learned = self.encode_conversation(chat, chat_template)
+            kept = [bool(keeps) for keeps in inputs["attention_mask"][row]]
+            if [int(id_) for id_, keeps in zip(inputs["input_ids"][row], kept) if keeps] != ids:
+                raise ValueError(
+                    "Answers can be masked in complete conversations only. Leave out add_generation_prompt, "
+                    "truncation, tools and other values for the template."
+                )
+            answers = iter(learned)
+            masks.append([int(keeps and next(answers)) for keeps in kept])
+        tensors = isinstance(inputs["input_ids"], torch.Tensor)
+        inputs["assistant_masks"] = torch.tensor(masks) if tensors else masks
+        return inputs
 
     def _check_message(self, message: object, sanitize_control_tokens: bool) -> None:
         example = '[{"type": "image", "image": image}, {"type": "text", "text": "Describe this image."}]'
