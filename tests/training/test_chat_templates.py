@@ -4,10 +4,17 @@ from itertools import groupby
 
 import pytest
 from chat_processors import TEMPLATES, TRLS, chat_processor, framed
+from datasets import Dataset
 from tiny_models import drawn_image, save_chat_model
 from training_runs import curve, run, sources
-from trl import prepare_multimodal_messages
-from trl.chat_template_utils import supports_tool_calling
+from transformers import AutoModelForImageTextToText
+from trl import SFTConfig, SFTTrainer, prepare_multimodal_messages
+from trl.chat_template_utils import (
+    has_generation_markers,
+    is_chat_template_stop_token_trained,
+    supports_tool_calling,
+)
+from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from transformers_minigpt4 import MiniGPT4Processor
 from transformers_minigpt4.training.collator import IGNORED, ImageTextCollator
@@ -227,7 +234,31 @@ def test_the_modern_recipe_trains_on_a_real_template(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", LEARNED)
-def test_trls_probes_get_an_answer(name):
-    """TRL asks processors whether their template knows tools, with an answer that calls one and says nothing."""
+def test_trls_probes_pass(name):
+    """TRL asks whether a template knows tools, with an answer that says nothing, and whether the end is learned."""
     processor = chat_processor(name)
     assert isinstance(supports_tool_calling(processor), bool)
+    assert has_generation_markers(processor.chat_template)
+    if name not in ("vicuna_v0", "llama_2", "chatml_in_words"):  # whose ends are words, or missing before a question
+        assert is_chat_template_stop_token_trained(processor)
+
+
+@pytest.mark.parametrize("name", ["qwen3", "phi3"])
+def test_trls_own_collator_learns_answers_only(name, tmp_path):
+    processor = chat_processor(name)
+    save_chat_model(tmp_path / "base", processor)
+    rows = [conversation(images=(1, 2)), conversation(images=(1,))]
+    arguments = SFTConfig(
+        str(tmp_path), assistant_only_loss=True, max_length=None, bf16=False, use_cpu=True, report_to="none"
+    )
+    trainer = SFTTrainer(
+        AutoModelForImageTextToText.from_pretrained(tmp_path / "base"),
+        args=arguments,
+        train_dataset=Dataset.from_list([{"images": [], "messages": rows[0]["messages"]}]),
+        processing_class=processor,
+        data_collator=DataCollatorForVisionLanguageModeling(processor, assistant_only_loss=True),
+    )
+    batch = trainer.data_collator(rows)
+    learned_ids = batch["labels"][batch["labels"] != IGNORED].tolist()
+    expected = "".join(LEARNED[name] + LEARNED[name][:1])
+    assert processor.tokenizer.decode(learned_ids).replace(" ", "") == expected.replace(" ", "")

@@ -13,6 +13,7 @@ Messages: TypeAlias = Sequence[Mapping[str, Any]]  # of role and content, as cha
 _Render: TypeAlias = Callable[..., str]
 
 _MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_COMMENTS = re.compile(r"\{#.*?#\}", re.DOTALL)
 _SENTINEL = "answer-{}-7b1e6f2c"  # plain words, so that a template prints them as it prints any answer
 
 
@@ -55,7 +56,7 @@ def find_answers(chat_template: str, messages: Messages, tokenizer: PreTrainedTo
         return _rendered(turns, **options, **special_tokens)[0]
 
     marks = None
-    if _MARKS.search(chat_template):
+    if _MARKS.search(_COMMENTS.sub("", chat_template)):
         text, marks = marked_answers(chat_template, messages, tokenizer)
     # A second attempt, as a template may print the date, and midnight may pass between two renderings.
     layout = _lay_out(render, messages) or _lay_out(render, messages)
@@ -207,7 +208,7 @@ def _answers(
     answers = []
     for number, (start, stop) in zip(numbers, layout.contents):
         if number and messages[number - 1]["role"] != "assistant":
-            start = _start(render, messages[:number], layout.text, start, number == numbers[-1], marked)
+            start = _start(render, messages[:number], layout.text, start, number == len(messages) - 1, marked)
         answers.append((start, stop + len(end) * layout.text.startswith(end, stop)))
     return answers
 

@@ -100,6 +100,12 @@ _NO_THINKING = """\
 """
 
 
+# TRL looks for the mark by a regular expression, also in comments, and would refuse `assistant_only_loss` without one.
+_ANSWERS_ARE_FOUND = """\
+{#- MiniGPT4Processor finds the answers, as if they were between {% generation %} and {% endgeneration %}. -#}
+"""
+
+
 def is_authors(chat_template: object) -> bool:
     """Whether a template is one of the authors' formats, with which every text segment is tokenized separately."""
     return isinstance(chat_template, str) and chat_template.startswith(_RENDER_CONTENT + _SYSTEM)
@@ -120,6 +126,7 @@ def with_images(chat_template: str) -> str:
         return chat_template
     return (
         _RENDER_CONTENT
+        + _ANSWERS_ARE_FOUND
         + """\
 {%- set framed = namespace(messages=[]) -%}
 {%- for message in messages -%}

@@ -167,12 +167,14 @@ class MiniGPT4Processor(ProcessorMixin):
         for row, chat in enumerate(conversations):
             ids, learned = self.encode_conversation(chat, chat_template)
             kept = [bool(keeps) for keeps in inputs["attention_mask"][row]]
-            if [int(id_) for id_, keeps in zip(inputs["input_ids"][row], kept) if keeps] != ids:
+            found = [int(id_) for id_, keeps in zip(inputs["input_ids"][row], kept) if keeps]
+            left_out = len(ids) - len(found)  # <s>, where the caller wants no special tokens
+            if left_out not in (0, 1) or ids[left_out:] != found:
                 raise ValueError(
                     "Answers can be masked in complete conversations only. Leave out add_generation_prompt, "
                     "truncation, tools and other values for the template."
                 )
-            answers = iter(learned)
+            answers = iter(learned[left_out:])
             masks.append([int(keeps and next(answers)) for keeps in kept])
         tensors = isinstance(inputs["input_ids"], torch.Tensor)
         inputs["assistant_masks"] = torch.tensor(masks) if tensors else masks
