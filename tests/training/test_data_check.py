@@ -5,10 +5,14 @@ import re
 import pytest
 from data_files import caption, color, image_files, shards, write_lines
 from PIL import Image
+from training_runs import model_folder
+from transformers import AutoProcessor
 from typer.testing import CliRunner
 
 from transformers_minigpt4.cli import app
 from transformers_minigpt4.data.schema import DataError
+from transformers_minigpt4.data.sources import open_rows
+from transformers_minigpt4.training.collator import ImageTextCollator
 from transformers_minigpt4.training.data_check import check_source, histogram, save_contact_sheet
 
 
@@ -80,6 +84,61 @@ def test_several_sheets_and_a_random_order(tmp_path):
 
 def test_conversations_count_the_answers(tmp_path):
     assert check_source(table(tmp_path), "messages").words == [2, 3, 4, 5, 6, 7]
+
+
+ROW = [
+    "  row              line 3 (2.png)",
+    "  image            8 x 6 pixels",
+    "  text             ###Human: <Img><ImageHere></Img> Take a look at this image and describe what you notice. "
+    "###Assistant:  [Image 2 word word###]",
+]
+
+
+def test_rows_as_text(tmp_path):
+    done = run(table(tmp_path, [1]), "--rows", 2)
+    assert done.output.splitlines()[-3:] == ROW and done.output.count("  row  ") == 2
+    assert "tokens           not counted, and neither is what is cut: name the model with --model" in done.output
+    assert "  row  " not in run(table(tmp_path), "--rows", 0).output
+    done = run(table(tmp_path), "--prompt-format", "messages", "--rows", 1)
+    assert re.search(r"text +user: <image> [A-Z].*[.?] assistant: \[Image 0\]$", done.output, re.MULTILINE)
+
+
+def test_rows_as_the_model_reads_them(tmp_path):
+    """The same tokens and labels as the collator gives to training, cut as there."""
+    model = model_folder("minigpt4")
+    source = table(tmp_path)
+    done = run(source, "--model", model, "--max-completion-length", 9, "--rows", 6)
+    assert done.exit_code == 0, done.output
+    processor = AutoProcessor.from_pretrained(model)
+    collator = ImageTextCollator(processor, 9)
+    full = ImageTextCollator(processor)
+    cut = 0
+    shown = [line.split(maxsplit=1)[1] for line in done.output.splitlines() if line.startswith("  text ")]
+    for row, text in zip(open_rows(source, "stage2", epochs=1, shuffle=False).dataset, shown, strict=True):
+        batch = collator([row])
+        ids, labels = batch["input_ids"][0], batch["labels"][0]
+        inside = text[text.index(" [") + 2 : -1].split()
+        assert inside == processor.tokenizer.convert_ids_to_tokens(labels[labels != -100].tolist())
+        assert f"tokens           {len(ids)}, {len(inside)} of them learned" in done.output
+        assert "<ImageHere> x 8" in text and text.startswith("<s> ▁###")
+        cut += full([row])["input_ids"].shape[1] > len(ids)
+    assert 0 < cut < 6 and f"cut              {cut} of 6 rows ({cut / 6:.1%}) have an answer of more" in done.output
+
+
+def test_a_guessed_kind_is_named(tmp_path):
+    source = table(tmp_path)
+    done = run(source.partition(":")[2], "--rows", 0)
+    assert done.exit_code == 0 and f"is read as {source}, because it is a file with path and caption" in done.stderr
+    done = run(tmp_path / "none")
+    assert done.exit_code == 1 and "write KIND:PATH" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_a_caption_cannot_write_to_the_terminal(tmp_path):
+    image_files(tmp_path, [0])
+    path = write_lines(tmp_path / "l.jsonl", [{"path": "0.png", "caption": "a\x1b]0;b\x07\nc" + "d" * 5000}])
+    done = run(path)
+    assert done.exit_code == 0 and "\x1b" not in done.output and r"a\x1b]0;b\nc" in done.output
+    assert "characters)" in done.output and len(done.output) < 4000
 
 
 def test_errors_are_plain(tmp_path):

@@ -301,8 +301,12 @@ def render_source(
     limit: int | None = None,
     selection: Selection | None = None,
 ) -> Iterator[Row]:
-    """The usable rows among the first `limit` of one epoch of a source, in the files' order without a seed."""
-    renderer = _Renderer(prompt_format, seed or 0, True, skipped, selection=selection)
+    """
+    The usable rows among the first `limit` of one epoch of a source, in the files' order without a seed.
+
+    Instructions are those of a training run, of its seed 42 if none is given.
+    """
+    renderer = _Renderer(prompt_format, 42 if seed is None else seed, True, skipped, selection=selection)
     rows = 0
     for entry in SourceIterable(reader, 0, skipped, seed, epochs=1).entries():
         if skipped.accepts(entry, 0) and (row := renderer.row(raw_row(entry, 0, 0))) is not None:

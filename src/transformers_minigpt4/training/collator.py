@@ -6,7 +6,7 @@ from typing import Any, TypeAlias, cast
 
 import torch
 from PIL import Image
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.processing_utils import ProcessorMixin
 from trl import get_training_chat_template, prepare_multimodal_messages
 from trl.chat_template_utils import has_generation_markers
@@ -236,9 +236,19 @@ def make_collator(
     Raises:
         ValueError: for BLIP-2 with a decoder-only language model, whose processor cannot separate prompt and answer.
     """
-    if not family_of(model.config).encoder_decoder:
+    return collator_of(model.config, processor, max_completion_length, chat_template)
+
+
+def collator_of(
+    config: PreTrainedConfig,
+    processor: ProcessorMixin,
+    max_completion_length: int | None = None,
+    chat_template: str | None = None,
+) -> ImageTextCollator:
+    """As [`make_collator`], from a model's config alone."""
+    if not family_of(config).encoder_decoder:
         return ImageTextCollator(processor, max_completion_length, chat_template)
-    if getattr(model.config, "use_decoder_only_language_model", False):
+    if getattr(config, "use_decoder_only_language_model", False):
         raise ValueError(
             "BLIP-2 with a decoder-only language model (OPT) is not supported here. Take one with FlanT5, or compose "
             "a MiniGPT-4 with that language model."

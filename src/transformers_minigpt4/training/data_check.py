@@ -14,10 +14,14 @@ from transformers_minigpt4.data.prompt_formats import PromptFormat
 from transformers_minigpt4.data.schema import Row, answer_text
 from transformers_minigpt4.data.skipped_rows import KINDS, SkippedRows
 from transformers_minigpt4.data.sources import Source, open_reader, open_rows, parse_source, render_source
+from transformers_minigpt4.utils.text import first_line
+
+from .row_tokens import RowReader, marked_text, marked_tokens
 
 
 _BARS = 40  # characters of the histogram's longest bar
 _BUCKETS = 12
+_SHOWN = 2000  # characters of a value
 _THUMBNAIL, _MARGIN, _LINE, _CHARACTERS, _COLUMNS = 192, 10, 15, 34, 6
 
 
@@ -31,6 +35,10 @@ class Check:
     images: list[tuple[Image.Image, str]] = field(default_factory=list)
     shards: int = 0
     complete: bool = True
+    shown: list[tuple[str, str]] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    cut: int = 0
+    limit: int | None = None
 
     def report(self) -> str:
         """The findings as text."""
@@ -49,12 +57,34 @@ class Check:
                 lines += [report_line("", f"{key}: {reason}") for key, reason in examples]
         if self.words:
             lines += ["  words", *(f"    {line}" for line in histogram(self.words))]
+        lines += self._lengths()
+        for name, value in self.shown:
+            lines.append(report_line(name, value))
         return "\n".join(lines)
+
+    def _lengths(self) -> list[str]:
+        if not self.words:
+            return []
+        if not self.tokens:
+            return [report_line("tokens", "not counted, and neither is what is cut: name the model with --model")]
+        ordered = sorted(self.tokens)
+        lines = [report_line("tokens", f"median {ordered[len(ordered) // 2]}, maximum {ordered[-1]} in a row")]
+        if self.limit is not None:
+            share = f"{self.cut} of {len(ordered)} rows ({self.cut / len(ordered):.1%})"
+            lines.append(report_line("cut", f"{share} have an answer of more than {self.limit} tokens"))
+        return lines
 
 
 def report_line(name: str, value: object) -> str:
-    """A line of the report, with the name in a column as wide as the longest kind of skipped row."""
-    return f"  {name:<{max(map(len, KINDS))}} {value}"
+    """
+    A line of the report, with the name in a column as wide as the longest kind of skipped row.
+
+    Control characters, with which a caption could write to the terminal, are escaped, and long values cut.
+    """
+    text = str(value)
+    text = text if len(text) <= _SHOWN else f"{text[:_SHOWN]} … ({len(text):,} characters)"
+    text = "".join(character if character.isprintable() else ascii(character)[1:-1] for character in text)
+    return f"  {name:<{max(map(len, KINDS))}} {text}"
 
 
 def check_source(
@@ -64,6 +94,8 @@ def check_source(
     limit: int | None = 1000,
     shuffle: bool = False,
     max_images: int = 24,
+    reader: RowReader | None = None,
+    show: int = 3,
 ) -> Check:
     """
     Reads rows of a source as training would, and decodes their images.
@@ -74,16 +106,20 @@ def check_source(
         limit: How many rows to read, including bad ones; `None` for all.
         shuffle: Whether to read them in random order, not from the start.
         max_images: How many of the first usable rows to keep for a contact sheet.
+        reader: Tokenizes the rows as training does; without one, rows are shown as text.
+        show: How many of the first usable rows to show.
 
     Raises:
         DataError: for a source that cannot be opened.
     """
     source = source if isinstance(source, Source) else parse_source(source)
-    reader = open_reader(source)
+    rows_of = open_reader(source)
     skipped = SkippedRows([str(source)], max_error_rate=None, log=False)
-    check = Check(str(source), skipped, shards=reader.num_shards)
-    rows = render_source(reader, prompt_format, skipped, seed=42 if shuffle else None, limit=limit)
+    check = Check(str(source), skipped, shards=rows_of.num_shards, limit=reader.limit if reader is not None else None)
+    rows = render_source(rows_of, prompt_format, skipped, seed=42 if shuffle else None, limit=limit)
     for row in rows:
+        if not _read(row, check, reader, show):
+            continue
         text = answer_text(row)
         check.words.append(len(text.split()))
         if len(check.images) < max_images and row["images"]:
@@ -93,6 +129,30 @@ def check_source(
     (seen,) = skipped.counts().values()
     check.complete = limit is None or seen["rows"] < limit
     return check
+
+
+def _read(row: Row, check: Check, reader: RowReader | None, show: int) -> bool:
+    """Tokenizes a row, and shows one of the first; whether the model can be trained on it."""
+    is_shown = sum(name == "row" for name, _ in check.shown) < show
+    sizes = ", ".join(f"{image.width} x {image.height} pixels" for image in row["images"]) or "none"
+    if reader is None:
+        lines = [("text", marked_text(row).plain.strip())]
+    else:
+        # Tokens do not depend on what an image shows, and a small one is prepared quickly.
+        small = {**row, "images": [Image.new("RGB", (8, 8)) for _ in row["images"]]}
+        try:
+            tokens, is_cut = reader.tokens(small)
+        except ValueError as error:
+            check.skipped.add(0, "prompt_format", row["key"], first_line(error))
+            return False
+        check.tokens.append(len(tokens))
+        check.cut += is_cut
+        learned = sum(learns for _, learns in tokens)
+        how = f"{len(tokens)}, {learned} of them learned, in brackets{', after the cut' if is_cut else ''}"
+        lines = [("text", marked_tokens(tokens).plain.strip()), ("tokens", how)]
+    if is_shown:
+        check.shown += [("row", row["key"]), ("image", sizes), *lines]
+    return True
 
 
 def loader_throughput(
