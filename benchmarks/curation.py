@@ -15,6 +15,7 @@ Times are CPU times, which other programs on the machine hardly change; those of
 import argparse
 import copy
 import dataclasses
+import gc
 import io
 import json
 import random
@@ -195,7 +196,8 @@ def filtering(pairs: int, scratch: Path) -> dict[str, float]:
 
 def reviewing(pairs: int, presses: int, scratch: Path) -> dict[str, list[float]]:
     """Seconds from the press of a button to the complete answer, by button."""
-    seconds: dict[str, list[float]] = {"start": [], "accept": [], "save": [], "reject": [], "undo": []}
+    names = ("start", "accept", "save", "reason-1", "jump", "list", "undo")
+    seconds: dict[str, list[float]] = {name: [] for name in names}
     with (
         described_project(scratch / "review", pairs, repair=True) as project,
         serve_review(project) as server,
@@ -213,7 +215,9 @@ def reviewing(pairs: int, presses: int, scratch: Path) -> dict[str, list[float]]
             *_, text, shown, reviewer = press("start", "anna")
             *_, text, shown, reviewer = press("accept", reviewer, shown, text)
             *_, text, shown, reviewer = press("save", reviewer, shown, f"{text} And one more.")
-            *_, text, shown, reviewer = press("reject", reviewer, shown)
+            *_, text, shown, reviewer = press("reason-1", reviewer, shown)
+            *_, text, shown, reviewer = press("jump", reviewer, str(pairs))
+            press("list", reviewer, "all", "", "and one more")
             press("undo", reviewer)
         decided = project.connection().execute("SELECT count(*) FROM decisions WHERE undone IS NULL").fetchone()[0]
     if decided != 2 * presses:
@@ -230,6 +234,8 @@ def table(results: dict[str, Any]) -> list[str]:
     turn = {name: middle(seconds) for name, seconds in results["second turn"].items()}
     whole = [one / other for one, other in zip(*(results["second turn"][f"{w}, all"] for w in ("cache", "anew")))]
     start, *review = [second for seconds in results["review"].values() for second in seconds]
+    actions = {name: middle(seconds) for name, seconds in results["review"].items()}
+    slowest = max(actions, key=lambda name: actions[name])
     kept = results["filter"]
     return [
         "| | measured | wanted |",
@@ -245,6 +251,8 @@ def table(results: dict[str, Any]) -> list[str]:
         f"| the same after one changed rule (CPU s) | {kept['a changed rule']:.1f} | |",
         f"| hash of a new image, once (CPU ms) | {kept['one hash'] * 1000:.2f} | |",
         f"| review page, {results['review pairs']:,} pairs: median answer (ms) | {middle(review) * 1000:.0f} | "
+        f"< {LIMITS['review'] * 1000:.0f} |",
+        f"| the slowest of its actions, {slowest}: median (ms) | {actions[slowest] * 1000:.0f} | "
         f"< {LIMITS['review'] * 1000:.0f} |",
         f"| the first answer of a server, once (ms) | {start * 1000:.0f} | |",
         f"| slowest of {len(review)} others (ms) | {max(review) * 1000:.0f} | |",
@@ -278,6 +286,7 @@ def main() -> None:
         results["generation"] = generation(options.images, options.batch, options.repeats, scratch)
         results["second turn"] = second_turn(options.size, options.repeats)
         results["filter"] = filtering(options.pairs, scratch)
+        gc.freeze()  # the page's own process holds no models, whose objects the collector would visit
         results["review"] = reviewing(options.review_pairs, options.presses, scratch)
     print(
         f"Demo's model for generation, size {options.size} for the second turn, threads {options.threads}, repeats "

@@ -21,6 +21,6 @@ def test_the_benchmark_measures_every_row(tmp_path, monkeypatch, capsys):
         torch.set_num_threads(threads)
     results = json.loads(out.read_text())
     timed = [*results["generation"].values(), *results["second turn"].values(), *results["review"].values()]
-    assert len(timed) == 11 and all(min(seconds) > 0 for seconds in timed)
+    assert len(timed) == 13 and all(min(seconds) > 0 for seconds in timed)
     assert 40 < results["filter"]["all pairs, kept"] < 60
     assert "| share of it |" in capsys.readouterr().out
