@@ -26,20 +26,31 @@ from .processing.pipeline_minigpt4 import MiniGPT4ImageToTextPipeline
 from .processing.processing_minigpt4 import MiniGPT4Processor
 
 
-class _RepairWarning(logging.Filter):
+class _TaskNameWarning(logging.Filter):
     """
-    Repairs the line that transformers 5.23 logs about the task name "image-to-text".
+    Keeps back what transformers 5.23 logs about the task name "image-to-text" until the model is known.
 
-    It is logged with a warning category that its format does not use, so logging would print a traceback instead.
+    It says that the task was removed, which does not hold for MiniGPT-4. For other models it is logged after all, as
+    one line: it comes with a warning category that its format does not use, so logging would print a traceback.
     """
+
+    held: logging.LogRecord | None = None
 
     def filter(self, record: logging.LogRecord) -> bool:
-        if record.args == (UserWarning,):
-            record.args = ()
-        return True
+        if record.args != (UserWarning,):
+            return True
+        record.args = ()
+        self.held = record
+        return False
+
+    def release(self) -> None:
+        """Logs the line that was kept back, for a model of another family."""
+        if self.held is not None:
+            held, self.held = self.held, None
+            logging.getLogger(held.name).handle(held)
 
 
-_REPAIR_WARNING = _RepairWarning()
+_TASK_NAME_WARNING = _TaskNameWarning()
 
 
 def register() -> None:
@@ -67,7 +78,8 @@ def register() -> None:
     # transformers 5 reads "image-to-text" as this task, whose pipeline refuses a call without text. Ours takes one,
     # and gives every other model the stock pipeline.
     PIPELINE_REGISTRY.supported_tasks["image-text-to-text"]["impl"] = MiniGPT4ImageToTextPipeline
-    logging.getLogger("transformers.pipelines").addFilter(_REPAIR_WARNING)
+    logging.getLogger("transformers.pipelines").addFilter(_TASK_NAME_WARNING)
+    MiniGPT4ImageToTextPipeline.before_stock = _TASK_NAME_WARNING.release
 
 
 register()

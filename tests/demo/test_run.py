@@ -10,11 +10,14 @@ from rich.console import Console
 from safetensors.torch import load_file
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
-from transformers_minigpt4 import MiniGPT4ForConditionalGeneration, MiniGPT4Processor
+from transformers_minigpt4 import MiniGPT4Config, MiniGPT4ForConditionalGeneration, MiniGPT4Processor
 from transformers_minigpt4.demo.contact_sheet import save_contact_sheet
 from transformers_minigpt4.demo.run import build_model, describe, run_demo, stage_1_rows, stage_2_rows
 from transformers_minigpt4.demo.scoring import named_values
 from transformers_minigpt4.demo.world import Scene, is_held_out
+from transformers_minigpt4.inference.demo_checkpoint import knows_drawn_shapes_only
+from transformers_minigpt4.training.arguments import check_model
+from transformers_minigpt4.training.recipe import parse_recipe
 
 
 @pytest.fixture(scope="module")
@@ -39,8 +42,9 @@ def test_files(finished):
 def test_screen(finished):
     _, results, screen = finished
     assert list(results["shares"]) == ["before training", "after stage 1", "after stage 2"]
-    for text in ("stage 1: step 30/30", "stage 2: step 70/70", "colour", "off-topic", "after stage 2"):
+    for text in ("stage 1: step 30/30", "stage 2: step 70/70", "  color ", "off-topic", "after stage 2"):
         assert text in screen
+    assert "colour" not in screen
 
 
 def test_training_helps(finished):
@@ -58,6 +62,22 @@ def test_only_the_projector_has_changed(finished):
         saved = load_file(folder / name / "model.safetensors")
         changed = {key for key, value in start.state_dict().items() if not torch.equal(value, saved[key])}
         assert changed == {"model.multi_modal_projector.linear_1.weight", "model.multi_modal_projector.linear_1.bias"}
+
+
+@pytest.mark.parametrize("name", ["stage1", "checkpoint"])
+def test_stage_2_can_go_on_from_it(finished, name, tmp_path):
+    """Its own recipe and that of the paper ask for a record of a trained projector."""
+    folder = finished[0] / name
+    for recipe in ("tiny_stage2", "minigpt4_stage2"):
+        words = ["--config", recipe, "--model", str(folder), "--output", str(tmp_path / "out")]
+        stage, _, _ = parse_recipe([*words, "--bf16", "false", "--dtype", "float32"])
+        assert stage.requires_stage1
+        check_model(stage, MiniGPT4Config.from_pretrained(folder), str(folder))
+    untrained, _ = build_model()
+    untrained.save_pretrained(tmp_path / "untrained")
+    with pytest.raises(ValueError, match="no record of a trained projector"):
+        check_model(stage, MiniGPT4Config.from_pretrained(tmp_path / "untrained"), "untrained")
+    assert knows_drawn_shapes_only(str(folder)) and not knows_drawn_shapes_only(str(tmp_path / "untrained"))
 
 
 def test_checkpoint_describes(finished):

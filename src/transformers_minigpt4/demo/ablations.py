@@ -106,18 +106,19 @@ def train_variants(
 def _train(variant: Variant, folder: Path, seed: int, steps: int, console: Console) -> None:
     model, processor = build_model(seed, **variant.model)
     for recipe, checkpoint in zip(RECIPES, CHECKPOINTS):
+        run = folder / "training" / recipe
         train_stage(
             recipe,
             model,
             processor,
-            folder / "training" / recipe,
+            run,
             steps=steps,
             seed=seed,
             console=console,
             title=f"{variant.title}, {recipe}",
             trainable_modules=variant.trainable_modules,
         )
-        save_checkpoint(model, processor, folder / checkpoint)
+        save_checkpoint(model, processor, folder / checkpoint, run)
 
 
 def run_ablations(

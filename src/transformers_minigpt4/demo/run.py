@@ -33,6 +33,8 @@ from transformers_minigpt4.training.loading import load_rows
 from transformers_minigpt4.training.progress import TrainingProgress
 from transformers_minigpt4.training.recipe import parse_recipe
 from transformers_minigpt4.training.setup import make_trainer
+from transformers_minigpt4.training.stages import trainable_parameters
+from transformers_minigpt4.utils.file_names import RUN_FILE
 from transformers_minigpt4.utils.files import atomic_folder, write_json
 from transformers_minigpt4.utils.models import GenerativeModel
 from transformers_minigpt4.utils.versions import PACKAGE, package_versions
@@ -178,6 +180,8 @@ def train_stage(
     trainer.remove_callback(TrainingProgress)
     trainer.add_callback(_Progress(console, title or recipe))
     trainer.train()
+    # Stage 2 asks whether the projector has been trained.
+    model.config.trained_parameters = sorted({*(model.config.trained_parameters or []), *trainable_parameters(model)})
     model.eval()
 
 
@@ -193,11 +197,18 @@ def describe(
     return processor.post_process_image_text_to_text(new), ended
 
 
-def save_checkpoint(model: MiniGPT4ForConditionalGeneration, processor: MiniGPT4Processor, folder: Path) -> None:
-    """Saves model and processor in one step: `folder` is either as before or complete, never half written."""
+def save_checkpoint(
+    model: MiniGPT4ForConditionalGeneration, processor: MiniGPT4Processor, folder: Path, run: Path
+) -> None:
+    """
+    Saves model, processor and the run info of `run` in one step: `folder` is either as before or complete.
+
+    By the run info, `minigpt4 describe` knows a model of the toy world.
+    """
     with atomic_folder(folder) as new:
         model.save_pretrained(new)
         processor.save_pretrained(new)
+        shutil.copyfile(run / RUN_FILE, new / RUN_FILE)
 
 
 class DemoResults(TypedDict):
@@ -313,7 +324,7 @@ def _run(
     for number, (recipe, folder) in enumerate(zip(RECIPES, CHECKPOINTS)):
         title, run = f"stage {number + 1}", output / "training" / recipe
         train_stage(recipe, model, processor, run, steps=steps[number], seed=seed, console=console, title=title)
-        save_checkpoint(model, processor, output / folder)
+        save_checkpoint(model, processor, output / folder, run)
         measure(f"after {title}")
         console.print(_table(shares, len(scenes)))
     results: DemoResults = {
@@ -336,6 +347,9 @@ def _run(
     return results
 
 
+_SHOWN_AS = {"attributes": "mean of the four", "colour": "color", "failed": "all three"}  # keys of the results
+
+
 def _table(shares: dict[str, dict[str, float]], count: int) -> Table:
     table = Table(title=f"'{DETAIL_PROMPTS[0]}', {count} held-out images")
     table.add_column("")
@@ -345,7 +359,7 @@ def _table(shares: dict[str, dict[str, float]], count: int) -> Table:
         table.add_section()
         table.add_row(title, style="bold")
         for key in keys:
-            name = {"attributes": "mean of the four", "failed": "all three"}.get(key, key)
+            name = _SHOWN_AS.get(key, key)
             table.add_row(f"  {name}", *(f"{100 * share[key]:.1f} %" for share in shares.values()))
     return table
 

@@ -138,12 +138,11 @@ class CheckpointMixin(PreTrainedModel):
             save_trained_modules(self, save_directory)
             custom_object_save(self, save_directory)
             return
-        record = self.config.base_checkpoints, self.config.trained_parameters
-        self.config.base_checkpoints = self.config.trained_parameters = None
+        bases, self.config.base_checkpoints = self.config.base_checkpoints, None
         try:
             super().save_pretrained(save_directory, *args, **kwargs)
         finally:
-            self.config.base_checkpoints, self.config.trained_parameters = record
+            self.config.base_checkpoints = bases
         if os.path.isfile(os.path.join(save_directory, SAFE_WEIGHTS_INDEX_NAME)):
             stale = os.path.join(save_directory, SAFE_WEIGHTS_NAME)  # loading would prefer it to the shards
             if os.path.isfile(stale):

@@ -96,7 +96,8 @@ class MiniGPT4Config(PreTrainedConfig):
             Set in checkpoints that hold only trained modules: the checkpoints that hold the rest, see
             `trained_modules_minigpt4.py`.
         trained_parameters (`list[str]`, *optional*):
-            Names of the tensors in such a checkpoint.
+            Names of the parameters that have been trained; in such a checkpoint, of its tensors. A complete model that
+            is saved after training keeps them, as the record that stage 2 asks for.
         tie_word_embeddings (`bool`, *optional*, defaults to `False`):
             Whether `lm_head` shares the input embeddings. Taken over from `text_config` when that ties them.
 

@@ -1,6 +1,7 @@
 """The pipeline of MiniGPT-4: images alone, images with a question, or chats in; text out."""
 
 import os
+from collections.abc import Callable
 from typing import Any, TypeAlias
 
 from transformers import ImageTextToTextPipeline, Pipeline
@@ -25,8 +26,12 @@ class MiniGPT4ImageToTextPipeline(ImageTextToTextPipeline):
     Building it with another model gives that model the stock pipeline, so that it can replace that in the task table.
     """
 
+    before_stock: Callable[[], None] | None = None  # called when another model gets the stock pipeline
+
     def __new__(cls, model: object = None, *args: object, **kwargs: object) -> Any:
         if getattr(getattr(model, "config", None), "model_type", "minigpt4") != "minigpt4":
+            if cls.before_stock is not None:
+                cls.before_stock()
             return ImageTextToTextPipeline(model, *args, **kwargs)
         return super().__new__(cls)
 
