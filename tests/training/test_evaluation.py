@@ -20,6 +20,7 @@ from transformers_minigpt4.training.loading import load_rows
 from transformers_minigpt4.training.loss import LabeledCollator, keep_labeled
 from transformers_minigpt4.training.packing import pack
 from transformers_minigpt4.training.recipe import parse_recipe
+from transformers_minigpt4.training.throughput import ThroughputCallback
 
 
 EVALUATE = ("--eval_share", "0.3")
@@ -298,3 +299,16 @@ def test_charts():
     points = [tuple(map(float, point.split(","))) for point in many["lines"][0]["path"].split()]
     assert len(points) == 1000 and all(0 <= x <= 720 and y == 120 for x, y in points)
     assert len(many["lines"][0]["marks"]) <= 60
+
+
+def test_the_time_of_checkpoints_is_no_throughput():
+    callback = ThroughputCallback()
+    batch = {"attention_mask": torch.ones(2, 3)}
+    for interrupt in (callback.on_save, callback.on_evaluate):
+        callback.count(batch)
+        callback.on_step_begin(None, None, None)
+        assert callback.rows == 2
+        interrupt(None, None, None)
+        before = callback.since
+        callback.on_step_begin(None, None, None)
+        assert callback.rows == callback.positions == 0 and callback.since > before
