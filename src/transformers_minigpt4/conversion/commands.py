@@ -1,29 +1,50 @@
 """The `convert`, `verify` and `merge` subcommands of `minigpt4`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal, TypeAlias
 
 import typer
 
 from transformers_minigpt4.utils.command_line import Device, DType, Overwrite, Seed
 
 
+PresetName: TypeAlias = Literal[
+    "vicuna-7b",
+    "vicuna-13b",
+    "llama2-7b",
+    "vicuna-7b-base",
+    "vicuna-7b-no-qformer-base",
+    "vicuna-7b-three-layers-base",
+    "llama2-7b-base",
+    "siglip2-qwen3-base",
+    "siglip2-smollm3-base",
+]
+
+
 def convert(
+    context: typer.Context,
     output: Annotated[Path, typer.Option(metavar="FOLDER", help="Folder for the checkpoint.")],
+    preset: Annotated[
+        PresetName | None,
+        typer.Option(
+            help="Fill in the released parts of a model; options that are given replace its values. The names with "
+            "base have an untrained projector, for the recipes."
+        ),
+    ] = None,
     vision: Annotated[
-        str,
+        str | None,
         typer.Option(
             metavar="SOURCE",
             help="A BLIP-2 in transformers format, eva_vit_g.pth, or a tower such as SigLIP-2.",
         ),
-    ],
+    ] = None,
     language_model: Annotated[
-        str,
+        str | None,
         typer.Option(
             metavar="SOURCE",
             help="Language model with its tokenizer; with --delta, the LLaMA that the delta is for.",
         ),
-    ],
+    ] = None,
     projector: Annotated[
         str, typer.Option(metavar="SOURCE", help="An authors' checkpoint, or fresh for an untrained projector.")
     ] = "fresh",
@@ -62,30 +83,25 @@ def convert(
     stored in float32. The folder appears when it is complete; check it with `minigpt4 verify`.
 
     Examples:
+        minigpt4 convert --preset vicuna-7b --output minigpt4-vicuna-7b
         minigpt4 convert --output minigpt4-vicuna-7b --vision Salesforce/blip2-flan-t5-xxl \\
             --language-model path/to/vicuna-7b-v0 --projector pretrained_minigpt4_7b.pth
     """
+    from .presets import fill_in
+
+    # The rest keeps the defaults of `convert_checkpoint`, which are those above.
+    given = {
+        name: value
+        for name, value in context.params.items()
+        if name not in ("output", "preset") and getattr(context.get_parameter_source(name), "name", None) != "DEFAULT"
+    }
+    options: dict[str, Any] = fill_in(preset, given)
+    if chat_template is not None and Path(chat_template).is_file():
+        options["chat_template"] = Path(chat_template).read_text(encoding="utf-8")
+
     from .convert import convert_checkpoint
 
-    if chat_template is not None and Path(chat_template).is_file():
-        chat_template = Path(chat_template).read_text(encoding="utf-8")
-    path = convert_checkpoint(
-        output,
-        vision=vision,
-        language_model=language_model,
-        qformer=qformer,
-        projector=projector,
-        delta=delta,
-        chat_template=chat_template,
-        dtype=dtype,
-        projector_layers=projector_layers,
-        projector_hidden_act=projector_hidden_act,
-        seed=seed,
-        max_shard_size=max_shard_size,
-        overwrite=overwrite,
-        show_progress=True,
-    )
-    typer.echo(path)
+    typer.echo(convert_checkpoint(output, show_progress=True, **options))
 
 
 def verify(
