@@ -60,3 +60,26 @@ def test_bitsandbytes(checkpoint, tmp_path, options, likeness, trained_only):
     assert torch.equal(
         AutoModelForImageTextToText.from_pretrained(tmp_path / "again").lm_head.weight, full.lm_head.weight
     )
+
+
+def test_4_bits_on_the_cpu_leave_out_layers_that_its_kernel_cannot_pack(tmp_path):
+    """As in the demo's checkpoint: a tower 96 wide, where bitsandbytes packs 64 columns at once."""
+    torch.manual_seed(0)
+    odd = {"hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = MiniGPT4Config(
+        vision_config={"image_size": 28, "patch_size": 7, **odd},
+        qformer_config=odd,
+        text_config={"vocab_size": 512, **SIZE},
+        num_query_tokens=4,
+        image_token_id=511,
+    )
+    MiniGPT4ForConditionalGeneration(config).save_pretrained(tmp_path)
+    model = AutoModelForImageTextToText.from_pretrained(
+        tmp_path, quantization_config=BitsAndBytesConfig(load_in_4bit=True), device_map="cpu"
+    )
+    quantized = {name for name, module in model.named_modules() if type(module).__name__ == "Linear4bit"}
+    block = "model.vision_tower.encoder.layers.0"
+    assert f"{block}.mlp.fc2" in quantized and "model.language_model.layers.0.mlp.up_proj" in quantized
+    assert not quantized & {f"{block}.mlp.fc1", f"{block}.self_attn.qkv", "lm_head"}
+    ids, pixels = torch.tensor([[1, 511, 511, 511, 511, 5, 6]]), torch.randn(1, 3, 28, 28)
+    assert model.generate(ids, pixel_values=pixels, max_new_tokens=3, min_new_tokens=3).shape == (1, 10)

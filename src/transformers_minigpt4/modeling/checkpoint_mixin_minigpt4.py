@@ -11,6 +11,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from .checkpoint_checks_minigpt4 import LoadingInfo, check_complete, check_fits
 from .configuration_minigpt4 import JsonObject, MiniGPT4Config
+from .quantization_minigpt4 import without_odd_layers
 from .trained_modules_minigpt4 import (
     HubOptions,
     LazyTensors,
@@ -55,6 +56,8 @@ class CheckpointMixin(PreTrainedModel):
         hub_options = {key: kwargs[key] for key in HubOptions.__annotations__ if key in kwargs}
         if config is None and name is not None:
             config = MiniGPT4Config.from_pretrained(name, **hub_options)
+        if config is not None:
+            kwargs = without_odd_layers(cls, config, kwargs)
         if getattr(config, "base_checkpoints", None):
             kwargs["config"] = config
             model, info = cls._load_trained_modules(str(name), hub_options, *model_args, **kwargs)
