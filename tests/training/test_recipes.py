@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, set_seed
 from transformers_minigpt4 import MiniGPT4Config
 from transformers_minigpt4.training.arguments import StageArguments, check_arguments, check_model
 from transformers_minigpt4.training.dry_run import first_row
+from transformers_minigpt4.training.loading import find_model
 from transformers_minigpt4.training.recipe import parse_recipe
 from transformers_minigpt4.training.recipe_files import find_recipe, recipe_names
 
@@ -327,6 +328,11 @@ def test_it_is_refused_by_a_dry_run_too_and_before_any_weights(chatml, tmp_path)
     parsed = parse_recipe([*arguments, "--sources", sources()["cc_sbu_align"]])
     with pytest.raises(ValueError, match="never be asked again"):
         first_row(*parsed)
+
+
+def test_rows_of_a_function_are_in_its_own_format(chatml):
+    parsed = parse_recipe(["--config", "tiny_stage2", "--model", str(chatml), *OTHER_MODEL])
+    assert find_model(*parsed).name == str(chatml)
 
 
 def test_a_template_that_cannot_train_is_refused_before_any_weights(chatml, tmp_path):

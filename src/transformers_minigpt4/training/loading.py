@@ -151,7 +151,8 @@ def find_model(stage: StageArguments, config: StageConfig, model_args: ModelConf
     check_model(stage, model_config, name)
     with loading_from(name):
         processor = AutoProcessor.from_pretrained(name, **source)
-    check_prompt_format(stage.prompt_format, model_config, processor, name)
+    if not stage.sources[0].startswith(PYTHON):  # rows of a function are in its own format
+        check_prompt_format(stage.prompt_format, model_config, processor, name)
     digest = None if stage.feature_cache is None else _digest(name, model_config, processor, model_args)
     keywords = {
         "dtype": model_args.dtype,
