@@ -1,5 +1,6 @@
 """Sends Ctrl-C to `minigpt4` commands: one line, with the command that resumes or starts anew, and exit status 130."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -28,3 +29,13 @@ def test_while_importing(module, tmp_path):
         assert any(line.rpartition("|")[2].strip() == module for line in process.stderr)
         line = interrupted(process)
     assert f"`minigpt4 demo --output '{tmp_path}/my demo'` starts" in line
+
+
+def test_while_training(tmp_path):
+    words = ["demo", "--output", str(tmp_path / "demo")]
+    with program([*COMMAND, *words], env={**os.environ, "HF_HOME": str(tmp_path / "home")}) as process:
+        assert any(line.startswith("stage 1: step") for line in process.stdout)
+        line = interrupted(process)
+    command = f"`minigpt4 demo --output {tmp_path}/demo`"
+    assert line == f"minigpt4: stopped; nothing can be resumed, {command} starts again from the beginning"
+    assert not (tmp_path / "home").exists() and not list((tmp_path / "demo").glob(".*"))

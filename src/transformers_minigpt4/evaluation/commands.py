@@ -170,16 +170,16 @@ def run(
         raise ValueError("name the --data, a folder of the official files; --list-tasks shows which")
     if judge_base_url is not None and judge_model is None:
         raise ValueError("--judge-url is given without --judge; name the model to ask there")
-    from transformers_minigpt4.llm.types import ChatSettings
-
-    from .compare import results_table
-    from .run import evaluate
-
-    options = {parameter.name: parameter.opts[0] for parameter in context.command.params}
-    settings = ChatSettings.from_options(context.params, "judge_", options)
     where = output or default_output(checkpoint)
     answers = where / "answers"
     with interruptible(f"stopped; the answers so far are in {answers}, `{this_command()}` resumes"):
+        from transformers_minigpt4.llm.types import ChatSettings
+
+        from .compare import results_table
+        from .run import evaluate
+
+        options = {parameter.name: parameter.opts[0] for parameter in context.command.params}
+        settings = ChatSettings.from_options(context.params, "judge_", options)
         results = evaluate(
             checkpoint,
             names,
