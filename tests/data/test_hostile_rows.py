@@ -270,6 +270,14 @@ def test_braces_up_to_the_bound():
     assert len(expand_braces("{0..999999}.tar")) == 1_000_000
 
 
+def test_a_name_cannot_write_to_the_terminal(tmp_path, caplog):
+    image_files(tmp_path, [0])
+    write_csv(tmp_path / "t.csv", [{"path": name, "caption": caption(0)} for name in ("0.png", "x\x1b[31m\nx.png")])
+    _, skipped = read(f"table:{tmp_path}/t.csv")
+    assert r"(x\x1b[31m\nx.png)" in only_example(skipped)[0]
+    assert "\x1b" not in caplog.messages[0] and "\n" not in caplog.messages[0]
+
+
 def test_a_byte_order_mark(tmp_path):
     image_files(tmp_path, range(3))
     source, _ = json_lines(tmp_path, [good(0)])

@@ -75,6 +75,11 @@ class SkippedRows:
             DataError: when more than `max_error_rate` of the source is bad.
         """
         self.count(source, kind)
+        # Names in data could write to the terminal.
+        key, reason = (
+            "".join(character if character.isprintable() else ascii(character)[1:-1] for character in text)
+            for text in (key, reason)
+        )
         name = self.sources[source]
         examples = self.examples.setdefault((name, kind), [])
         if len(examples) < _EXAMPLES:
