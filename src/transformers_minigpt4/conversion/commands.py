@@ -114,6 +114,13 @@ def verify(
             metavar="FILE", help="Text file with one sentence per line, for a language model without English."
         ),
     ] = None,
+    images: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SOURCE",
+            help="Captioned images: a folder with metadata.jsonl, or a JSON Lines or CSV file. By default, emoji.",
+        ),
+    ] = None,
     dtype: DType = "auto",
     device: Device = None,
 ) -> None:
@@ -124,16 +131,17 @@ def verify(
 
     Examples:
         minigpt4 verify minigpt4-vicuna-7b
+        minigpt4 verify my-checkpoint --images my-photographs
         minigpt4 verify my-checkpoint --sentences german.txt --device cuda
     """
-    from .verify import SENTENCES, verify_checkpoint
+    from .verify import verify_checkpoint
 
-    lines: tuple[str, ...] | list[str] = SENTENCES
+    lines: list[str] | None = None
     if sentences is not None:
         lines = [line for line in sentences.read_text(encoding="utf-8").splitlines() if line.strip()]
         if not lines:
             raise ValueError(f"{sentences} is empty; write one sentence per line")
-    report = verify_checkpoint(checkpoint, sentences=lines, dtype=dtype, device=device)
+    report = verify_checkpoint(checkpoint, sentences=lines, images=images, dtype=dtype, device=device)
     typer.echo(str(report))
     if not report.ok:
         raise typer.Exit(1)

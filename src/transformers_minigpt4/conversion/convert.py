@@ -43,6 +43,7 @@ from .sources import (
     split_revision,
     vision_source_config,
 )
+from .weight_record import save_record
 from .weights import Piece, describe_source, find_file
 
 
@@ -137,6 +138,8 @@ def convert_checkpoint(
     with output_folder(output, overwrite) as folder:
         save_checkpoint(folder, model, processor, pieces, dtypes, max_shard_size, show_progress)
         save_sources(folder, sources, settings)
+        chosen = {"projector": projector, "Q-Former": qformer, "queries": qformer}
+        save_record(folder, [part for part, source in chosen.items() if source == FRESH])
     return output
 
 

@@ -12,6 +12,7 @@ from transformers_minigpt4.utils.checkpoint_files import loading_from
 from transformers_minigpt4.utils.file_names import SOURCES_FILE
 
 from .output import check_output, output_folder
+from .weight_record import save_record
 from .weights import naming
 
 
@@ -68,4 +69,5 @@ def merge_checkpoint(
             if record.is_file():  # where the weights come from, for the card
                 shutil.copyfile(record, folder / SOURCES_FILE)
                 break
+        save_record(folder)
     return output

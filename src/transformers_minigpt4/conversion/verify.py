@@ -1,27 +1,29 @@
 """Checks whether a checkpoint is composed correctly: tokens, weights, language, sight; and says what is wrong."""
 
 import gc
+import json
 import math
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 import torch
 from PIL import Image, ImageDraw
 
 from transformers_minigpt4.modeling.configuration_minigpt4 import MiniGPT4Config
 from transformers_minigpt4.modeling.modeling_minigpt4 import MiniGPT4ForConditionalGeneration
-from transformers_minigpt4.modeling.trained_modules_minigpt4 import checkpoint_files
+from transformers_minigpt4.modeling.trained_modules_minigpt4 import LazyTensors, assemble, checkpoint_files
 from transformers_minigpt4.processing.chat_templates_minigpt4 import VICUNA_V0
 from transformers_minigpt4.processing.processing_minigpt4 import MiniGPT4Processor
 from transformers_minigpt4.utils.models import usable_device
 from transformers_minigpt4.utils.text import first_line
 
+from .checks import Check, Report
 from .key_maps import PROJECTOR, shorten
 from .tensor_files import read_file
+from .verify_captions import SHAPES, Captioned, bundled, check_captions, for_tower, own_images
+from .verify_weights import check_finite, check_pixels, check_record, check_trained, records_of, untrained_parts
 
 
 # Ordinary English, like much of what any language model was trained on; written for this check.
@@ -43,72 +45,51 @@ _LLAMA_ROWS, _LLAMA_STOPS = range(32000, 32004), {(835,), (2277, 29937)}
 # Relative differences of projected features: equal up to rounding, and suspiciously alike.
 _SAME, _ALIKE = 1e-4, 1e-2
 
-Status = Literal["ok", "warn", "fail"]
-
-
-@dataclass(frozen=True)
-class Check:
-    """One check: its name, how it went, what was found, and what to do about it."""
-
-    name: str
-    status: Status
-    detail: str
-    advice: str = ""
-
-
-@dataclass
-class Report:
-    """What `verify_checkpoint` found."""
-
-    checkpoint: str
-    checks: list[Check] = field(default_factory=list)
-
-    @property
-    def ok(self) -> bool:
-        """Whether no check failed; warnings do not count."""
-        return all(check.status != "fail" for check in self.checks)
-
-    def __str__(self) -> str:
-        lines = [self.checkpoint]
-        for check in self.checks:
-            lines.append(f"{check.status:<5} {check.name:<17} {check.detail}")
-            if check.advice and check.status != "ok":
-                lines.append(f"{'':<23} -> {check.advice}")
-        counts = Counter(check.status for check in self.checks)
-        summary = ", ".join(f"{counts[status]} {status}" for status in ("ok", "warn", "fail") if counts[status])
-        return "\n".join([*lines, f"{'passed' if self.ok else 'FAILED'}: {summary}"])
-
 
 def verify_checkpoint(
     checkpoint: str | os.PathLike[str],
     *,
-    sentences: Sequence[str] = SENTENCES,
+    sentences: Sequence[str] | None = None,
+    images: str | os.PathLike[str] | None = None,
     dtype: str | torch.dtype = "auto",
     device: str | None = None,
 ) -> Report:
     """
-    Checks a checkpoint, complete or of trained modules.
+    Checks a checkpoint: complete, of trained modules, or of a PEFT adapter.
 
     Args:
         checkpoint: Folder or Hub id.
-        sentences: Ordinary sentences in the language of the language model, at least eight tokens each.
+        sentences: Ordinary sentences in the language of the language model, at least eight tokens each; English by
+            default.
+        images: Captioned images, six or more, of the kind that the model was trained on: a source of rows such as a
+            folder with `metadata.jsonl`, or a JSON Lines or CSV file. By default a few that this package has.
         dtype: To load the weights with; by default the one they are stored with.
         device: To run on, such as `"cpu"`; `"auto"` distributes the model over all GPUs. By default the first GPU, or
             the CPU without one.
 
     Returns:
-        [`Report`]: One check each of dtype, vocabulary, special tokens, `###`, finite weights, language model, first
-        loss and image features, and one of the chat template if it cannot be trained. If the checkpoint does not load,
-        or its tokenizer belongs to another model, only those that are possible.
+        [`Report`]: One check each of dtype, vocabulary, special tokens, `###`, image processor, finite weights,
+        recorded weights, trained weights, language model, first loss, image features and captions, and one of the
+        chat template if it cannot be trained. If the checkpoint does not load, or its tokenizer belongs to another
+        model, only those that are possible.
+
+    Raises:
+        ValueError: for `images` that cannot be used.
     """
-    device = usable_device(device)
-    report = Report(str(checkpoint))
+    device, checkpoint = usable_device(device), str(checkpoint)
+    own = own_images(str(images)) if images is not None else None
+    report = Report(checkpoint)
     checks = report.checks
     try:
-        config = MiniGPT4Config.from_pretrained(checkpoint)
-        processor = MiniGPT4Processor.from_pretrained(checkpoint)
-        checks.append(_check_dtypes(config, checkpoint_files(str(checkpoint))))
+        base = _base(checkpoint)
+        config = MiniGPT4Config.from_pretrained(base)
+        processor = MiniGPT4Processor.from_pretrained(base)
+        files = checkpoint_files(base)
+        checks.append(_check_dtypes(config, files))
         model = MiniGPT4ForConditionalGeneration.from_pretrained(checkpoint, dtype=dtype, device_map=device)
+        tensors = assemble(config.base_checkpoints, files) if config.base_checkpoints else LazyTensors(files)
+        trained = set(LazyTensors(files)) if config.base_checkpoints else set()
+        records = records_of(base, config, trained)
     except Exception as error:  # whatever it is, it is the finding
         checks.append(
             Check(
@@ -122,24 +103,54 @@ def verify_checkpoint(
         )
         return report
     model = model.eval()
+    untrained = untrained_parts(records, tensors)
     vocabulary = _check_vocabulary(config, processor)
     checks.append(vocabulary)
     checks.append(_check_special_tokens(config, model, processor))
     checks.append(_check_stop_strings(config, model, processor))
     checks += _check_chat_template(processor)
-    checks.append(_check_finite(model))
+    checks.append(check_pixels(config, processor, records))
+    checks.append(check_finite(model))
+    checks.append(check_record(records, tensors, trained))
+    checks.append(check_trained(tensors, config, records, untrained))
     with torch.inference_mode():
-        if vocabulary.status == "ok":  # else the ids mean nothing to this model
-            checks.append(_check_language(model, processor, sentences))
-            checks.append(_check_first_loss(model, processor))
         try:
-            checks.append(_check_images(model, processor))
+            if vocabulary.status == "ok":  # else the ids mean nothing to this model
+                checks += _check_answers(model, processor, sentences, own, untrained)
+            else:
+                checks.append(_check_images(model, processor))
         except ValueError as error:
             advice = "the processor does not fit the model: compare its size with vision_config.image_size"
             checks.append(Check("image features", "fail", str(error), advice))
     del model
     gc.collect()
     return report
+
+
+def _base(checkpoint: str) -> str:
+    """The checkpoint that a PEFT adapter changes, or the checkpoint itself."""
+    adapter = Path(checkpoint) / "adapter_config.json"
+    if not adapter.is_file():
+        return checkpoint
+    return str(json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"])
+
+
+def _check_answers(
+    model: MiniGPT4ForConditionalGeneration,
+    processor: MiniGPT4Processor,
+    sentences: Sequence[str] | None,
+    images: list[Captioned] | None,
+    untrained: set[str],
+) -> Iterator[Check]:
+    """What the model makes of texts and images."""
+    language, knows_only_shapes = _check_language(model, processor, sentences)
+    yield language
+    yield _check_first_loss(model, processor)
+    yield _check_images(model, processor)
+    if "projector" in untrained:
+        yield Check("captions", "skip", "the projector is untrained", "train it: `minigpt4 train`, stage 1")
+    else:
+        yield check_captions(model, processor, knows_only_shapes, images)
 
 
 def _name(dtype: object) -> str:
@@ -246,33 +257,38 @@ def _as_list(ids: int | list[int] | None) -> list[int]:
     return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
 
 
-def _check_finite(model: MiniGPT4ForConditionalGeneration) -> Check:
-    broken, empty = [], []
-    for name, parameter in model.named_parameters():
-        if not parameter.is_floating_point():
-            continue
-        # A sum would overflow, and a mask of all values would take as much memory again.
-        rows = parameter.detach().reshape(-1).split(2**24)
-        if not all(bool(torch.isfinite(part).all()) for part in rows):
-            broken.append(name)
-        elif parameter.ndim == 2 and not any(bool(part.any()) for part in rows):
-            empty.append(name)
-    count = sum(parameter.numel() for parameter in model.parameters())
-    if broken:
-        advice = (
-            "the file is damaged, or fp16 could not hold the values; convert again, with --dtype bfloat16 or float32"
-        )
-        return Check("finite weights", "fail", f"{len(broken)} tensors with inf or nan: {shorten(broken, 3)}", advice)
-    if empty:
-        advice = "matrices of zeros were never loaded or trained; convert again"
-        return Check("finite weights", "fail", f"{len(empty)} matrices of zeros: {shorten(empty, 3)}", advice)
-    return Check("finite weights", "ok", f"{count / 1e9:.2f} B parameters" if count > 1e8 else f"{count:,} parameters")
-
-
 def _check_language(
-    model: MiniGPT4ForConditionalGeneration, processor: MiniGPT4Processor, sentences: Sequence[str]
-) -> Check:
-    """Mean loss of plain sentences after `<s>`, of all but the first token."""
+    model: MiniGPT4ForConditionalGeneration, processor: MiniGPT4Processor, sentences: Sequence[str] | None
+) -> tuple[Check, bool]:
+    """Mean loss of plain sentences after `<s>`, and whether the model knows only texts about the demo's shapes."""
+    uniform = math.log(model.config.text_config.vocab_size)
+    english, what, poor = _loss(model, processor, SENTENCES), f"{len(sentences or SENTENCES)} sentences", POOR
+    about_shapes = 0.0 if english < BROKEN * uniform else _loss(model, processor, _about_shapes())
+    knows_only_shapes = 0 < about_shapes < BROKEN * uniform
+    loss = english if sentences is None else _loss(model, processor, sentences)
+    if knows_only_shapes:
+        poor = BROKEN  # nothing announces the colors and shapes, so they are pure guessing
+        if sentences is None:
+            loss, what = about_shapes, "sentences about drawn shapes, all that it knows"
+    detail = f"perplexity {_perplexity(loss)} on {what}; guessing gives {_perplexity(uniform)}"
+    if not loss < BROKEN * uniform:
+        advice = (
+            "the language model's weights are wrong: a delta without its base, another version, or a broken copy; "
+            "get them again (if its language is not English, pass --sentences)"
+        )
+        return Check("language model", "fail", detail, advice), False
+    if loss > poor * uniform:
+        advice = "poor for ordinary English; check that these are the right weights and, for a delta, the right base"
+        return Check("language model", "warn", detail, advice), knows_only_shapes
+    return Check("language model", "ok", detail), knows_only_shapes
+
+
+def _about_shapes() -> list[str]:
+    return [row.answer for row in bundled(SHAPES)]
+
+
+def _loss(model: MiniGPT4ForConditionalGeneration, processor: MiniGPT4Processor, sentences: Sequence[str]) -> float:
+    """Mean loss of all tokens but the first."""
     losses: list[float] = []
     for sentence in sentences:
         ids = processor.tokenizer.encode(sentence, add_special_tokens=False)
@@ -280,18 +296,7 @@ def _check_language(
         row = torch.tensor([[*([bos] if bos is not None else []), *ids]], device=model.device)
         logits = model(input_ids=row).logits[0, :-1].float()
         losses.extend(torch.nn.functional.cross_entropy(logits, row[0, 1:], reduction="none").tolist())
-    loss, uniform = sum(losses) / len(losses), math.log(model.config.text_config.vocab_size)
-    detail = f"perplexity {_perplexity(loss)} on {len(sentences)} sentences; guessing gives {_perplexity(uniform)}"
-    if not loss < BROKEN * uniform:
-        advice = (
-            "the language model's weights are wrong: a delta without its base, another version, or a broken copy; "
-            "get them again (if its language is not English, pass --sentences)"
-        )
-        return Check("language model", "fail", detail, advice)
-    if loss > POOR * uniform:
-        advice = "poor for ordinary English; check that these are the right weights and, for a delta, the right base"
-        return Check("language model", "warn", detail, advice)
-    return Check("language model", "ok", detail)
+    return sum(losses) / len(losses)
 
 
 def _perplexity(loss: float) -> str:
@@ -307,7 +312,7 @@ def _check_first_loss(model: MiniGPT4ForConditionalGeneration, processor: MiniGP
     ids = torch.tensor([processor.tokenizer.encode(_CAPTION + "\n", add_special_tokens=False)], device=model.device)
     row = torch.cat([inputs["input_ids"], ids], dim=1)
     labels = torch.cat([torch.full_like(inputs["input_ids"], -100), ids], dim=1)
-    loss = model(input_ids=row, pixel_values=_for_tower(model, inputs["pixel_values"]), labels=labels).loss.item()
+    loss = model(input_ids=row, pixel_values=for_tower(model, inputs["pixel_values"]), labels=labels).loss.item()
     uniform = math.log(model.config.text_config.vocab_size)
     detail = f"{loss:.2f}; guessing gives ln({model.config.text_config.vocab_size}) = {uniform:.2f}"
     if not math.isfinite(loss):
@@ -316,11 +321,6 @@ def _check_first_loss(model: MiniGPT4ForConditionalGeneration, processor: MiniGP
         advice = "a loss near ln(vocabulary) means that the language model's weights or dtype are broken"
         return Check("first loss", "warn", detail, advice)
     return Check("first loss", "ok", detail)
-
-
-def _for_tower(model: MiniGPT4ForConditionalGeneration, pixels: torch.Tensor) -> torch.Tensor:
-    first = next(model.get_submodule("model.vision_tower").parameters())
-    return pixels.to(first.device, first.dtype)
 
 
 def _images() -> Iterator[Image.Image]:
@@ -340,7 +340,7 @@ def _images() -> Iterator[Image.Image]:
 def _check_images(model: MiniGPT4ForConditionalGeneration, processor: MiniGPT4Processor) -> Check:
     """Compares the projected features of three images, pair by pair."""
     pixels = processor.image_processor(list(_images()), return_tensors="pt")["pixel_values"]
-    features: torch.Tensor = model.get_image_features(_for_tower(model, pixels))["pooler_output"].float()  # (3, K, D)
+    features: torch.Tensor = model.get_image_features(for_tower(model, pixels))["pooler_output"].float()  # (3, K, D)
     if not bool(torch.isfinite(features).all()):
         advice = "values overflow; load with bfloat16 or float32"
         return Check("image features", "fail", "features with inf or nan", advice)

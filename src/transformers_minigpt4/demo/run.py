@@ -28,6 +28,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from transformers_minigpt4 import MiniGPT4Config, MiniGPT4ForConditionalGeneration, MiniGPT4Processor
+from transformers_minigpt4.conversion.weight_record import save_record
 from transformers_minigpt4.inference.generation import generate_ids
 from transformers_minigpt4.training.loading import load_rows
 from transformers_minigpt4.training.progress import TrainingProgress
@@ -209,6 +210,7 @@ def save_checkpoint(
         model.save_pretrained(new)
         processor.save_pretrained(new)
         shutil.copyfile(run / RUN_FILE, new / RUN_FILE)
+        save_record(new)
 
 
 class DemoResults(TypedDict):
