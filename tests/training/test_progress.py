@@ -235,7 +235,7 @@ def test_ctrl_c_on_a_terminal(tmp_path):
     pipes = {"stdout": slave, "stderr": slave, "env": environment, "start_new_session": True}
     with program([*command, *more], **pipes) as process:
         os.close(slave)
-        found = read_until(master, b"10/100000")
+        found = read_until(master, b"samples/s")
         os.killpg(process.pid, signal.SIGINT)
         after = read_until(master, None)
         assert process.wait(60) == 130, found[-3000:] + after
