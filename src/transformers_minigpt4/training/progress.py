@@ -2,11 +2,13 @@
 
 import logging
 import os
+import shutil
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from datetime import timedelta
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -65,7 +67,7 @@ class TrainingProgress(TrainerCallback):
                 initial=state.global_step,
                 bar_format=_BAR,
                 file=sys.stdout,
-                dynamic_ncols=True,
+                **_width(),
                 miniters=1,
             )
 
@@ -120,6 +122,14 @@ def on_terminal() -> bool:
     return sys.stdout.isatty() and os.environ.get("TERM", "") not in _DUMB
 
 
+def _width() -> dict[str, Any]:
+    """tqdm's options for the size of the terminal; of one that says 0 x 0, as in some containers, 80 x 24."""
+    if all(os.get_terminal_size(sys.stdout.fileno())):
+        return {"dynamic_ncols": True}
+    columns, rows = shutil.get_terminal_size()
+    return {"ncols": columns, "nrows": rows}
+
+
 def log_fields(logs: Mapping[str, float]) -> dict[str, str]:
     """What is shown of a log entry, by short name; nothing of one with neither a loss nor an evaluation."""
     shown = {name: f"{value:.4f}" for name, value in logs.items() if name.startswith("eval_") and "_loss" in name}
@@ -161,7 +171,7 @@ def run_facts(
 
 def device_name(device: torch.device) -> str:
     """A device by its type, with the name of a GPU."""
-    return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
+    return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else device.type
 
 
 def precision(args: TrainingArguments, model: nn.Module) -> str:
