@@ -62,7 +62,8 @@ KEYS: dict[str, tuple[Key, ...]] = {
         Key("use_bnb_nested_quant", "BOOL", "Also quantize the quantization constants.", False),
     ),
     "Schedule": (
-        Key("max_steps", "NUMBER", "Optimizer steps; required, because streams of rows never end.", -1),
+        Key("max_steps", "NUMBER", "Optimizer steps; required for sources whose number of rows is not known.", -1),
+        Key("num_train_epochs", "NUMBER", "Times that all rows are seen, if --max-steps is not set.", 3.0),
         Key("batch_size", "NUMBER", f"{_shared(BatchSize).rstrip('.')} on each device.", 8),
         Key("gradient_accumulation_steps", "NUMBER", "Batches per optimizer step.", 1),
         Key("learning_rate", "NUMBER", "Peak learning rate.", 2e-5),
