@@ -264,6 +264,16 @@ def test_names_that_lead_nowhere(tmp_path):
     )
 
 
+@pytest.mark.parametrize(
+    "key,value",
+    [("num_hidden_layers", 10**7), ("hidden_size", -1), ("vocab_size", 10**12), ("num_attention_heads", 0)],
+)
+def test_a_config_of_impossible_sizes(tmp_path, key, value):
+    folder = copy_llm(tmp_path / "llm", **{key: value})
+    message = refuse(tmp_path, ValueError, "must be a whole number from 1 to", language_model=str(folder))
+    assert message.startswith(f"{folder}/config.json: {key} is {value};")
+
+
 def test_quantized_language_model(tmp_path):
     folder = copy_llm(tmp_path / "llm", quantization_config={"quant_method": "gptq", "bits": 4})
     refuse(tmp_path, ValueError, "is quantized", language_model=str(folder))

@@ -24,7 +24,7 @@ from transformers import (
 from transformers.image_processing_utils import BaseImageProcessor
 
 from transformers_minigpt4.modeling.config_checks_minigpt4 import check_sizes, config_file, sizes_of
-from transformers_minigpt4.utils.checkpoint_files import loading_from
+from transformers_minigpt4.utils.checkpoint_files import loading_from, read_json_object
 from transformers_minigpt4.utils.families import BLIP2, family_of
 
 from . import key_maps
@@ -80,6 +80,13 @@ def _config(name: str) -> PreTrainedConfig:
     source, revision = split_revision(name)
     if not Path(source).exists() and (source.startswith(("/", ".", "~")) or Path(source).suffix in (".pth", ".pt")):
         raise OSError(f"There is no file or folder {source}.")
+    path = Path(source) / "config.json"
+    if path.is_file():
+        content = read_json_object(path)
+        try:
+            check_sizes("", content)  # before the config's own class fails on them
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
     with naming(source), loading_from(source, weights=False):
         config: PreTrainedConfig = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
     try:

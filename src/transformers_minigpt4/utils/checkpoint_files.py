@@ -6,6 +6,7 @@ import pickle
 from collections.abc import Iterator
 from pathlib import Path
 
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 
 from .json_files import brief, read_json
@@ -126,7 +127,9 @@ def loading_from(checkpoint: str | os.PathLike[str], weights: bool = True) -> It
     except Exception as error:  # these libraries raise whatever a value they did not expect leads to
         if type(error).__name__ == "OutOfMemoryError":  # torch's, which commands explain
             raise
+        # The cause of these names the field, after a line that does not.
+        cause = error.__cause__ if isinstance(error, StrictDataclassError) and error.__cause__ is not None else error
         raise ValueError(
-            f"{checkpoint} cannot be loaded ({type(error).__name__}: {first_line(error)}). One of its files is "
+            f"{checkpoint} cannot be loaded ({type(cause).__name__}: {first_line(cause)}). One of its files is "
             "damaged, or was written for another version: download or convert it again."
         ) from error
