@@ -201,7 +201,7 @@ def test_what_comes_after_the_review(queue, monkeypatch):
     )
     queue.undo("anna")
     decide(queue, "anna", "accepted")
-    expected = f"all 6 pairs are decided; `minigpt4 curate run {folder}` builds the dataset; 1 are accepted"
+    expected = f"all 6 pairs are decided; `minigpt4 curate run {folder}` builds the dataset (1 accepted)"
     assert what_next(folder, queue.progress()) == expected
 
 

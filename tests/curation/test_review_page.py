@@ -288,9 +288,7 @@ def test_the_end_is_announced(tmp_path, browser):
         window.wait_until_loaded()
         window.wait_for_status("seen all pairs")
         assert "2 of 2 pairs decided" in window.page.inner_text("#progress")
-        following = (
-            f"All 2 pairs are decided; minigpt4 curate run {project.folder} builds the dataset; 2 are accepted."
-        )
+        following = f"All 2 pairs are decided; minigpt4 curate run {project.folder} builds the dataset (2 accepted)."
         assert window.page.inner_text("#next") == following
         window.page.close()
 

@@ -55,7 +55,7 @@ def what_next(folder: str | os.PathLike[str], progress: Progress) -> str:
         return f"{progress.due:,} of {progress.pairs:,} pairs still need a decision; {command('review')} resumes"
     if not accepted:
         return f"all {progress.pairs:,} pairs are decided, and none is accepted; {command('report')} shows why"
-    return f"all {progress.pairs:,} pairs are decided; {command('run')} builds the dataset; {accepted:,} are accepted"
+    return f"all {progress.pairs:,} pairs are decided; {command('run')} builds the dataset ({accepted:,} accepted)"
 
 
 class Reviewing:
