@@ -7,6 +7,7 @@ import sys
 
 import pytest
 from golden_model import GOLDEN
+from PIL import EpsImagePlugin
 from transformers import (
     AutoTokenizer,
     CLIPVisionConfig,
@@ -54,6 +55,22 @@ def test_data_sets_and_generators(pipe, pictures):
     assert list(pipe(KeyDataset(rows, "image"), batch_size=2, generate_kwargs=GREEDY)) == alone
     asked = pipe({"images": pictures[0], "text": "<ImageHere> a"}, generate_kwargs=GREEDY)
     assert asked[0]["input_text"] == "<ImageHere> a"
+
+
+def test_postscript_starts_no_program(pipe, pictures, tmp_path, monkeypatch):
+    """Whatever it is called, and however it is given."""
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *a, **_: pytest.fail("Ghostscript was started"))
+    path = str(tmp_path / "photo.jpg")
+    pictures[0].save(path, "EPS")
+    content = [{"type": "image", "url": path}, {"type": "text", "text": "What is it?"}]
+    for ask in (
+        lambda: pipe(path),
+        lambda: pipe({"images": path, "text": "<ImageHere> a"}),
+        lambda: pipe(images=[path], text="<ImageHere> a"),
+        lambda: pipe([{"role": "user", "content": content}]),
+    ):
+        with pytest.raises(ValueError, match="not an image in a format that is read here"):
+            ask()
 
 
 def test_chat(pipe, pictures):

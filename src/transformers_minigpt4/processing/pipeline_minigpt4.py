@@ -9,6 +9,8 @@ from transformers.image_utils import valid_images
 from transformers.pipelines.image_text_to_text import ReturnType
 from transformers.utils.chat_template_utils import Chat
 
+from .image_utils_minigpt4 import DEFAULT_TIMEOUT, load_image
+
 
 DEFAULT_PROMPT = "Describe this image in detail."  # first of the paper's stage-2 instructions (§3.3)
 Message: TypeAlias = dict[str, object]
@@ -59,6 +61,12 @@ class MiniGPT4ImageToTextPipeline(ImageTextToTextPipeline):
             images, text = None, _ask(*about, text)
         return super().__call__(images, text, **kwargs)
 
+    def preprocess(self, inputs: Any, timeout: float | None = DEFAULT_TIMEOUT, **kwargs: Any) -> Any:  # type: ignore[override]
+        # transformers' own loader takes any format, among them EPS, for which PIL starts Ghostscript.
+        if isinstance(inputs, dict) and "images" in inputs:
+            inputs = {**inputs, "images": _loaded(inputs["images"], timeout)}
+        return super().preprocess(inputs, timeout, **kwargs)
+
     def postprocess(  # type: ignore[override]  # so does transformers' own class override its base
         self,
         model_outputs: dict[str, Any],
@@ -83,6 +91,12 @@ class MiniGPT4ImageToTextPipeline(ImageTextToTextPipeline):
 
 class ImageAlone(Chat):
     """An image that came without text, with the prompt put to it."""
+
+
+def _loaded(images: Any, timeout: float | None) -> Any:
+    if isinstance(images, (list, tuple)):
+        return [_loaded(image, timeout) for image in images]
+    return load_image(images, timeout) if isinstance(images, (str, bytes, os.PathLike)) else images
 
 
 def _is_chat(inputs: object) -> bool:
