@@ -6,7 +6,7 @@ K tokens per image, C tower width, D language-model width, V vocabulary.
 """
 
 from dataclasses import dataclass
-from typing import Any, TypeVar, cast
+from typing import Any, Self, TypeVar, cast
 
 import torch
 from torch import nn
@@ -24,8 +24,10 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, auto_docstring, torch_compilable_check
 from transformers.utils.generic import ModelOutput, can_return_tuple
 
+from .checkpoint_checks_minigpt4 import LoadingInfo
 from .checkpoint_mixin_minigpt4 import CheckpointMixin
 from .configuration_minigpt4 import PATCHES_PER_TOKEN, MiniGPT4Config
+from .trained_modules_minigpt4 import PathLike
 
 
 _NEVER = -1e4  # a logit whose share is 0 in every dtype, and finite where all are summed (label smoothing)
@@ -172,18 +174,22 @@ class MiniGPT4PreTrainedModel(CheckpointMixin):
     custom_intro="MiniGPT-4 without language-modeling head: vision tower, Q-Former, projector, and language model."
 )
 class MiniGPT4Model(MiniGPT4PreTrainedModel):
-    _keys_to_ignore_on_load_unexpected = [r"^lm_head\."]  # `AutoModel` reads full checkpoints
-
-    def __init__(self, config: MiniGPT4Config, image_modules: bool = True):
+    def __init__(self, config: MiniGPT4Config, image_modules: bool = True, ignore_head: bool = False):
         r"""
         image_modules (`bool`, *optional*, defaults to `True`):
             Whether to build the vision tower and the Q-Former. A model without them trains from cached features.
+        ignore_head (`bool`, *optional*, defaults to `False`):
+            Whether the checkpoint that is about to be loaded may have a head. [`~MiniGPT4Model.from_pretrained`] sets
+            it. A class attribute would say it for models built from a config too, and vLLM, which builds its model in
+            this way and puts its own head on it, would not load the head's weights.
         """
         super().__init__(config)
         # Without image modules, for training from cached features: neither built nor loaded.
         self.vision_tower = _build_vision_tower(config) if image_modules else None
+        ignored = [r"^lm_head\."] if ignore_head else []
         if not image_modules:
-            self._keys_to_ignore_on_load_unexpected = [r"^lm_head\.", r"(^|\.)(vision_tower|qformer)\."]
+            ignored.append(r"(^|\.)(vision_tower|qformer)\.")
+        self._keys_to_ignore_on_load_unexpected = ignored
         if config.qformer_config is not None:
             width = config.qformer_config.hidden_size
             self.query_tokens = nn.Parameter(torch.zeros(1, config.num_query_tokens, width))
@@ -195,6 +201,10 @@ class MiniGPT4Model(MiniGPT4PreTrainedModel):
         self.multi_modal_projector = MiniGPT4MultiModalProjector(config)
         self.language_model = AutoModel.from_config(config.text_config)
         self.post_init()
+
+    @classmethod
+    def _load(cls, name: PathLike | None, *model_args: object, **kwargs: Any) -> tuple[Self, LoadingInfo]:
+        return super()._load(name, *model_args, ignore_head=True, **kwargs)
 
     def get_input_embeddings(self) -> nn.Module:
         embeddings: nn.Module = self.language_model.get_input_embeddings()
