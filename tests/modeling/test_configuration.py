@@ -170,6 +170,19 @@ def test_a_damaged_config_is_refused_before_anything_is_built(tiny_checkpoint, t
         assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
 
 
+@pytest.mark.parametrize(
+    "text_config",
+    [
+        {"model_type": "granitemoehybrid", "num_local_experts": 0},  # the dense Granite 4.0
+        {"model_type": "doge", "num_experts": 16_384},
+        {"model_type": "gemma4_text"},  # whose heads differ between layers
+    ],
+)
+def test_unusual_sizes_of_released_models(text_config):
+    config = MiniGPT4Config(text_config=text_config, image_token_id=0)
+    assert MiniGPT4Config.from_dict(config.to_dict()).to_dict() == config.to_dict()
+
+
 @pytest.mark.parametrize("content", ["[]", "null", "3", "[" * 100_000])
 def test_a_config_that_is_no_object(tmp_path, content):
     (tmp_path / "config.json").write_text(content)

@@ -9,8 +9,8 @@ from huggingface_hub.errors import StrictDataclassError
 # What classes of configs raise for values that they do not expect.
 CONFIG_ERRORS = (StrictDataclassError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 
-# The largest value of each size. The smallest is 1. These are several times what released models have, and small
-# enough that building a model without memory for its weights, which shows all its shapes, takes seconds.
+# The largest value of each size; the smallest is 1, of experts 0. These are several times what released models have,
+# and small enough that building a model without memory for its weights, which shows all its shapes, takes seconds.
 LARGEST = {
     "num_hidden_layers": 1_000,  # 126 in Llama 3.1 405B; building 1,000 takes 2 s
     "hidden_size": 2**17,  # 16,384 in Llama 3.1 405B
@@ -19,9 +19,9 @@ LARGEST = {
     "num_attention_heads": 2**12,  # 128 in Llama 3.1 405B
     "num_key_value_heads": 2**12,
     "head_dim": 2**12,  # 256 in Gemma
-    "num_experts": 2**12,  # 512 in Qwen3-Next
-    "num_local_experts": 2**12,
-    "n_routed_experts": 2**12,
+    "num_experts": 2**16,  # 16,384 in Doge
+    "num_local_experts": 2**16,  # 0 in the dense Granite 4.0
+    "n_routed_experts": 2**16,
     "vocab_size": 2**22,  # 262,208 in Gemma 3
     "max_position_embeddings": 2**31,  # 10 * 2**20 in Llama 4 Scout; positions are counted, not stored
     "image_size": 2**13,  # pixels; 1,024 in the largest towers, and every image is resized to it
@@ -31,6 +31,7 @@ LARGEST = {
 }
 _LONGEST = 240  # characters of a library's message
 _PAIRS = ("image_size", "patch_size")  # a number, or height and width
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 
 def check_sizes(section: str, values: Mapping[str, object]) -> None:
@@ -53,9 +54,11 @@ def check_sizes(section: str, values: Mapping[str, object]) -> None:
             raise ValueError(
                 f"{_full_name(section, key)} is {_short(value)}; it must be one number, or height and width."
             )
-        if not numbers or not all(type(number) is int and 1 <= number <= largest for number in numbers):
+        smallest = 0 if key in _EXPERTS else 1
+        if not numbers or not all(type(number) is int and smallest <= number <= largest for number in numbers):
             raise ValueError(
-                f"{_full_name(section, key)} is {_short(value)}; it must be a whole number from 1 to {largest:,}."
+                f"{_full_name(section, key)} is {_short(value)}; it must be a whole number from {smallest} to "
+                f"{largest:,}."
             )
     heads, shared = values.get("num_attention_heads"), values.get("num_key_value_heads")
     if isinstance(heads, int) and isinstance(shared, int) and heads % shared:
@@ -66,7 +69,15 @@ def check_sizes(section: str, values: Mapping[str, object]) -> None:
 
 def sizes_of(config: object) -> dict[str, object]:
     """The sizes of a config by their general names, whatever its class calls them."""
-    return {key: getattr(config, key, None) for key in LARGEST}
+    return {key: value_of(config, key) for key in LARGEST}
+
+
+def value_of(config: object, key: str) -> object:
+    """The value of a key, or `None`; some configs, such as Gemma 4's, give none where it differs between layers."""
+    try:
+        return getattr(config, key, None)
+    except RuntimeError:
+        return None
 
 
 def config_file(name_or_path: str | os.PathLike[str] | None) -> str:

@@ -12,7 +12,7 @@ from transformers.activations import ACT2FN
 from transformers.configuration_utils import SubConfigSpec
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from .config_checks_minigpt4 import CONFIG_ERRORS, check_sizes, config_file, reason, sizes_of
+from .config_checks_minigpt4 import CONFIG_ERRORS, check_sizes, config_file, reason, sizes_of, value_of
 
 
 # Where transformers finds the code that is saved with every checkpoint.
@@ -289,8 +289,8 @@ class MiniGPT4Config(PreTrainedConfig):
             act = getattr(sub, "hidden_act", None)
             if isinstance(act, str) and act not in ACT2FN:
                 raise ValueError(f"{name}.hidden_act={act!r} is unknown to transformers. Use gelu or silu …")
-            heads = getattr(sub, "num_attention_heads", None)
-            if heads and getattr(sub, "head_dim", None) is None and sub.hidden_size % heads != 0:
+            heads = value_of(sub, "num_attention_heads")
+            if isinstance(heads, int) and value_of(sub, "head_dim") is None and sub.hidden_size % heads != 0:
                 raise ValueError(
                     f"{name}: hidden_size={sub.hidden_size} is not a multiple of num_attention_heads={heads}."
                 )
