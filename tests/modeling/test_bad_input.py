@@ -37,6 +37,12 @@ def test_missing_parameter(broken):
         AutoModelForImageTextToText.from_pretrained(folder)
 
 
+def test_config_by_its_path(broken, tiny_checkpoint):
+    folder = broken(lambda weights: None)
+    model = MiniGPT4ForConditionalGeneration.from_pretrained(folder, config=tiny_checkpoint)
+    assert model.config.text_config.vocab_size == 1201
+
+
 def test_parameter_that_the_model_does_not_have(broken):
     folder = broken(lambda weights: weights.update({"llama_proj.weight": torch.zeros(2, 2)}))
     with pytest.raises(ValueError, match=r"1 that the model does not have \(llama_proj.weight\)"):

@@ -54,7 +54,9 @@ class CheckpointMixin(PreTrainedModel):
             kwargs["adapter_kwargs"] = {**(kwargs.get("adapter_kwargs") or {}), "_adapter_model_path": name}
             name = adapter_base(name)
         hub_options = {key: kwargs[key] for key in HubOptions.__annotations__ if key in kwargs}
-        if config is None and name is not None:
+        if isinstance(config, (str, os.PathLike)):
+            config = kwargs["config"] = MiniGPT4Config.from_pretrained(config)
+        elif config is None and name is not None:
             config = MiniGPT4Config.from_pretrained(name, **hub_options)
         if config is not None:
             kwargs = without_odd_layers(cls, config, kwargs)
