@@ -449,6 +449,14 @@ class TestCaptionFile:
             captions.write({"image": images[1], "caption": "a dog"})
         assert not captions.failures.exists()
 
+    def test_failures_whose_names_break_lines_elsewhere(self, tmp_path):
+        failed = {f"{separator}.png": "no image" for separator in ("\u2028", "\x85", "\x1e", "\r", "\udc80")}
+        for written in range(2):
+            with CaptionFile(tmp_path / "c.jsonl", "p", "m") as captions:
+                assert captions.failed == (failed if written else {})
+                for image, error in failed.items():
+                    captions.write({"image": image, "error": error})
+
     def test_foreign_list_of_failures(self, tmp_path):
         (tmp_path / "c.jsonl.failed").write_text("my notes")
         with pytest.raises(ValueError, match="is not a list of failed images; rename or remove it"):

@@ -121,7 +121,8 @@ def _read_failures(path: Path) -> dict[str, str]:
     if not path.is_file():
         return {}
     try:
-        records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        with open(path, encoding="utf-8") as file:  # whose lines end at line feeds only, unlike those of `splitlines`
+            records = [json.loads(line) for line in file]
         return {str(record["image"]): str(record["error"]) for record in records}
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise ValueError(f"{str(path)!r} is not a list of failed images; rename or remove it") from error
