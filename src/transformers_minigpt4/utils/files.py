@@ -116,14 +116,12 @@ def replace_folder(new: Path, folder: Path) -> None:
         folder (`Path`): Its future name. A folder there is put back if `new` cannot be moved.
     """
     old = _beside(folder, "old")  # deleting takes time, and a kill would leave half of it
-    if folder.is_dir() and _exchange(new, folder):
-        os.replace(new, old)
-        shutil.rmtree(old, ignore_errors=True)
-        return
+    exchanged = folder.is_dir() and _exchange(new, folder)
     if folder.exists():
-        os.replace(folder, old)
+        os.replace(new if exchanged else folder, old)
     try:
-        os.replace(new, folder)
+        if not exchanged:
+            os.replace(new, folder)
     finally:
         _recover_folder(folder)
 
