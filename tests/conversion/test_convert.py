@@ -529,6 +529,8 @@ def test_projector_with_a_trained_layernorm(tmp_path, qformer):
     file = edit_pickle(Path(ORIGINAL["projector"]), tmp_path / "ckpt_with_ln_vision.pth", add)
     sources = {**ORIGINAL, "projector": str(file), **({} if qformer else {"qformer": "none"})}
     folder = convert_checkpoint(tmp_path / "out", dtype="float16", **sources)
+    trained = json.loads((folder / "config.json").read_text())["trained_parameters"]
+    assert len(trained) == 4 and key_maps.POST_LAYERNORM + "bias" in trained
     output = stored(folder)
     assert torch.equal(output[key_maps.POST_LAYERNORM + "weight"], weight)
     assert torch.equal(output[key_maps.POST_LAYERNORM + "bias"], bias)

@@ -138,6 +138,19 @@ def test_damage_without_any_record(loaded, state, monkeypatch):
     assert missed == UNSEEN_WITHOUT_RECORD, missed
 
 
+def test_a_trained_projector_that_was_reset_is_not_taken_for_a_new_one(demo, tmp_path):
+    """Saved again, so that the record of weights is gone; the config still says that it was trained."""
+    model = MiniGPT4ForConditionalGeneration.from_pretrained(demo)
+    torch.manual_seed(0)
+    for module in model.model.multi_modal_projector.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.reset_parameters()
+    model.save_pretrained(tmp_path)
+    MiniGPT4Processor.from_pretrained(demo).save_pretrained(tmp_path)
+    assert not (tmp_path / "minigpt4_weights.json").exists()
+    assert "captions" in failed(verify_checkpoint(tmp_path))
+
+
 @pytest.mark.parametrize("name", FOLDER_CORRUPTIONS)
 def test_damage_to_configs(demo, tmp_path, name):
     """Without the record: that of a tower of BLIP-2's kind is known."""

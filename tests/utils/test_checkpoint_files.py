@@ -58,7 +58,7 @@ def test_sound_files_pass(tiny_checkpoint, tmp_path):
     check_checkpoint_files(tmp_path)
 
 
-def test_what_libraries_raise_becomes_one_line():
+def test_what_libraries_raise_becomes_one_line(tmp_path):
     with (
         pytest.raises(ValueError, match=r"someone/model cannot be loaded \(KeyError: 'rope'\)"),
         loading_from("someone/model"),
@@ -72,3 +72,6 @@ def test_what_libraries_raise_becomes_one_line():
     ):
         raise pickle.UnpicklingError("Weights only load failed. Re-running with weights_only=False")
     assert "weights_only" not in str(caught.value)
+    (tmp_path / "pytorch_model.bin").touch()
+    with pytest.raises(ValueError, match=f"^{tmp_path}/pytorch_model.bin is a pickle"), loading_from(tmp_path):
+        raise pickle.UnpicklingError

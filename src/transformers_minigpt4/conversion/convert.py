@@ -123,6 +123,8 @@ def convert_checkpoint(
     processor = MiniGPT4Processor(open_image_processor(vision, tower.config), tokenizer, chat_template=chat_template)
     config = _build_config(tower, bridge, queries, language, processor, projector_layers, projector_hidden_act)
     processor.image_seq_length = config.image_seq_length
+    if trained is not None:
+        config.trained_parameters = sorted(trained.pieces)
     with torch.device("meta"):
         model = MiniGPT4ForConditionalGeneration(config)
     model.generation_config = _generation_config(processor, language_model, delta)

@@ -103,7 +103,7 @@ def verify_checkpoint(
         )
         return report
     model = model.eval()
-    untrained = untrained_parts(records, tensors)
+    untrained = untrained_parts(records, tensors, config.trained_parameters or ())
     vocabulary = _check_vocabulary(config, processor)
     checks.append(vocabulary)
     checks.append(_check_special_tokens(config, model, processor))

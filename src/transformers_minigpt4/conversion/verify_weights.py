@@ -97,15 +97,22 @@ def records_of(checkpoint: str, config: MiniGPT4Config, trained: Collection[str]
     return records
 
 
-def untrained_parts(records: list[WeightRecord], tensors: Tensors) -> set[str]:
-    """Parts that `convert` drew at random, and that are still as it left them; also a new projector without record."""
+def untrained_parts(records: list[WeightRecord], tensors: Tensors, trained: Collection[str]) -> set[str]:
+    """
+    Parts that `convert` drew at random, and that are still as it left them; also a new projector without record.
+
+    Args:
+        records: What `records_of` gave.
+        tensors: All tensors by name.
+        trained: Names of the parameters that the config says were trained; the parts they belong to are not returned.
+    """
     recorded = {part_of(name) for record in records for name in record.values}
     found = {"projector"} if "projector" not in recorded and _is_new_projector(tensors) else set()
     for record in records:
         changed = {part_of(name) for name, far in deviations(record, tensors).items() if far > _CHANGED}
         present = {part_of(name) for name in record.values}
         found |= {part for part in record.fresh if part in present and part not in changed}
-    return found
+    return found - {part_of(name) for name in trained}
 
 
 def _is_new_projector(tensors: Tensors) -> bool:

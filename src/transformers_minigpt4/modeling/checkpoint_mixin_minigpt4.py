@@ -2,6 +2,7 @@
 
 import os
 import pickle
+from pathlib import Path
 from typing import Any, Self
 
 from transformers import PreTrainedModel
@@ -93,8 +94,10 @@ class CheckpointMixin(PreTrainedModel):
         try:
             loaded: Any = super().from_pretrained(name, *model_args, output_loading_info=True, **kwargs)
         except pickle.UnpicklingError as error:  # whose words advise to run what is in the file
+            found = list(Path(str(name)).glob("*.bin"))
+            file = str(found[0]) if len(found) == 1 else f"A weights file of {name}"
             raise ValueError(
-                f"A weights file of {name} is a pickle that contains more than weights, and loading it could run any "
+                f"{file} is a pickle that contains more than weights, and loading it could run any "
                 "program: refused. Take a checkpoint in safetensors format."
             ) from error
         model, info = loaded

@@ -72,6 +72,12 @@ def check_checkpoint_files(checkpoint: str | os.PathLike[str], weights: bool = T
             ) from error
 
 
+def _pickle_in(checkpoint: str | os.PathLike[str]) -> str:
+    """The file that was refused, if a folder holds only one that it can be."""
+    found = [path for pattern in ("*.bin", "*.pt", "*.pth") for path in Path(checkpoint).glob(pattern)]
+    return str(found[0]) if len(found) == 1 else f"A weights file of {checkpoint}"
+
+
 def _check_token_ids(path: Path, settings: dict[str, object]) -> None:
     for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
         value = settings.get(key)
@@ -123,7 +129,7 @@ def loading_from(checkpoint: str | os.PathLike[str], weights: bool = True) -> It
     except (OSError, ValueError, ImportError, MemoryError):
         raise
     except pickle.UnpicklingError as error:  # torch's words advise to run what is in the file
-        raise ValueError(f"A weights file of {checkpoint} {PICKLE}") from error
+        raise ValueError(f"{_pickle_in(checkpoint)} {PICKLE}") from error
     except Exception as error:  # these libraries raise whatever a value they did not expect leads to
         if type(error).__name__ == "OutOfMemoryError":  # torch's, which commands explain
             raise
