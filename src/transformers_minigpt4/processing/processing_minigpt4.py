@@ -18,6 +18,16 @@ from .image_utils_minigpt4 import load_image
 from .pipeline_minigpt4 import MiniGPT4ImageToTextPipeline
 
 
+# The settings of the authors' chat (`Chat.answer_prepare`); the transformers of 2023 applied top-k 50 by default.
+AUTHORS_SAMPLING: dict[str, object] = {
+    "do_sample": True,
+    "top_p": 0.9,
+    "top_k": 50,
+    "temperature": 1.0,
+    "repetition_penalty": 1.05,
+    "max_new_tokens": 300,
+    "min_new_tokens": 1,
+}
 # Two turns, to try a chat template on.
 _CONVERSATION = (
     {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is this?"}]},
@@ -304,13 +314,7 @@ class MiniGPT4Processor(ProcessorMixin):
         stops = [ids for stop in self.stop_strings for ids in self._tokenizations(stop)]
         ends = [self.tokenizer.eos_token_id, self._end_of_turn(), *self._tokens_with_stop_strings()]
         settings: dict[str, object] = {
-            "do_sample": True,
-            "top_p": 0.9,
-            "top_k": 50,
-            "temperature": 1.0,
-            "repetition_penalty": 1.05,
-            "max_new_tokens": 300,
-            "min_new_tokens": 1,
+            **AUTHORS_SAMPLING,
             "bos_token_id": self.tokenizer.bos_token_id,
             "pad_token_id": self.tokenizer.pad_token_id,
             "eos_token_id": [id_ for id_ in dict.fromkeys(ends) if id_ is not None],
