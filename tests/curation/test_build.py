@@ -14,7 +14,7 @@ from huggingface_hub import DatasetCard
 
 from transformers_minigpt4.curation import build as module
 from transformers_minigpt4.curation.build import run_build
-from transformers_minigpt4.curation.config import PROMPT, CurationConfig, CurationError
+from transformers_minigpt4.curation.config import PROMPT, CurationError
 from transformers_minigpt4.curation.filter import run_filter
 from transformers_minigpt4.curation.store import Project
 from transformers_minigpt4.hub.cards import License
@@ -247,15 +247,3 @@ def test_push(project, hub, tmp_path):
     assert loaded["caption"] == [*TEXTS[:2], EDITED]
     raw = loaded.cast_column("image", ImageFeature(decode=False))
     assert raw[1]["image"]["bytes"] == image_bytes(project, 1)
-
-
-def test_public_names(tmp_path):
-    assert (
-        module._public_source("wds:/home/me/shards/{00000..00009}.tar::weight=3") == "wds:{00000..00009}.tar::weight=3"
-    )
-    assert module._public_source("table:/home/me/a.csv::images=/home/me/shots") == "table:a.csv"
-    assert module._public_source("dataset:somebody/captions::split=train") == "dataset:somebody/captions::split=train"
-    assert module._public_source(str(tmp_path)) == tmp_path.name
-    assert module._public_source("python:my.module:rows") == "python:my.module:rows"
-    config = CurationConfig(source="x", checkpoint="./runs/stage1")
-    assert module._public_name(config.checkpoint) == "stage1"

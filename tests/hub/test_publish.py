@@ -26,6 +26,7 @@ from transformers_minigpt4.hub import upload
 from transformers_minigpt4.hub.cards import License
 from transformers_minigpt4.hub.commands import push
 from transformers_minigpt4.hub.publish import prepare, push_to_hub
+from transformers_minigpt4.hub.records import public_name, public_source
 from transformers_minigpt4.hub.upload import publish
 
 
@@ -408,6 +409,32 @@ class TestSecrets:
         assert set(publication.left_out) == {*strays, "checkpoint-5/", ".git/"}
         assert {"LICENSE", "added_tokens.json", "tokenizer.json", "chat_template.jinja"} <= set(publication.files)
         assert publication.read("README.md") != b"{}"
+
+    def test_folders_of_this_computer_stay(self, checkpoint, tmp_path):
+        sources = ["table:clients/acme/photos.csv::images=/home/me/acme::weight=3", "wds:/mnt/acme/{0..9}.tar"]
+        recipe = {"sources": sources, "model_name_or_path": "/home/me/acme/stage1", "logging_dir": "../acme/runs"}
+        record = {"recipe": recipe, "changed_settings": recipe, "command": ["/home/me/bin/minigpt4", "train", "acme"]}
+        (checkpoint / "run.json").write_text(json.dumps({**record, "rows": {sources[0]: {"rows": 5}}, "seed": 42}))
+        publication = prepare(checkpoint, REPO, tmp_path / "scratch", license=MIT)
+        kept = ["table:photos.csv::weight=3", "wds:{0..9}.tar"]
+        expected = {"sources": kept, "model_name_or_path": "stage1", "logging_dir": "runs"}
+        assert json.loads(publication.read("run.json")) == {
+            "recipe": expected,
+            "changed_settings": expected,
+            "rows": {kept[0]: {"rows": 5}},
+            "seed": 42,
+        }
+        assert "acme" not in publication.card and "| sources | table:photos.csv::weight=3, wds" in publication.card
+
+
+def test_public_names(tmp_path):
+    assert public_source("wds:/home/me/shards/{00000..00009}.tar::weight=3") == "wds:{00000..00009}.tar::weight=3"
+    assert public_source("table:/home/me/a.csv::images=/home/me/shots") == "table:a.csv"
+    assert public_source("dataset:somebody/captions::split=train") == "dataset:somebody/captions::split=train"
+    assert public_source("https://example.org/a/b") == "https://example.org/a/b"
+    assert public_source(str(tmp_path)) == tmp_path.name
+    assert public_source("python:my.module:rows") == "python:my.module:rows"
+    assert public_name("./runs/stage1") == "stage1"
 
 
 class TestCommand:

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from datasets.table import embed_table_storage
 
 from transformers_minigpt4.hub.cards import dataset_card
 from transformers_minigpt4.hub.cc_sbu_align import write_cc_sbu_align
+from transformers_minigpt4.hub.records import public_name, public_source
 from transformers_minigpt4.utils.file_names import RUN_FILE
 from transformers_minigpt4.utils.files import JsonObject, atomic_folder
 from transformers_minigpt4.utils.versions import package_versions
@@ -217,15 +217,15 @@ def run_info(project: Project, config: CurationConfig, pairs: int, unreviewed: i
     }
     if without_image:
         lost["build, image missing or changed"] = without_image
-    models = {"description": _public_name(config.checkpoint)}
+    models = {"description": public_name(config.checkpoint)}
     prompts = {"description": config.prompt}
     if config.continue_below:
         prompts[f"second turn, after an answer of {config.continue_below} tokens or fewer"] = config.continue_prompt
     if config.repair is not None:
-        models["repair"] = _public_name(config.repair.model)
+        models["repair"] = public_name(config.repair.model)
         prompts["repair"] = config.repair_prompt
     return {
-        "source": _public_source(config.source),
+        "source": public_source(config.source),
         "seed": config.seed,
         "counts": counts,
         "lost": lost,
@@ -253,18 +253,3 @@ def _review(project: Project, pairs: int, unreviewed: int) -> str:
         kappa = f", Cohen's kappa {agreement.kappa:.2f}" if agreement.kappa is not None else ""
         said += f" On {agreement.pairs} texts that two people saw, {agreement.agreed} decisions agree{kappa}."
     return said
-
-
-def _public_source(source: str) -> str:
-    kind, colon, path = source.partition(":")
-    if kind == "python" or not colon:
-        return source if colon else _public_name(source)
-    first, *options = path.split("::")
-    kept = [option for option in options if not option.startswith("images=")]
-    return "::".join([f"{kind}:{_public_name(first)}", *kept])
-
-
-def _public_name(name: str) -> str:
-    """The last part of a folder's name, since the rest is private; a Hub id or URL as it is."""
-    local = os.path.isabs(name) or name.startswith((".", "~")) or name.count("/") > 1 or os.path.exists(name)
-    return Path(name).name if local and "://" not in name else name

@@ -10,10 +10,10 @@ from huggingface_hub import DatasetCard, DatasetCardData, EvalResult, ModelCard,
 from transformers import PreTrainedConfig
 
 from transformers_minigpt4.modeling.configuration_minigpt4 import MiniGPT4Config
-from transformers_minigpt4.utils.file_names import RESULTS_FILE, RUN_FILE
+from transformers_minigpt4.utils.file_names import RESULTS_FILE
 from transformers_minigpt4.utils.files import JsonObject
 
-from .records import Facts, evaluations_of, hub_ids, read_facts, run_facts, source_name, table_row
+from .records import Facts, evaluations_of, hub_ids, read_facts, read_run, run_facts, source_name, table_row
 
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -114,7 +114,7 @@ def model_card(
     Raises:
         ValueError: if a record cannot be read.
     """
-    run, results = read_facts(folder, RUN_FILE), read_facts(folder, RESULTS_FILE)
+    run, results = read_run(folder), read_facts(folder, RESULTS_FILE)
     evaluations = list(evaluations_of(results, folder / RESULTS_FILE))
     data = run.get("datasets") or []
     bases = hub_ids(sources)
@@ -174,7 +174,7 @@ def adapter_card(
     Raises:
         ValueError: if a record cannot be read.
     """
-    run, results = read_facts(folder, RUN_FILE), read_facts(folder, RESULTS_FILE)
+    run, results = read_run(folder), read_facts(folder, RESULTS_FILE)
     evaluations = list(evaluations_of(results, folder / RESULTS_FILE))
     base, kind = str(config["base_model_name_or_path"]), str(config.get("peft_type") or "PEFT")
     name = repo_id.split("/")[-1]

@@ -19,10 +19,11 @@ from transformers_minigpt4.modeling.configuration_minigpt4 import MiniGPT4Config
 from transformers_minigpt4.modeling.modeling_minigpt4 import MiniGPT4ForConditionalGeneration
 from transformers_minigpt4.modeling.trained_modules_minigpt4 import LazyTensors, checkpoint_files
 from transformers_minigpt4.utils.checkpoint_files import check_checkpoint_files
+from transformers_minigpt4.utils.file_names import RUN_FILE
 from transformers_minigpt4.utils.files import JsonObject
 
 from .cards import License, adapter_card, derive_license, model_card
-from .records import read_facts, read_sources
+from .records import read_facts, read_run, read_sources
 from .upload import CARD_FILE, MAIN, WEIGHTS, Publication
 
 
@@ -160,7 +161,7 @@ def prepare_model(
 
 
 def _collect(folder: Path, publication: Publication) -> None:
-    """Adds the files of a folder that are published, without code; and the reasons for leaving out the others."""
+    """Adds the files that are published, without code, and `run.json` without private folders; why others are not."""
     for path in sorted(folder.iterdir()):
         reason = _reason_to_leave(path)
         if reason is None:
@@ -168,6 +169,8 @@ def _collect(folder: Path, publication: Publication) -> None:
             publication.files |= {file.relative_to(folder).as_posix(): file for file in names}
         else:
             publication.left_out[path.name + "/" * path.is_dir()] = reason
+    if RUN_FILE in publication.files:
+        publication.files[RUN_FILE] = (json.dumps(read_run(folder), indent=1) + "\n").encode("utf-8")
 
 
 def _reason_to_leave(path: Path) -> str | None:

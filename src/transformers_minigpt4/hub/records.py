@@ -1,6 +1,7 @@
 """Reads the records in a checkpoint or dataset folder, and puts them in the words of a card."""
 
 import json
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -8,7 +9,7 @@ from typing import Any, TypeAlias
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from transformers_minigpt4.utils.file_names import SOURCES_FILE
+from transformers_minigpt4.utils.file_names import RUN_FILE, SOURCES_FILE
 from transformers_minigpt4.utils.files import JsonObject
 
 
@@ -32,6 +33,44 @@ def read_facts(folder: Path, name: str) -> JsonObject:
     if not isinstance(facts, dict):
         raise ValueError(f"{path} contains a {type(facts).__name__}, not a JSON object; repair or remove it")
     return facts
+
+
+def read_run(folder: Path) -> JsonObject:
+    """
+    The `run.json` of a checkpoint as others may see it: without the command line, and folders by their last part.
+
+    Raises:
+        ValueError: as [`read_facts`].
+    """
+    run = read_facts(folder, RUN_FILE)
+    return {key: _public(value) for key, value in run.items() if key != "command"}
+
+
+def _public(value: object) -> Any:
+    if isinstance(value, dict):
+        return {_public(key): _public(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_public(entry) for entry in value]
+    return public_source(value) if isinstance(value, str) and ("/" in value or os.sep in value) else value
+
+
+def public_source(source: str) -> str:
+    """A source of rows with [`public_name`] for its path, without its folder of images; other texts as names."""
+    kind, colon, path = source.partition(":")
+    if not colon or path.startswith("//"):
+        return public_name(source)
+    if kind == "python":
+        return source
+    first, *options = path.split("::")
+    kept = [option for option in options if not option.startswith("images=")]
+    name = public_name(first) if kind in ("wds", "dataset") else Path(first).name  # others are never on the Hub
+    return "::".join([f"{kind}:{name}", *kept])
+
+
+def public_name(name: str) -> str:
+    """The last part of a folder's name, since the rest is private; a Hub id or URL as it is."""
+    local = os.path.isabs(name) or name.startswith((".", "~")) or name.count("/") > 1 or os.path.exists(name)
+    return Path(name).name if local and "://" not in name else name
 
 
 def read_sources(folder: Path) -> list[JsonObject]:
