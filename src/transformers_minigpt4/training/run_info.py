@@ -25,8 +25,12 @@ from .arguments import StageArguments, StageConfig
 
 logger = logging.getLogger(__name__)
 CURVE, EVAL_CURVE, PLOT = "loss.jsonl", "eval_loss.jsonl", "loss.png"
-# Settings of the machine rather than of the training.
+# Settings of the machine rather than of the training, and those that transformers computes from others.
 _LOCAL = {"output_dir", "disable_tqdm", "accelerator_config", "debug", "report_to", "pad_to_multiple_of"}
+_DERIVED = {
+    *("do_eval", "ddp_find_unused_parameters"),
+    *("average_tokens_across_devices", "include_num_input_tokens_seen"),
+}
 
 
 def recipe_settings(arguments: Sequence[StageArguments | TrainingArguments | ModelConfig]) -> dict[str, object]:
@@ -68,7 +72,7 @@ def run_info(
 
 
 def changed_settings(recipe: Mapping[str, object]) -> dict[str, object]:
-    """The settings of [`recipe_settings`] that differ from the defaults of their dataclasses, for the model card."""
+    """The settings of [`recipe_settings`] that differ from the defaults of their dataclasses, for page and card."""
     changed = {}
     for group in (StageArguments, StageConfig, ModelConfig):
         for field in dataclasses.fields(group):
@@ -76,7 +80,7 @@ def changed_settings(recipe: Mapping[str, object]) -> dict[str, object]:
             value = recipe.get(field.name)
             # TrainingArguments puts other values in place of empty ones, and angle brackets in place of tokens.
             is_unset = (not value and (not default or default is dataclasses.MISSING)) or str(value).startswith("<")
-            if field.name not in _LOCAL and value != default and not is_unset:
+            if field.name not in _LOCAL | _DERIVED and value != default and not is_unset:
                 changed[field.name] = value
     return changed
 

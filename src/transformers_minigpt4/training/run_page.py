@@ -1,16 +1,12 @@
 """Writes `run.html`: one file with a run's curves, sample answers, skipped rows, settings and versions."""
 
-import dataclasses
 import datetime
-import enum
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from transformers import TrainerCallback, TrainerState
-from trl import ModelConfig
 
 from transformers_minigpt4.data.images import image_bytes
 from transformers_minigpt4.data.schema import Row, row_images
@@ -19,15 +15,12 @@ from transformers_minigpt4.processing.image_utils_minigpt4 import load_image
 from transformers_minigpt4.utils.files import JsonObject, PathLike, write_atomically
 from transformers_minigpt4.web.html import is_hidden, thumbnail_url
 
-from .arguments import StageArguments, StageConfig
 from .charts import Series, line_chart
 from .samples import SampleAnswer, SampleCallback
 
 
 PAGE = "run.html"
 TEMPLATES = Path(__file__).parent / "templates"
-# Settings that transformers computes from others.
-_DERIVED = {"do_eval", "ddp_find_unused_parameters"}
 _THUMBNAIL = 320  # pixels of the longer side; shown at 160
 
 
@@ -61,7 +54,7 @@ class RunPageCallback(TrainerCallback):
             samples=list(self._samples()),
             sources=list(_sources(self.skipped)),
             processes=self.info["world_size"],
-            settings=changed_settings(self.info["recipe"]),
+            settings={key: _text(value) for key, value in self.info["changed_settings"].items()},
             versions={**self.info["versions"], "git revision": self.info["git_revision"]},
             trained=self.info["trainable_parameters"],
         )
@@ -164,23 +157,7 @@ def _sources(skipped: SkippedRows | None) -> Iterator[JsonObject]:
         yield {"name": name, "rows": seen["rows"], "kinds": kinds}
 
 
-def changed_settings(recipe: Mapping[str, Any]) -> dict[str, str]:
-    """The settings of a run that differ from their defaults, as texts."""
-    changed = {}
-    for group in (StageArguments, StageConfig, ModelConfig):
-        for field in dataclasses.fields(group):
-            default = field.default_factory() if callable(field.default_factory) else field.default
-            value = recipe.get(field.name)
-            if field.name in _DERIVED or isinstance(value, dict) or value in (None, []):
-                continue
-            if _text(value) != _text(default):
-                changed[field.name] = _text(value)
-    return changed
-
-
 def _text(value: object) -> str:
-    if isinstance(value, enum.Enum):
-        value = value.value
     return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
 
 

@@ -65,8 +65,8 @@ def make_trainer(
     trainable = trainable_parameters(trainer.model)
     info = run_info(settings, rows.dataset, trainable, rows.fingerprint)
     info |= {"device": str(config.device), "changed_for_the_cpu": config.changes}
-    trainer.add_callback(RunInfoCallback(info, rows.skipped))
     info["evaluation_rows"] = len(rows.held_out.evaluation)
+    trainer.add_callback(RunInfoCallback(info, rows.skipped))
     samples = None
     if rows.held_out.samples and not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
         context = trainer.compute_loss_context_manager
