@@ -66,6 +66,7 @@ UNCLEAR = {
     "{}/notes.txt": "cannot be guessed",
     "{}/none": "is not a source; write KIND:PATH",
     "tabel:{}/notes.txt": "is not a source; write KIND:PATH",
+    "wsd:{}/0.tar": "'wsd:.*is not a source; write KIND:PATH",
     "somebody/photos": r"write dataset:somebody/photos if it has columns.*, or wds:somebody/photos if",
     "https://x.org/data": "is a URL of no known kind",
 }

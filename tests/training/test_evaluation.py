@@ -212,7 +212,8 @@ def test_the_best_checkpoint_survives_a_resume(tmp_path, monkeypatch):
     ],
 )
 def test_every_family_is_evaluated_and_answers(recipe, model, kind, tmp_path):
-    folder = run(recipe, tmp_path, model_folder(model), sources()[kind], *EVALUATE)
+    short = ("--max_completion_length", "40")
+    folder = run(recipe, tmp_path, model_folder(model), sources()[kind], *EVALUATE, *short)
     assert 0 < eval_losses(folder, 2)[0][1] < 20
     answers = lines(folder / "samples.jsonl")
     assert len(answers) == 8 and {answer["step"] for answer in answers} == {0, 2}
@@ -255,7 +256,7 @@ def test_the_page_shows_texts_as_they_are(tmp_path):
     text = "<script>alert(1)</script>\N{RIGHT-TO-LEFT OVERRIDE} & {{ 7 }}"
     written = "".join(f'{image.name},"{text} {number}"\n' for number, image in enumerate(images))
     source.write_text(f"image,caption\n{written}" + "broken.png,x\n" * 20)
-    options = ("--prompt_format", "stage2", "--max_completion_length", "200", *EVALUATE)
+    options = ("--prompt_format", "stage2", "--max_completion_length", "80", *EVALUATE)
     folder = run("minigpt4_stage1", tmp_path / "run", model_folder("minigpt4"), f"table:{source}", *options)
     page = (folder / "run.html").read_text()
     assert "<script" not in page and "&lt;script&gt;alert" in page and "⟨U+202E⟩" in page

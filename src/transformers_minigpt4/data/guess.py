@@ -20,6 +20,7 @@ _FOLDERS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("wds", tuple(f"*{suffix}" for suffix in TAR_SUFFIXES)),
     ("dataset", ("state.json", "*.parquet", "*/*.parquet")),
 )
+_KIND = re.compile(r"\w{2,}:(?!//)")  # in front of a path; a single letter would be a drive
 _TABLES = (".csv", ".tsv")
 _JSON = (".json", ".jsonl")
 
@@ -36,6 +37,8 @@ def guess_kind(path: str, kinds: tuple[str, ...]) -> tuple[str, str]:
         DataError: if there is nothing at the path, or if it can be of several kinds or of none.
     """
     advice = f"write KIND:PATH, with KIND one of {', '.join(kinds)}"
+    if _KIND.match(path) and not os.path.exists(path):
+        raise DataError(f"{path!r} is not a source; {advice}")
     if path.lower().endswith(TAR_SUFFIXES) and not os.path.isdir(path):
         return "wds", "a tar file" if os.path.isfile(path) else "a pattern or a URL of tar files"
     if REMOTE.match(path):
