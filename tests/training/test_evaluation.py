@@ -20,7 +20,9 @@ from transformers_minigpt4.training.loading import load_rows
 from transformers_minigpt4.training.loss import LabeledCollator, keep_labeled
 from transformers_minigpt4.training.packing import pack
 from transformers_minigpt4.training.recipe import parse_recipe
+from transformers_minigpt4.training.samples import read_answers
 from transformers_minigpt4.training.throughput import ThroughputCallback
+from transformers_minigpt4.utils.files import to_json
 
 
 EVALUATE = ("--eval_share", "0.3")
@@ -36,6 +38,12 @@ def log(folder, steps):
 
 def eval_losses(folder, steps):
     return [(entry["step"], entry["eval_loss"]) for entry in log(folder, steps) if "eval_loss" in entry]
+
+
+def test_answers_with_unusual_line_breaks_are_read_back(tmp_path):
+    answers = [{"step": 1, "text": "a\u2028b"}, {"step": 2, "text": "a\x85b\x1e"}]
+    (tmp_path / "samples.jsonl").write_text("".join(to_json(answer) + "\n" for answer in answers) + '{"step": 3')
+    assert read_answers(tmp_path / "samples.jsonl") == answers
 
 
 # The loss

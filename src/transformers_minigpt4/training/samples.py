@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-import json
 import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -18,6 +17,7 @@ from transformers_minigpt4.data.schema import IMAGE_PLACEHOLDER, Row
 from transformers_minigpt4.inference.generation import decode_answers, generate_ids
 from transformers_minigpt4.utils.families import family_of
 from transformers_minigpt4.utils.files import to_json, write_atomically
+from transformers_minigpt4.utils.json_files import json_lines
 from transformers_minigpt4.utils.models import GenerativeModel
 from transformers_minigpt4.utils.text import first_line
 
@@ -154,7 +154,7 @@ class SampleCallback(TrainerCallback):
 
 
 def read_answers(path: Path) -> list[SampleAnswer]:
-    """The answers that a run has kept, none if there is no such file."""
+    """The answers that a run has kept, none if there is no such file; damaged lines are not worth a run."""
     if not path.is_file():
         return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [cast(SampleAnswer, answer) for _, answer in json_lines(path) if isinstance(answer, dict)]
