@@ -1,5 +1,6 @@
 """`minigpt4 data check`: counts, skipped with their keys, histogram, contact sheet, exit status."""
 
+import json
 import re
 
 import pytest
@@ -101,6 +102,17 @@ def test_rows_as_text(tmp_path):
     assert "  row  " not in run(table(tmp_path), "--rows", 0).output
     done = run(table(tmp_path), "--prompt-format", "messages", "--rows", 1)
     assert re.search(r"text +user: <image> [A-Z].*[.?] assistant: \[Image 0\]$", done.output, re.MULTILINE)
+
+
+def test_code_of_a_checkpoint_is_neither_run_nor_asked_about(tmp_path, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asks"))
+    config = {"model_type": "other", "auto_map": {"AutoConfig": "other.OtherConfig"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "other.py").write_text("raise SystemExit('code was run')")
+    done = run(table(tmp_path), "--model", tmp_path)
+    assert done.exit_code == 1 and "contains custom code" in done.stderr and done.stderr.count("\n") == 1
+    (tmp_path / "config.json").write_text("[]")
+    assert f"{tmp_path}/config.json is [], not a JSON object" in run(table(tmp_path), "--model", tmp_path).stderr
 
 
 def test_rows_as_the_model_reads_them(tmp_path):

@@ -6,6 +6,7 @@ from rich.text import Text
 from transformers import AutoConfig, AutoProcessor, ProcessorMixin
 
 from transformers_minigpt4.data.schema import Row, message_text
+from transformers_minigpt4.utils.checkpoint_files import loading_from
 from transformers_minigpt4.utils.families import family_of
 
 from .collator import IGNORED, Batch, collator_of
@@ -25,8 +26,9 @@ class RowReader:
     """
 
     def __init__(self, checkpoint: str, max_completion_length: int | None) -> None:
-        self.config = AutoConfig.from_pretrained(checkpoint)
-        self.processor: ProcessorMixin = AutoProcessor.from_pretrained(checkpoint)
+        with loading_from(checkpoint, weights=False):
+            self.config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=False)
+            self.processor: ProcessorMixin = AutoProcessor.from_pretrained(checkpoint, trust_remote_code=False)
         self.limit = max_completion_length
         self.collator = collator_of(self.config, self.processor)
 
