@@ -239,7 +239,32 @@ class MiniGPT4Config(PreTrainedConfig):
             check_sizes(name, sizes_of(given))  # under whatever names the class has them
 
     def _check_sub_configs(self) -> None:
-        text, vision, qformer = self.text_config, self.vision_config, self.qformer_config
+        self._check_language_model()
+        self._check_vision_tower()
+        self._check_projector()
+        for name in self.sub_configs_defaults:
+            sub = getattr(self, name)
+            act = getattr(sub, "hidden_act", None)
+            if isinstance(act, str) and act not in ACT2FN:
+                raise ValueError(f"{name}.hidden_act={act!r} is unknown to transformers. Use gelu or silu …")
+            heads = value_of(sub, "num_attention_heads")
+            if isinstance(heads, int) and value_of(sub, "head_dim") is None and sub.hidden_size % heads != 0:
+                raise ValueError(
+                    f"{name}: hidden_size={sub.hidden_size} is not a multiple of num_attention_heads={heads}."
+                )
+        if self.qformer_config is None:
+            self._check_patches()
+        context = getattr(self.text_config, "max_position_embeddings", None)
+        if context is not None and self.image_seq_length >= context:
+            raise ValueError(
+                f"One image takes {self.image_seq_length} positions, but the language model has {context}. Use fewer "
+                "queries, a smaller image, or a language model with a longer context."
+            )
+        if self.qformer_config is not None:
+            self._check_qformer()
+
+    def _check_language_model(self) -> None:
+        text = self.text_config
         if text.is_encoder_decoder:
             raise ValueError(
                 f"text_config names an encoder-decoder model ({text.model_type!r}), which cannot continue a prompt "
@@ -250,6 +275,20 @@ class MiniGPT4Config(PreTrainedConfig):
                 f"text_config names {text.model_type!r}, which transformers does not list as a causal language model. "
                 "Use a decoder-only language model, such as `llama` or `qwen3`."
             )
+        if getattr(text, "vocab_size", None) is None:
+            raise ValueError(
+                f"text_config ({text.model_type!r}) has no vocab_size. Pass the config of a language model alone, "
+                "such as `model.config.get_text_config()` of a multimodal one."
+            )
+        if not 0 <= self.image_token_id < text.vocab_size:
+            raise ValueError(
+                f"image_token_id={self.image_token_id} is outside the language model's vocabulary of "
+                f"{text.vocab_size} tokens. Set it to the image token's id; if the tokenizer gained that token, raise "
+                "text_config.vocab_size as well (`resize_token_embeddings`)."
+            )
+
+    def _check_vision_tower(self) -> None:
+        vision = self.vision_config
         for name in ("hidden_size", "image_size", "patch_size"):
             if getattr(vision, name, None) is None:
                 raise ValueError(
@@ -261,11 +300,8 @@ class MiniGPT4Config(PreTrainedConfig):
                 f"{vision.model_type!r} gives no fixed sequence of patches per image. Use a plain vision transformer, "
                 "such as `siglip_vision_model` (SigLIP 2 of fixed resolution is one) or `dinov3_vit`."
             )
-        if getattr(text, "vocab_size", None) is None:
-            raise ValueError(
-                f"text_config ({text.model_type!r}) has no vocab_size. Pass the config of a language model alone, "
-                "such as `model.config.get_text_config()` of a multimodal one."
-            )
+
+    def _check_projector(self) -> None:
         if self.projector_hidden_act is not None and self.projector_hidden_act not in ACT2FN:
             raise ValueError(
                 f"projector_hidden_act={self.projector_hidden_act!r} is unknown to transformers. Use gelu or relu …"
@@ -279,35 +315,13 @@ class MiniGPT4Config(PreTrainedConfig):
                 f"projector_hidden_act={self.projector_hidden_act!r} has no effect with one linear layer. "
                 "Set projector_layers=3 or projector_hidden_act=None."
             )
-        if not 0 <= self.image_token_id < text.vocab_size:
+
+    def _check_qformer(self) -> None:
+        attended, width = self.qformer_config.encoder_hidden_size, self.vision_config.hidden_size
+        if attended != width:
             raise ValueError(
-                f"image_token_id={self.image_token_id} is outside the language model's vocabulary of "
-                f"{text.vocab_size} tokens. Set it to the image token's id; if the tokenizer gained that token, raise "
-                "text_config.vocab_size as well (`resize_token_embeddings`)."
-            )
-        for name, sub in (("vision_config", vision), ("qformer_config", qformer), ("text_config", text)):
-            act = getattr(sub, "hidden_act", None)
-            if isinstance(act, str) and act not in ACT2FN:
-                raise ValueError(f"{name}.hidden_act={act!r} is unknown to transformers. Use gelu or silu …")
-            heads = value_of(sub, "num_attention_heads")
-            if isinstance(heads, int) and value_of(sub, "head_dim") is None and sub.hidden_size % heads != 0:
-                raise ValueError(
-                    f"{name}: hidden_size={sub.hidden_size} is not a multiple of num_attention_heads={heads}."
-                )
-        context = getattr(text, "max_position_embeddings", None)
-        if qformer is None:
-            self._check_patches()
-        if context is not None and self.image_seq_length >= context:
-            raise ValueError(
-                f"One image takes {self.image_seq_length} positions, but the language model has {context}. Use fewer "
-                "queries, a smaller image, or a language model with a longer context."
-            )
-        if qformer is None:
-            return
-        if qformer.encoder_hidden_size != vision.hidden_size:
-            raise ValueError(
-                f"qformer_config.encoder_hidden_size={qformer.encoder_hidden_size} must equal "
-                f"vision_config.hidden_size={vision.hidden_size}: the Q-Former attends to the tower's output."
+                f"qformer_config.encoder_hidden_size={attended} must equal vision_config.hidden_size={width}: the "
+                "Q-Former attends to the tower's output."
             )
         if self.num_query_tokens < 1:
             raise ValueError(
