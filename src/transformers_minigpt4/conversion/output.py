@@ -43,7 +43,7 @@ def check_output(output: Path, sources: Sequence[str | None], overwrite: bool) -
 @contextmanager
 def output_folder(output: Path, overwrite: bool) -> Iterator[Path]:
     """
-    A folder beside `output` that replaces it at the end, when it is on the disk, or vanishes on an error.
+    A folder next to `output` that replaces it at the end, when it is on the disk, or vanishes on an error.
 
     Raises:
         FileExistsError: without `overwrite`, when something else has filled `output` in the meantime.

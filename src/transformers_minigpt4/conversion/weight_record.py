@@ -68,7 +68,7 @@ def shape_of(tensor: torch.Tensor | TensorSlice) -> tuple[int, ...]:
 
 
 def sample_all(tensors: Mapping[str, torch.Tensor | TensorSlice]) -> dict[str, tuple[tuple[int, ...], list[float]]]:
-    """Shapes and values of tensors, without numbers that stand alone."""
+    """Shapes and values of tensors, without scalars."""
     shapes = {name: shape_of(tensor) for name, tensor in tensors.items()}
     return {
         name: (shape, sample(tensors[name], shape, name)) for name, shape in shapes.items() if math.prod(shape) > 1

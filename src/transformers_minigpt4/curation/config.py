@@ -66,7 +66,7 @@ class CurationConfig:
         repair_prompt: What it is asked; the paper's by default.
         rules: Changes to the filter's rules: `{rule: {parameter: value}}`, or `{rule: false}` to leave one out.
         review_guideline: What the review's page tells people to do.
-        review_reasons: Why people reject pairs: at most nine, which the keys 1 to 9 stand for.
+        review_reasons: Why people reject pairs: at most nine, with the keys 1 to 9.
         review_twice: Share of pairs that two reviewers see, to measure their agreement.
         build_unreviewed: Whether `build` also takes what the filter kept and nobody has reviewed.
     """
@@ -125,8 +125,8 @@ class CurationConfig:
                 )
         if len(reasons) > _MOST_REASONS or len(set(reasons)) < len(reasons):
             raise CurationError(
-                f"review_reasons has {len(reasons)} entries; give at most {_MOST_REASONS}, each once: the keys 1 to "
-                f"{_MOST_REASONS} stand for them"
+                f"review_reasons has {len(reasons)} entries; give at most {_MOST_REASONS}, each once: they "
+                f"have the keys 1 to {_MOST_REASONS}"
             )
 
     @property

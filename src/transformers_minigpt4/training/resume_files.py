@@ -77,5 +77,5 @@ def _unknown(path: Path) -> list[str]:
 def _refusal(path: Path, why: str) -> str:
     return (
         f"{os.fspath(path)} cannot be resumed from: {why}. Nothing in it was run. Name an earlier checkpoint with "
-        "--resume-from-checkpoint FOLDER, or start anew in another --output."
+        "--resume-from-checkpoint FOLDER, or start a new run in another --output."
     )
