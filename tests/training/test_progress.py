@@ -126,7 +126,7 @@ def test_a_run_killed_before_its_last_save_only_saves(finished, no_gpu, tmp_path
     assert (tmp_path / "other" / name).read_bytes() == (folder / name).read_bytes()
 
 
-@pytest.mark.parametrize("wrong", [["--model", "gone"], ["--sources", "table:gone.csv"]])
+@pytest.mark.parametrize("wrong", [["--model", "/no/gone"], ["--sources", "table:gone.csv"]])
 def test_a_run_that_cannot_begin_leaves_no_folder(wrong, no_gpu, tmp_path):
     with pytest.raises(ValueError, match=r"gone"):
         main(*parse_recipe(words(tmp_path / "out", *wrong)))

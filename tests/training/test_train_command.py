@@ -114,7 +114,7 @@ def test_show_refuses_what_a_run_refuses(tmp_path):
 
 def test_dry_run_of_the_toy_world(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    result = train("tiny", "--dry-run")
+    result = train("tiny", "--max-steps", "20", "--dry-run")
     assert result.exit_code == 0, result.output
     row, _, counts, parameters = result.stdout.splitlines()
     assert row.startswith("<s> <ImageHere> x 8 ") and row.endswith("<0x0A>]") and row.count("[") == 1
