@@ -85,6 +85,12 @@ def test_the_eval_loss_is_a_mean_over_tokens(held_out, tmp_path):
         assert metrics["eval_loss"] == pytest.approx(expected, abs=tolerance), name
 
 
+def test_metrics_of_ones_own(held_out, tmp_path):
+    trainer = trainer_on(model_folder("minigpt4"), tmp_path, rows(), eval_strategy="no", per_device_eval_batch_size=1)
+    trainer.compute_metrics = lambda found: {"rows": len(found.predictions)}
+    assert trainer.evaluate(held_out.select([0, 1]))["eval_rows"] == 2
+
+
 def test_evaluation_changes_no_step(tmp_path):
     """Adapters have dropout, whose random numbers it must not use up; activations are recomputed."""
     more = ["--use_peft", "true", "--trainable_modules", "projector", "lora", "--lora_dropout", "0.2", "--lora_r", "4"]

@@ -137,7 +137,7 @@ def set_up_evaluation(config: StageConfig) -> None:
     Evaluates at each checkpoint unless the recipe says when, and compares checkpoints by their `eval_loss`.
 
     Raises:
-        ValueError: for values that cannot be.
+        ValueError: for values that cannot work.
     """
     # A YAML file may give one value without a list.
     for name in ("eval_sources", "sample_images"):

@@ -39,7 +39,8 @@ class EvaluationMixin(_Trainer):
         known: Any = self.eval_dataset
         chosen = known if eval_dataset is None else eval_dataset
         dataset = known[chosen] if isinstance(chosen, str) else chosen
-        if dataset is None or isinstance(dataset, IterableDataset) or not has_length(dataset):
+        streamed = dataset is None or isinstance(dataset, IterableDataset) or not has_length(dataset)
+        if streamed or self.compute_metrics is not None:  # which needs the logits of transformers' own loop
             return super().get_eval_dataloader(eval_dataset)
         batches = RankBatches(
             dataset,

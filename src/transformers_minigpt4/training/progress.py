@@ -158,7 +158,7 @@ def run_facts(
     steps += f" ({args.per_device_train_batch_size} x {' x '.join(shape)})" if shape else ""
     facts = [
         ("model", f"{name}, {trained:,} of {total:,} parameters are trained"),
-        ("rows", "a number that is not known in advance" if rows is None else f"{rows:,}"),
+        ("rows", "not known in advance" if rows is None else f"{rows:,}"),
         ("steps", steps + (f", epochs {state.max_steps * batch / rows:.3g}" if rows else "")),
         ("device", f"{device_name(args.device)}, {precision(args, model)}"),
         ("output", str(args.output_dir)),

@@ -114,11 +114,11 @@ def _facts(info: JsonObject, state: TrainerState) -> dict[str, str]:
         "device": str(info.get("device", "unknown")) + (f", {processes} processes" if processes > 1 else ""),
     }
     if losses:
-        facts["training loss"] = f"{losses[0]:.4f} at first, {losses[-1]:.4f} at last"
+        facts["training loss"] = f"{losses[0]:.4f} at the start, {losses[-1]:.4f} at the end"
     if evaluated:
         loss, step = min(evaluated)
-        last = f"{evaluated[-1][0]:.4f} at last, lowest {loss:.4f} at step {step:,}"
-        facts["evaluation loss"] = f"{last}, on {info['evaluation_rows']:,} rows that are held out"
+        last = f"{evaluated[-1][0]:.4f} at the end, lowest {loss:.4f} at step {step:,}"
+        facts["evaluation loss"] = f"{last}, on {info['evaluation_rows']:,} held-out rows"
     if state.best_model_checkpoint:
         facts["best checkpoint"] = Path(state.best_model_checkpoint).name
     if seconds:
