@@ -149,6 +149,21 @@ def test_next_commands(recipe, prompt_format, first):
     assert commands_after(recipe, prompt_format, "my out")[0] == first
 
 
+@pytest.mark.parametrize(
+    ("name", "config", "merge"),
+    [
+        ("config.json", {"base_checkpoints": [{"name_or_path": "/models/base", "revision": None}]}, True),
+        ("config.json", {"base_checkpoints": [{"name_or_path": "me/base", "revision": "abc"}]}, False),
+        ("config.json", {}, False),  # a complete model
+        ("adapter_config.json", {"base_model_name_or_path": "/models/base"}, True),
+        ("adapter_config.json", {"base_model_name_or_path": "me/base"}, False),
+    ],
+)
+def test_the_command_to_publish_fits_the_base(name, config, merge, tmp_path):
+    (tmp_path / name).write_text(json.dumps(config))
+    assert commands_after(None, "messages", str(tmp_path))[-1].endswith("NAMESPACE/NAME" + " --merge" * merge)
+
+
 def test_log_entries():
     logs = {"eval_loss": 1.23456, "eval_runtime": 2.0, "epoch": 0.5}
     assert log_fields(logs) == {"eval_loss": "1.2346", "epoch": "0.500"}

@@ -56,6 +56,13 @@ def is_adapter(folder: Path) -> bool:
     return (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file()
 
 
+def has_local_base(folder: Path) -> bool:
+    """Whether a checkpoint of trained modules, or an adapter, needs a base that only this computer has."""
+    if is_adapter(folder):
+        return not _can_be_on_hub(str(read_facts(folder, ADAPTER_CONFIG).get("base_model_name_or_path") or ""))
+    return bool(_local_bases(read_facts(folder, "config.json")))
+
+
 def prepare_adapter(
     folder: Path, repo_id: str, license: License | None, language: Sequence[str], base: str | None
 ) -> Publication:
@@ -275,14 +282,18 @@ def _base_sources(config: JsonObject) -> list[JsonObject]:
     ]
 
 
+def _local_bases(config: JsonObject) -> list[JsonObject]:
+    bases = config.get("base_checkpoints") or []
+    return [entry for entry in bases if entry.get("revision") is None or os.path.isabs(entry["name_or_path"])]
+
+
 def _with_public_base(config: JsonObject, base: str | None) -> bytes | None:
     """
     `config.json` with the local base of trained modules renamed to `base`; `None` if it need not change.
 
     Loading compares the base's content with the record, so a wrong name is detected there.
     """
-    bases = config.get("base_checkpoints") or []
-    local = [entry for entry in bases if entry.get("revision") is None or os.path.isabs(entry["name_or_path"])]
+    local = _local_bases(config)
     if base is None:
         if local:
             names = ", ".join(Path(entry["name_or_path"]).name for entry in local)

@@ -4,6 +4,8 @@ import re
 import shlex
 from pathlib import Path
 
+from transformers_minigpt4.hub.checkpoints import has_local_base
+
 from .recipe_files import recipe_names
 
 
@@ -24,7 +26,7 @@ def commands_after(recipe: str | None, prompt_format: str, output: str) -> list[
     return [
         *use,
         f"minigpt4 evaluate {folder} --tasks gqa,chair --data DATA",
-        f"minigpt4 push {folder} NAMESPACE/NAME",
+        f"minigpt4 push {folder} NAMESPACE/NAME" + (" --merge" if has_local_base(Path(output)) else ""),
     ]
 
 
