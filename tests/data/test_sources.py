@@ -229,7 +229,7 @@ class TestBadRows:
         assert len(caplog.messages) == len(expected) == 7
         for kind, key in expected:
             assert any(f"skipped {key} ({kind}): " in line for line in caplog.messages)
-        assert rows.skipped.report().endswith("10 rows read, 2 entry, 1 image, 3 unreadable_image, 1 caption")
+        assert rows.skipped.report().endswith("10 rows read, skipped: 2 entry, 1 image, 3 unreadable_image, 1 caption")
 
     def test_too_many_stop_the_run(self, tmp_path):
         image_files(tmp_path, [0])
@@ -335,7 +335,8 @@ class TestSourcesThatCannotBeOpened:
         "table:{}/latin.csv": r"1 entry; line 2: .* byte 0xe9 is not UTF-8",
         "imagefolder:{}/empty": "contains no metadata.jsonl",
         "dataset:{}/empty": "cannot be opened as a dataset",
-        "table:{}/nothing.jsonl": r"no usable row in .*: 2 rows read, 1 entry, 1 caption; line 1 \(1\.png\): there",
+        "table:{}/nothing.jsonl": r"no usable row in .*: 2 rows read, skipped: 1 entry, 1 caption; "
+        r"line 1 \(1\.png\): there",
     }
 
     @pytest.mark.parametrize("spec", OPEN)

@@ -410,7 +410,7 @@ def test_bad_rows_are_reported_at_the_end(tmp_path, caplog):
     folder = run("minigpt4_stage1", tmp_path / "out", model_folder("minigpt4"), source, "--max_steps", "7")
     (counts,) = json.loads((folder / "run.json").read_text())["rows"].values()
     assert counts["rows"] >= 14 and counts["unreadable_image"] >= 1
-    assert f"{counts['rows']} rows read, {counts['unreadable_image']} unreadable_image" in caplog.text
+    assert f"{counts['rows']} rows read, skipped: {counts['unreadable_image']} unreadable_image" in caplog.text
     assert "skipped 5 (unreadable_image)" in caplog.text
 
 

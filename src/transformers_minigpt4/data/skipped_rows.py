@@ -115,6 +115,7 @@ class SkippedRows:
         """One line per source, for the end of a run."""
         lines = []
         for name, seen in self.counts().items():
-            bad = ", ".join(f"{seen[kind]} {kind}" for kind in KINDS if seen[kind]) or "none skipped"
+            bad = ", ".join(f"{seen[kind]} {kind}" for kind in KINDS if seen[kind])
+            bad = f"skipped: {bad}" if bad else "none skipped"
             lines.append(f"{name}: {seen['rows']} rows read, {bad}")
         return "\n".join(lines)

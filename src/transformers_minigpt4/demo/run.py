@@ -313,7 +313,9 @@ def _run(
     model, processor = build_model(seed)
     trained = sum(parameter.numel() for parameter in model.model.multi_modal_projector.parameters())
     total = sum(parameter.numel() for parameter in model.parameters())
-    console.print(f"Toy MiniGPT-4: {total:,} parameters, of which the projector's {trained:,} are trained.")
+    console.print(
+        f"Toy MiniGPT-4: {total:,} parameters, of which the projector's {trained:,} are trained.", highlight=False
+    )
 
     shares: dict[str, dict[str, float]] = {}
     answers: dict[str, tuple[list[str], list[bool]]] = {}

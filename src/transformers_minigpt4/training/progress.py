@@ -69,6 +69,7 @@ class TrainingProgress(TrainerCallback):
                 file=sys.stdout,
                 **_width(),
                 miniters=1,
+                smoothing=0,  # the mean of all steps, as off a terminal: one that saves takes far longer
             )
 
     def on_step_end(self, args, state, control, **kwargs):

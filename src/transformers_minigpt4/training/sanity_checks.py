@@ -101,10 +101,10 @@ class SanityCheckCallback(TrainerCallback):
             if loss > math.log(vocabulary) - NEAR:
                 raise TrainingError(
                     f"The first loss is {loss:.3f}, and guessing among {vocabulary:,} words gives "
-                    f"{math.log(vocabulary):.3f}: the language model knows nothing. Its weights are missing or wrong "
-                    "(delta weights not added?), its dtype overflows, or the answers are in words that it never saw. "
-                    "Let it continue a text first; if the model is random, or new to such words, on purpose, set "
-                    "check_first_loss: false."
+                    f"{math.log(vocabulary):.3f}, so the language model is no better than chance. Its weights are "
+                    "missing or wrong (delta weights not added?), its dtype overflows, or the answers are in words "
+                    "that it never saw. `minigpt4 verify` checks its weights; if the model is random, or new to such "
+                    "words, on purpose, set check_first_loss: false (--check-first-loss false)."
                 )
 
     def on_epoch_end(self, args, state, control, **kwargs):
