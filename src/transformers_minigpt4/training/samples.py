@@ -97,7 +97,8 @@ class SampleCallback(TrainerCallback):
         unwrapped = cast(PreTrainedModel, model.get_base_model() if isinstance(model, PeftModel) else model)
         config = copy.deepcopy(unwrapped.generation_config)
         config.update(do_sample=False, num_beams=1, num_return_sequences=1, use_cache=True)
-        config.update(temperature=None, top_p=None, top_k=None, max_length=None, max_new_tokens=self.max_new_tokens)
+        # Neutral values: in place of None, `generate` would take the model's own, and warn of them.
+        config.update(temperature=1.0, top_p=1.0, top_k=50, max_length=None, max_new_tokens=self.max_new_tokens)
         known = config.eos_token_id
         ends = known if isinstance(known, list) else [known] if known is not None else []
         training = model.training
