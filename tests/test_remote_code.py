@@ -52,6 +52,15 @@ for task in ("image-to-text", "image-text-to-text"):
     result[task] = pipe(picture, generate_kwargs=dict(greedy))
 chat = [{"role": "user", "content": [{"type": "image", "path": picture}, {"type": "text", "text": "Hello?"}]}]
 result["chat"] = pipe(text=chat, generate_kwargs=dict(greedy), return_full_text=False)[0]["generated_text"]
+# What `transformers serve` does: tables of class names, the class for these, and the processor's `decode`.
+from transformers import AutoModelForMultimodalLM
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES)
+served = AutoModelForMultimodalLM.from_pretrained(folder, **trust)
+result["served"] = [type(served).__name__] + [names.get("minigpt4") for names in (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES)]
+ids = [processor.tokenizer.encode(text, add_special_tokens=False) for text in ("A red circle.###", "A circle ###")]
+result["decoded"] = [processor.decode(row, skip_special_tokens=True).strip() for row in ids]
 again = sys.argv[3]
 model.save_pretrained(again)
 processor.save_pretrained(again)
@@ -91,6 +100,11 @@ def test_same_classes(remote):
         "TokenizersBackend",
         "BlipImageProcessorPil",
     ]
+
+
+def test_what_transformers_serve_needs(remote):
+    assert remote[0]["served"] == ["MiniGPT4ForConditionalGeneration"] * 3
+    assert remote[0]["decoded"] == ["A red circle.", "A circle"]
 
 
 def test_same_tokens(remote, tiny_checkpoint):

@@ -117,7 +117,7 @@ def test_no_modules_import_each_other_in_a_circle():
 
 
 # Extras, which may be missing, and what comes with them.
-EXTRAS = {"gradio", "lmms_eval", "matplotlib", "openai", "pycocoevalcap", "starlette"}
+EXTRAS = {"gradio", "lmms_eval", "matplotlib", "openai", "pycocoevalcap", "starlette", "vllm"}
 ONLY_ON_UNIX = {"fcntl", "grp", "posix", "pwd", "resource", "termios", "tty"}
 
 

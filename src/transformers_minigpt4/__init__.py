@@ -53,10 +53,13 @@ def __dir__() -> list[str]:
 
 # What imports transformers and is imported by `auto`. Such a module is incomplete while it loads transformers.
 _MODULES = (
+    "modeling.checkpoint_checks_minigpt4",
     "modeling.checkpoint_mixin_minigpt4",
     "modeling.configuration_minigpt4",
     "modeling.modeling_minigpt4",
+    "modeling.quantization_minigpt4",
     "modeling.trained_modules_minigpt4",
+    "processing.answers_minigpt4",
     "processing.pipeline_minigpt4",
     "processing.processing_minigpt4",
 )

@@ -1,5 +1,5 @@
 """
-Registers MiniGPT-4 with transformers on import: Auto classes, pipelines, and the tables that serving looks into.
+Registers MiniGPT-4 with transformers on import: Auto classes and pipelines.
 
 The package imports this module as soon as transformers is loaded.
 """
@@ -12,10 +12,6 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoModelForMultimodalLM,
     AutoProcessor,
-)
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
-    MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
 )
 from transformers.pipelines import PIPELINE_REGISTRY
 
@@ -54,11 +50,7 @@ _TASK_NAME_WARNING = _TaskNameWarning()
 
 
 def register() -> None:
-    """
-    Registers MiniGPT-4 in this process, and its code to be saved with every checkpoint. May be called repeatedly.
-
-    This is also the entry point through which vLLM loads the package (`vllm.general_plugins`).
-    """
+    """Registers MiniGPT-4 in this process, and its code to be saved with each checkpoint. May be called repeatedly."""
     AutoConfig.register("minigpt4", MiniGPT4Config, exist_ok=True)
     AutoModel.register(MiniGPT4Config, MiniGPT4Model, exist_ok=True)
     for auto_class in (AutoModelForImageTextToText, AutoModelForMultimodalLM):
@@ -70,10 +62,6 @@ def register() -> None:
     MiniGPT4Model.register_for_auto_class("AutoModel")
     MiniGPT4ForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")
     MiniGPT4Processor.register_for_auto_class()
-
-    # `transformers serve` recognizes an image model by its class name in these tables; without it pipelines warn.
-    for names in (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES):
-        names["minigpt4"] = "MiniGPT4ForConditionalGeneration"
 
     # transformers 5 reads "image-to-text" as this task, whose pipeline refuses a call without text. Ours takes one,
     # and gives every other model the stock pipeline.

@@ -10,7 +10,11 @@ from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, Blip2QFormerConfig, PreTrainedConfig
 from transformers.activations import ACT2FN
 from transformers.configuration_utils import SubConfigSpec
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+)
 
 from .config_checks_minigpt4 import CONFIG_ERRORS, check_sizes, config_file, reason, sizes_of, value_of
 
@@ -20,6 +24,7 @@ AUTO_MAP = {
     "AutoConfig": "configuration_minigpt4.MiniGPT4Config",
     "AutoModel": "modeling_minigpt4.MiniGPT4Model",
     "AutoModelForImageTextToText": "modeling_minigpt4.MiniGPT4ForConditionalGeneration",
+    "AutoModelForMultimodalLM": "modeling_minigpt4.MiniGPT4ForConditionalGeneration",
     "AutoProcessor": "processing_minigpt4.MiniGPT4Processor",
 }
 CUSTOM_PIPELINES = {
@@ -30,6 +35,11 @@ CUSTOM_PIPELINES = {
     }
     for task in ("image-to-text", "image-text-to-text")
 }
+
+# `transformers serve` chooses the Auto class, and recognizes an image model, by these tables of class names; without
+# them pipelines warn. Here, in the file that is loaded first, so that a checkpoint's own code is enough for it.
+for _names in (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES):
+    _names.setdefault("minigpt4", "MiniGPT4ForConditionalGeneration")
 
 # Keys of configs saved by early versions, with today's names.
 OLD_KEYS = {
@@ -199,7 +209,7 @@ class MiniGPT4Config(PreTrainedConfig):
         for old, new in OLD_KEYS.items():
             if old in kwargs:
                 raise ValueError(f"{old} is called {new} now. Rename the argument.")
-        kwargs.setdefault("auto_map", dict(AUTO_MAP))
+        kwargs["auto_map"] = {**AUTO_MAP, **(kwargs.get("auto_map") or {})}
         if not __name__.startswith("transformers_modules"):
             # Only for the remote code: `pipeline()` would ask for `trust_remote_code` although the package is here.
             kwargs.pop("custom_pipelines", None)

@@ -277,6 +277,22 @@ class MiniGPT4Processor(ProcessorMixin):
         last = next((id_ for id_, learns in zip(reversed(ids), reversed(learned)) if learns), None)
         return last if last in self.tokenizer.get_added_vocab().values() else None
 
+    def decode(self, token_ids: Any, skip_special_tokens: bool = False, **kwargs: Any) -> str | list[str]:
+        """
+        See [`~ProcessorMixin.decode`]; with `skip_special_tokens=True`, a stop string at the end is left out too.
+
+        Servers such as `transformers serve` make their answers with this method, and know no stop strings.
+        """
+        found = self.tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens, **kwargs)
+        if not skip_special_tokens:
+            return found  # type: ignore[no-any-return]
+        return self._without_end(found) if isinstance(found, str) else [self._without_end(text) for text in found]
+
+    def _without_end(self, text: str) -> str:
+        for stop in self.stop_strings:
+            text = text.removesuffix(stop)
+        return text
+
     def post_process_image_text_to_text(
         self, generated_outputs: Any, skip_special_tokens: bool = True, **kwargs: Any
     ) -> list[str]:
@@ -306,7 +322,8 @@ class MiniGPT4Processor(ProcessorMixin):
         Sampling with top-p 0.9, temperature 1.0, repetition penalty 1.05, 1 to 300 new tokens; top-k 50, which the
         transformers of 2023 applied by default. Answers end at the end-of-sequence token, at the token with which the
         chat template ends them, and at every tokenization of `stop_strings`: those of one token are among
-        `eos_token_id`, longer ones in `stop_sequences`.
+        `eos_token_id`, longer ones in `stop_sequences`. `stop` has the strings themselves, for servers that look for
+        texts; transformers' own `stop_strings` would make `generate` ask for the tokenizer.
 
         Args:
             kwargs: Values that replace these defaults.
@@ -319,6 +336,7 @@ class MiniGPT4Processor(ProcessorMixin):
             "pad_token_id": self.tokenizer.pad_token_id,
             "eos_token_id": [id_ for id_ in dict.fromkeys(ends) if id_ is not None],
             "stop_sequences": [ids for ids in stops if len(ids) > 1],
+            "stop": list(self.stop_strings),
         }
         return GenerationConfig(**{**settings, **kwargs})
 

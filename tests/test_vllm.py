@@ -1,0 +1,143 @@
+"""
+vLLM answers with the same ids as `generate`, loads without `trust_remote_code`, and ends answers where ours end.
+
+Runs where MINIGPT4_VLLM_PYTHON names the Python of an environment that has vLLM and this package, see `.ci/run`.
+"""
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from golden_model import GOLDEN
+from tiny_models import SIZE, drawn_image
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+    Blip2QFormerConfig,
+    Blip2VisionConfig,
+    BlipImageProcessorPil,
+    LlamaConfig,
+    Qwen3Config,
+    SiglipVisionConfig,
+)
+
+from transformers_minigpt4 import MiniGPT4Config, MiniGPT4ForConditionalGeneration, MiniGPT4Processor
+
+
+PYTHON = os.environ.get("MINIGPT4_VLLM_PYTHON")
+pytestmark = pytest.mark.skipif(not PYTHON, reason="MINIGPT4_VLLM_PYTHON names no Python that has vLLM")
+IMAGES_OF_PROMPTS = (0, 1, 2, 1, 1, 3, 0, 2)
+
+
+WIDTHS = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2}
+TOWER = {**WIDTHS, "image_size": 56, "patch_size": 14}
+TEXT = {**WIDTHS, "vocab_size": 1201, "initializer_range": 0.3, "max_position_embeddings": 2048}  # heads of 32 or more
+
+
+def authors_parts() -> MiniGPT4Config:
+    """The parts of the authors' model: EVA's tower, a Q-Former, and LLaMA."""
+    return MiniGPT4Config(
+        vision_config=Blip2VisionConfig(**TOWER),
+        qformer_config=Blip2QFormerConfig(**WIDTHS, encoder_hidden_size=64),
+        num_query_tokens=8,
+        text_config=LlamaConfig(**TEXT),
+        image_token_id=1200,
+    )
+
+
+def other_parts() -> MiniGPT4Config:
+    """SigLIP's tower, no Q-Former, and Qwen3."""
+    return MiniGPT4Config(
+        # With its pooling head, which the model does not use, vLLM fails on a CPU.
+        vision_config=SiglipVisionConfig(**TOWER, vision_use_head=False),
+        qformer_config=None,
+        text_config=Qwen3Config(**TEXT, num_key_value_heads=1, head_dim=64),
+        image_token_id=1200,
+    )
+
+
+def save(folder: Path, config: MiniGPT4Config) -> None:
+    torch.manual_seed(0)
+    model = MiniGPT4ForConditionalGeneration(config)
+    model.lm_head.weight.data[1200] = 0
+    processor = MiniGPT4Processor(
+        BlipImageProcessorPil(size=SIZE),
+        AutoTokenizer.from_pretrained(GOLDEN / "tokenizer"),
+        image_seq_length=config.image_seq_length,
+    )
+    model.generation_config = processor.get_generation_config()
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+
+
+def our_answers(folder: Path, rows: list[dict], pictures: dict) -> list[dict]:
+    processor = AutoProcessor.from_pretrained(folder)
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
+    found = []
+    for row in rows:
+        images = [pictures[path] for path in row["images"]] or None
+        inputs = processor(images=images, text=row["prompt"], return_tensors="pt")
+        options = {"do_sample": False, "repetition_penalty": 1.0, "min_new_tokens": 24, "max_new_tokens": 24}
+        ids = model.generate(**inputs, **options, stop_sequences=[], eos_token_id=-1)[0].tolist()
+        length = inputs["input_ids"].shape[1]
+        found.append({"prompt_ids": ids[:length], "ids": ids[length:]})
+    return found
+
+
+@pytest.fixture(scope="module", params=[authors_parts, other_parts])
+def answers(request, tmp_path_factory):
+    """(vLLM's answers, ours, the stop string of two tokens, the token that ends an answer)"""
+    folder = tmp_path_factory.mktemp("vllm")
+    checkpoint = folder / "checkpoint"
+    save(checkpoint, request.param())
+    pictures = {str(folder / f"{number}.png"): drawn_image(number) for number in range(4)}
+    for path, picture in pictures.items():
+        picture.save(path)
+    rows = [
+        {
+            "prompt": f"<s>###Human: {'<Img><ImageHere></Img> ' * count}What is this, {number}? ###Assistant: ",
+            "images": list(pictures)[:count] if number % 2 else list(pictures)[::-1][:count],
+        }
+        for number, count in enumerate(IMAGES_OF_PROMPTS)
+    ]
+    ours = our_answers(checkpoint, rows, pictures)
+    # Random models never say ###. Two tokens in the middle of an answer take its place, and one of another answer.
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    stop, end = tokenizer.decode(ours[1]["ids"][8:10]).strip(), ours[2]["ids"][10]
+    settings = json.loads((checkpoint / "generation_config.json").read_text())
+    (checkpoint / "generation_config.json").write_text(json.dumps({**settings, "stop": [stop], "eos_token_id": [end]}))
+    (folder / "rows.json").write_text(json.dumps(rows))
+    environment = {**os.environ, "PYTHONPATH": "", "HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
+    script = Path(__file__).with_name("vllm_answers.py")
+    done = subprocess.run(
+        [PYTHON, script, checkpoint, folder / "rows.json", folder / "answers.json"],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=folder,
+    )
+    assert done.returncode == 0, (done.stdout + done.stderr)[-5000:]
+    return json.loads((folder / "answers.json").read_text()), ours, stop, end
+
+
+def test_same_ids_for_text_one_image_two_images_and_a_batch(answers):
+    theirs, ours, *_ = answers
+    for found, expected in zip(theirs["free"], [*ours[:3], *ours], strict=True):
+        assert found["prompt_ids"] == expected["prompt_ids"]
+        assert found["ids"] == expected["ids"]
+    assert len({tuple(row["ids"]) for row in ours}) > 4  # the images and prompts make a difference
+
+
+def test_answers_end_at_both_forms_of_the_end_mark(answers):
+    theirs, _, stop, end = answers
+    ended = theirs["ended"]
+    assert stop not in ended[1]["text"] and len(ended[1]["ids"]) <= 10
+    assert ended[2]["ids"][-1] == end and len(ended[2]["ids"]) <= 11
+    for found in ended:
+        assert stop not in found["text"]
+        assert end not in found["ids"][:-1]
