@@ -55,6 +55,13 @@ def test_missing_shard(blip2_shards, tmp_path):
     refuse(tmp_path, OSError, f"blip2 lacks 1 of the shards.*{shard}", **transformers_blip2(folder))
 
 
+def test_damaged_index(blip2_shards, tmp_path):
+    folder = shutil.copytree(blip2_shards, tmp_path / "blip2")
+    index = folder / "model.safetensors.index.json"
+    index.write_text(index.read_text().replace('"model-0000', '3, "model-0000', 1).replace(': 3, "', ': 3, "x": "', 1))
+    refuse(tmp_path, OSError, "model.safetensors.index.json is damaged", **transformers_blip2(folder))
+
+
 def test_truncated_shard(blip2_shards, tmp_path):
     folder = shutil.copytree(blip2_shards, tmp_path / "blip2")
     shard = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]["query_tokens"]

@@ -156,7 +156,8 @@ def open_weights(
 def _open_shards(source: str, index: Path, revision: str | None, wanted: Callable[[str], bool]) -> Weights:
     label = describe_source(source)
     try:
-        weight_map: dict[str, str] = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+        found = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+        weight_map: dict[str, str] = {key: os.fspath(shard) for key, shard in found.items()}
     except (ValueError, KeyError, TypeError) as error:
         raise OSError(f"{label}: {index.name} is damaged ({error!r}). Download it again.") from error
     needed = [key for key in weight_map if wanted(key)]
