@@ -142,11 +142,10 @@ class _Run:
             return
         self.remaining, still = captions.remaining(sources)
         if still:
-            typer.echo(f"{still} images failed before and still cannot be read, see {captions.failures}", err=True)
-        if not self.remaining:
-            typer.echo(
-                f"all {'other ' if still else ''}{len(sources) - still} images are{self.where} already", err=True
-            )
+            images = "1 image" if still == 1 else f"{still} images"
+            typer.echo(f"{images} failed before and still cannot be read, see {captions.failures}", err=True)
+        if not self.remaining and len(sources) > still:
+            typer.echo(f"all {'others' if still else f'{len(sources)} images'} are{self.where} already", err=True)
 
     def show(self, text: str) -> None:
         """Writes a piece of an answer to stdout."""
