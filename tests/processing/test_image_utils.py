@@ -166,9 +166,13 @@ class TestGoodPictures:
         monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *a, **_: started.append(a) or photo())
         photo().save(tmp_path / "a.eps", "EPS")
         (tmp_path / name).write_bytes((tmp_path / "a.eps").read_bytes())
-        assert "not an image in a format that is read here, JPEG, PNG" in error_of(tmp_path / name)
+        assert "not an image in one of the formats JPEG, PNG" in error_of(tmp_path / name)
         assert "not an image" in error_of((tmp_path / name).read_bytes())
         assert not started
+
+    def test_unprintable_name(self, tmp_path):
+        message = error_of(tmp_path / "a\u2028\n\udc80.png")
+        assert r"/a\u2028\n\udc80.png': there is no such file" in message
 
     def test_every_image_is_opened_with_the_list_of_formats(self):
         """`Image.open` without `formats` reads whatever a plugin recognizes."""

@@ -69,7 +69,7 @@ def test_postscript_starts_no_program(pipe, pictures, tmp_path, monkeypatch):
         lambda: pipe(images=[path], text="<ImageHere> a"),
         lambda: pipe([{"role": "user", "content": content}]),
     ):
-        with pytest.raises(ValueError, match="not an image in a format that is read here"):
+        with pytest.raises(ValueError, match="not an image in one of the formats JPEG"):
             ask()
 
 

@@ -161,8 +161,6 @@ def _name_of(source: object) -> str:
     name = os.fsdecode(source)
     if _WEB_URL.match(name):
         name = re.sub(r"//[^/?#]*@", "//", name, count=1)
-    if not name.isprintable():
-        name = ascii(name)[1:-1]
     return repr(name if len(name) <= _MAX_NAME_LENGTH else f"{name[:40]}... ({len(name)} characters)")
 
 
@@ -277,7 +275,7 @@ def _open(file: BinaryIO, name: str, served_as: str = "") -> Image.Image:
         served = f" (served as {served_as})" if served_as and not served_as.startswith("image/") else ""
         raise ImageLoadError(
             name,
-            f"it is not an image in a format that is read here, {', '.join(IMAGE_FORMATS)}{served}",
+            f"it is not an image in one of the formats {', '.join(IMAGE_FORMATS)}{served}",
             "convert it to JPEG, PNG or WebP",
         ) from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
