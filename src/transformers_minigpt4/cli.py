@@ -14,6 +14,7 @@ from transformers_minigpt4.demo.commands import demo, evaluate_demo
 from transformers_minigpt4.evaluation import commands as evaluation
 from transformers_minigpt4.evaluation.human_commands import COMMANDS as JUDGING_COMMANDS
 from transformers_minigpt4.hub.commands import push
+from transformers_minigpt4.inference.chat_commands import chat
 from transformers_minigpt4.inference.commands import describe
 from transformers_minigpt4.training.commands import RecipeCommand, TrainCommand, features, train
 from transformers_minigpt4.training.data_commands import check
@@ -65,7 +66,7 @@ class MainGroup(Group):
     """The subcommands by what they are for."""
 
     panels = {
-        "Use": ("demo", "describe", "convert", "verify", "env"),
+        "Use": ("demo", "describe", "chat", "convert", "verify", "env"),
         "Train": ("train", "features", "merge"),
         "Data": ("data", "curate"),
         "Evaluate": ("evaluate",),
@@ -118,7 +119,7 @@ def _add_group(
     return group
 
 
-for command in (demo, describe, convert, verify, env, merge, push):
+for command in (demo, describe, chat, convert, verify, env, merge, push):
     app.command(cls=Command)(command)
 app.command(cls=TrainCommand)(train)
 app.command(cls=RecipeCommand)(features)

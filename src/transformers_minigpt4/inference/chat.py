@@ -175,6 +175,11 @@ class Chat:
         """Ends the answer that is being generated in another thread; what has been said is kept."""
         self._stop.set()
 
+    def prepare(self) -> None:
+        """Reads what the next turn will repeat; `read_ahead` does so at the end of each answer."""
+        with self._answering():
+            self._prepare()
+
     def undo(self) -> Turn:
         """
         Takes back the last question and its answer, and returns them.
@@ -246,10 +251,14 @@ class Chat:
                 self.turns = [*turns[:-1], replace(turns[-1], answer="".join(said).strip())]
             raise
         self.turns = [*turns[:-1], replace(turns[-1], answer=answer)]
-        if self.read_ahead and len(self._prefix):
+        if self.read_ahead:
+            self._prepare()
+        return answer
+
+    def _prepare(self) -> None:
+        if self.turns and len(self._prefix):
             # What follows must be a question: some templates write the last answer otherwise than earlier ones.
             self._generate([*self.turns, Turn("?")], max_new_tokens=1, min_new_tokens=0, do_sample=False)
-        return answer
 
     def _generate(
         self, turns: Sequence[Turn], streamer: CaptionStreamer | None = None, **settings: object

@@ -34,7 +34,7 @@ def demo_checkpoint() -> str:
     checkpoint = kept_checkpoint()
     if not (checkpoint / "config.json").is_file():
         raise ValueError(
-            f"there is no model in {str(checkpoint)!r}; run `minigpt4 demo` to create one, or name one with --model"
+            f"there is no model in {str(checkpoint)!r}; run `minigpt4 demo` to create one, or name a checkpoint"
         )
     return str(checkpoint)
 

@@ -61,6 +61,19 @@ def stoppable(message: Message) -> Iterator[None]:
         _State.messages = outer
 
 
+@contextlib.contextmanager
+def raising_interrupts() -> Iterator[None]:
+    """A block in which every Ctrl-C raises `KeyboardInterrupt`, the second one too: Ctrl-C does not end it."""
+    if signal.getsignal(signal.SIGINT) is not _on_interrupt:
+        yield
+        return
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, _on_interrupt)
+
+
 def text_of(message: Message) -> str:
     """The text of a message."""
     return message if isinstance(message, str) else message()
