@@ -98,6 +98,8 @@ def test_merging_is_bit_exact(folders, tmp_path):
     AutoModelForImageTextToText.from_pretrained(folders[1]).save_pretrained(merged)
     assert (merged / "model.safetensors").read_bytes() == (folders[0] / "model.safetensors").read_bytes()
     a, b = (json.loads((folder / "config.json").read_text()) for folder in (merged, folders[0]))
+    assert a.pop("trained_parameters") == [PROJECTOR + "bias", PROJECTOR + "weight"]  # the record for stage 2
+    assert b.pop("trained_parameters") is None  # nobody has recorded it
     assert a == b
 
 
