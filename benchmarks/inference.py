@@ -15,10 +15,12 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
+from statistics import median
 
 import torch
 import transformers
 from peers import (
+    IMAGE_TOKEN_ID,
     MODELS,
     OURS,
     PEERS,
@@ -34,6 +36,7 @@ from peers import (
     language_decoder,
     share_weights,
 )
+from PIL import Image
 from report import (
     compare,
     comparison_table,
@@ -48,6 +51,8 @@ from report import (
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel, StoppingCriteria
+
+from transformers_minigpt4.inference.prefix_cache import PrefixCache
 
 
 BATCH_SIZES = (1, 8)
@@ -232,6 +237,50 @@ def measure_times(
     return times, probe_times
 
 
+@torch.inference_mode()
+def measure_second_turn(model: PreTrainedModel, size: Size, repeats: int, device: str) -> dict[str, list[float]]:
+    """
+    Seconds to the first token of a second turn: with the keys and values of the first, and reading all anew.
+
+    The second turn has no image. Its prompt goes on where the answer ended, as a chat template would write it; what a
+    template writes otherwise is read by `Chat.prepare` between the turns.
+    """
+    inputs = build_inputs(model, 1)
+    image = Image.new("RGB", (1, 1))  # stands for the pixels in `inputs`
+    settings = {"do_sample": False, "max_new_tokens": size.decode_tokens, "return_dict_in_generate": True}
+    question = torch.randint(3, IMAGE_TOKEN_ID, (1, TEXT_TOKENS // 2), generator=torch.Generator().manual_seed(0))
+    times: dict[str, list[float]] = {"kept": [], "anew": []}
+    first_ids: dict[str, list[int]] = {}
+    for repeat in range(-1, repeats):  # repeat -1 warms up
+        for name in in_turn(tuple(times), repeat):
+            prefix = PrefixCache()
+            output = model.generate(**inputs, **settings)
+            if name == "kept":
+                prefix.keep(output, inputs["input_ids"][0].tolist(), [image])
+            ids = torch.cat([output.sequences, question.to(device)], dim=1)
+            second = {**inputs, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
+            start = now(device)
+            shortened = prefix.shorten(second, [image], IMAGE_TOKEN_ID)
+            answer = model.generate(**shortened, do_sample=False, max_new_tokens=1)
+            elapsed = now(device) - start
+            first_ids[name] = answer[0].tolist()
+            if repeat >= 0:
+                times[name].append(elapsed)
+    if model.dtype == torch.float32 and first_ids["kept"] != first_ids["anew"]:
+        raise RuntimeError("The second turn gives another token with the keys and values of the first.")
+    return times
+
+
+def second_turn_line(times: dict[str, list[float]]) -> str:
+    """The medians in words."""
+    kept, anew = (median(times[name]) for name in ("kept", "anew"))
+    ratio = median(one / other for one, other in zip(times["kept"], times["anew"]))
+    return (
+        f"Second turn, time to first token, batch 1: {kept * 1000:.1f} ms with the first turn kept, "
+        f"{anew * 1000:.1f} ms reading all anew, ratio {ratio:.2f}."
+    )
+
+
 def parse_args() -> argparse.Namespace:
     parser = machine_options(__doc__, repeats=9)
     parser.add_argument("--size", choices=SIZES, default="small", help="size of the models (default: small)")
@@ -267,6 +316,7 @@ def main() -> None:
     probes, matmul_flops, probe_bytes = limit_probes(dtype, args.device, args.size == "tiny")
     times, probe_times = measure_times(models, size, probes, args.repeats, args.device)
 
+    second_turn = measure_second_turn(models[OURS], size, args.repeats, args.device)
     limits = measured_limits(probe_times, matmul_flops, probe_bytes)
     shares = limit_shares(times, flops, step_bytes, limits)
     costs = {
@@ -283,6 +333,7 @@ def main() -> None:
     matmul, bandwidth = limits["matmul_flops_per_s"] / 1e9, limits["bytes_per_s"] / 1e9
     print(f"\nMeasured limits: {matmul:.0f} GFLOP/s (matmul), {bandwidth:.1f} GB/s (the best of: {rates}).\n")
     print("\n".join(share_table(shares)))
+    print("\n" + second_turn_line(second_turn))
     if args.json is not None:
         results = {
             "setting": setting,
@@ -290,6 +341,7 @@ def main() -> None:
             "rows": rows,
             "limits": limits,
             "shares": shares,
+            "second_turn": second_turn,
             "flops": flops,
             "step_bytes": step_bytes,
             "costs": costs,

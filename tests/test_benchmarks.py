@@ -26,6 +26,8 @@ def test_inference_benchmark_measures_every_row_of_every_model(tmp_path):
         assert row["median"].keys() == models
         assert min(row["median"].values()) > 0
     assert min(min(by_model.values()) for by_model in results["shares"].values()) > 0
+    assert {len(times) for times in results["second_turn"].values()} == {1}
+    assert "Second turn, time to first token, batch 1: " in run.stdout
     for line in ("| Image encoding, batch 8 (ms) |", "| Decoding, of the memory bandwidth, batch 1 |"):
         assert line in run.stdout
 
