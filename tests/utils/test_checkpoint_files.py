@@ -54,8 +54,9 @@ def test_sound_files_pass(tiny_checkpoint, tmp_path):
     check_checkpoint_files(tiny_checkpoint)
     check_checkpoint_files("someone/on-the-hub")
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 5], "pad_token_id": None}))
-    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"size": {"height": 224, "width": 224}}))
-    check_checkpoint_files(tmp_path)
+    for size in ({"height": 224, "width": 224}, [768, 768], 224, None):
+        (tmp_path / "preprocessor_config.json").write_text(json.dumps({"size": size}))
+        check_checkpoint_files(tmp_path)
 
 
 def test_what_libraries_raise_becomes_one_line(tmp_path):

@@ -91,7 +91,7 @@ def _check_image_size(path: Path, settings: dict[str, object]) -> None:
     for section in (settings, inner if isinstance(inner, dict) else {}):
         for key in ("size", "crop_size"):
             size = section.get(key)
-            sizes = size.values() if isinstance(size, dict) else [size]
+            sizes = size.values() if isinstance(size, dict) else size if isinstance(size, list) else [size]
             if not all(number is None or (type(number) is int and 1 <= number <= _LARGEST_IMAGE) for number in sizes):
                 raise ValueError(f"{path}: {key} is {size!r}; it must be from 1 to {_LARGEST_IMAGE:,} pixels. {AGAIN}")
 
