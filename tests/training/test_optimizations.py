@@ -186,21 +186,21 @@ def test_the_commands(tmp_path):
     done = minigpt4("train", *more)
     assert done.exit_code == 0 and len(curve(tmp_path / "out")) == 2, done.output
     again = minigpt4("train", *more)
-    assert again.exit_code == 1 and "checkpoint-2 of an earlier run" in again.stderr
+    assert again.exit_code == 0 and "complete: " in again.stdout and len(curve(tmp_path / "out")) == 2
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "said", "status"),
     [
-        (["minigpt5_stage9"], "There is no recipe minigpt5_stage9"),
-        (["tiny", "--learning_rat", "1"], "learning_rat"),
-        (["tiny", "--pack_tokens", "9"], "pack_tokens=9 with pack_rows=False"),
-        (["tiny", "--feature_cache", "nowhere"], "nowhere is not a feature cache"),
+        (["minigpt5_stage9"], "There is no recipe minigpt5_stage9", 2),
+        (["tiny", "--learning_rat", "1"], "learning_rat", 2),
+        (["tiny", "--pack_tokens", "9"], "pack_tokens=9 with pack_rows=False", 2),
+        (["tiny", "--feature_cache", "nowhere"], "nowhere is not a feature cache", 1),
     ],
 )
-def test_a_bad_command_line_is_one_line(words, said, tmp_path):
+def test_a_bad_command_line_is_one_line(words, said, status, tmp_path):
     done = minigpt4("train", *words, "--output_dir", str(tmp_path))
-    assert done.exit_code == 1 and said in done.stderr
+    assert done.exit_code == status and said in done.stderr
     assert done.stderr.startswith("minigpt4: ") and done.stderr.strip().count("\n") == 0
 
 
