@@ -17,7 +17,7 @@ from transformers_minigpt4.utils.command_line import Command
 COMMANDS = all_commands()
 LEAVES = {path: command for path, command in COMMANDS.items() if isinstance(command, Command)}
 # What differs from command to command: what is written, and what is counted.
-OWN_MEANING = {"--images", "--limit", "--output"}
+OWN_MEANING = {"--model", "--images", "--limit", "--output"}
 HEAVY = {
     *("torch", "transformers", "trl", "peft", "datasets", "accelerate", "huggingface_hub", "numpy", "PIL"),
     *("gradio", "matplotlib", "pydantic", "rich", "yaml"),
@@ -72,7 +72,7 @@ def test_metavars_are_capitals_and_defaults_are_shown(path):
     for parameter in LEAVES[path].params:
         assert parameter.help, parameter.name
         if isinstance(parameter, TyperArgument) or not parameter.is_flag:
-            assert re.fullmatch(r"[A-Z_,.\[\]]+|\[[\w|]+\]", parameter.metavar), parameter.metavar
+            assert re.fullmatch(r"[A-Z_,.\[\]]+|\[[\w|-]+\]", parameter.metavar), parameter.metavar
         if parameter.default not in (None, False) and not isinstance(parameter, TyperArgument):
             assert f"[default: {parameter.default}" in text, parameter.name
 
