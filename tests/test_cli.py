@@ -155,7 +155,7 @@ class TestErrors:
 
     def test_demo_has_not_run(self, folder):
         message = self.one_line("describe", folder)
-        assert "run `minigpt4 demo`" in message and "--model" in message
+        assert "run `minigpt4 demo`" in message and "or name a checkpoint" in message
 
     def test_missing_model_folder(self, folder):
         assert "there is no model folder './gone'" in self.one_line("describe", folder, "--model", "./gone")

@@ -151,6 +151,7 @@ def test_other_models_keep_the_stock_pipeline_and_its_warning(pictures, caplog):
     logger = logging.getLogger("transformers.pipelines")
     logger.warning_once.__func__.cache_clear()  # it may have warned before
     logger.addHandler(caplog.handler)  # transformers' own loggers need not propagate
+    caplog.set_level(logging.WARNING, logger=logger.name)  # commands that ran before may have silenced it
     try:
         pipe = pipeline("image-to-text", model=LlavaForConditionalGeneration(config), processor=processor)
     finally:
