@@ -113,7 +113,6 @@ def test_requests_keep_their_pace():
     ):
         list(model.complete_many((n, ask(str(n))) for n in range(8)))
         assert endpoint.times[-1] - endpoint.times[0] > 7 * 0.05 * 0.9
-        assert min(b - a for a, b in zip(endpoint.times, endpoint.times[1:])) > 0.02
 
 
 @pytest.mark.parametrize("form", ["seconds", "date"])
