@@ -24,8 +24,7 @@ KINDS = {
 }
 _COLUMNS = ("rows", "shards", *KINDS)
 _SLOTS = 64  # data workers that count separately, so that no two write to the same place
-_LOGGED = 10  # of one kind, source and process; the others are only counted
-_EXAMPLES = 5
+_EXAMPLES = 10  # of one kind, source and process, each logged once; the others are only counted
 # Below these numbers an error rate says nothing yet.
 MIN_ROWS, MIN_SHARDS = 200, 10
 
@@ -82,13 +81,13 @@ class SkippedRows:
         )
         name = self.sources[source]
         examples = self.examples.setdefault((name, kind), [])
-        if len(examples) < _EXAMPLES:
+        # A row is skipped again in each epoch, and named once.
+        if len(examples) < _EXAMPLES and (key, reason) not in examples:
             examples.append((key, reason))
-        seen = self.counts()[name]
-        if self.log and seen[kind] <= _LOGGED:
-            more = "; further ones of this kind are only counted" if seen[kind] == _LOGGED else ""
-            logger.warning("%s: skipped %s (%s): %s%s", name, key, kind, reason, more)
-        self._stop_if_too_many(name, seen, key, reason)
+            if self.log:
+                more = "; further ones of this kind are only counted" if len(examples) == _EXAMPLES else ""
+                logger.warning("%s: skipped %s (%s): %s%s", name, key, kind, reason, more)
+        self._stop_if_too_many(name, self.counts()[name], key, reason)
 
     def _stop_if_too_many(self, name: str, seen: dict[str, int], key: str, reason: str) -> None:
         if self.max_error_rate is None:
