@@ -75,8 +75,10 @@ LAYERS = (
     ("auto",),
     ("data", "llm", "web"),
     ("inference", "conversion"),
-    ("hub",),
+    ("hub", "serving"),
+    ("bulk",),
     ("training", "curation"),
+    ("instruct",),
     ("evaluation",),
     ("demo",),
     ("cli",),
@@ -117,7 +119,7 @@ def test_no_modules_import_each_other_in_a_circle():
 
 
 # Extras, which may be missing, and what comes with them.
-EXTRAS = {"gradio", "lmms_eval", "matplotlib", "openai", "pycocoevalcap", "starlette", "vllm"}
+EXTRAS = {"gradio", "lmms_eval", "matplotlib", "openai", "pycocoevalcap", "ray", "spacy", "starlette", "vllm"}
 ONLY_ON_UNIX = {"fcntl", "grp", "posix", "pwd", "resource", "termios", "tty"}
 
 

@@ -1,0 +1,1 @@
+"""Captions for many images: where they come from, where the captions go, and runs over many processes and machines."""

@@ -1,0 +1,1 @@
+"""How instruction data are made from captions and boxes: generated, checked, reviewed, built and published."""
