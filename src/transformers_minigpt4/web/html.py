@@ -47,6 +47,10 @@ _KEYS = """
     } else if (keys[key]) { event.preventDefault(); press(keys[key]); }
     else if (key === "z") zoom(document.querySelector(".image img"));
   }, true);
+  // Enter leaves a box of one line before the page's own code has heard of it: what is typed next are keys.
+  document.addEventListener("keypress", (event) => {
+    if (event.key === "Enter" && event.target.matches("input, textarea[rows='1']")) event.target.blur();
+  }, true);
   document.addEventListener("click", (event) => {
     const node = event.target.closest ? event.target : event.target.parentElement;
     const image = node.closest(".image img"), link = node.closest("[data-press]");
@@ -106,16 +110,15 @@ def keep_name(parameter: str) -> str:
     """
     The `js` of the event that takes a person's name.
 
-    It puts the name into the page's address, so that a reload keeps it, and leaves the text box at once, so that the
-    next letters are keys of the page and not part of the name. The browser remembers the name for [`known_name`].
+    It puts the name into the page's address, so that a reload keeps it. The browser remembers the name for
+    [`known_name`].
 
     Args:
         parameter: Name of the address's query parameter.
     """
     return (
         f'(name) => {{ history.replaceState(null, "", "?{parameter}=" + encodeURIComponent(name)); '
-        f'try {{ localStorage.setItem("{parameter}", name); }} catch {{}} '
-        "if (document.activeElement) document.activeElement.blur(); return [name]; }"
+        f'try {{ localStorage.setItem("{parameter}", name); }} catch {{}} return [name]; }}'
     )
 
 
