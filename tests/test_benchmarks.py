@@ -11,6 +11,7 @@ import pytest
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 
+@pytest.mark.slow
 def test_inference_benchmark_measures_every_row_of_every_model(tmp_path):
     out = tmp_path / "results.json"
     command = [sys.executable, BENCHMARKS / "inference.py", "--size", "tiny", "--threads", "1", "--repeats", "1"]
@@ -64,6 +65,7 @@ def test_benchmark_refuses_to_compare_different_work(monkeypatch):
         peers.check_equal_work(peers.SIZES["tiny"], "cpu")
 
 
+@pytest.mark.slow
 def test_startup_benchmark_measures_every_row():
     command = [sys.executable, BENCHMARKS / "startup.py", "--repeats", "1"]
     run = subprocess.run(command, capture_output=True, text=True)

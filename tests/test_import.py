@@ -42,15 +42,21 @@ def test_importing_the_package_loads_nothing_heavy(code):
     assert run(f"{code}\nimport sys; print([name for name in {HEAVY} if name in sys.modules])") == "[]\n"
 
 
+def slow(*codes: str) -> list:
+    return [pytest.param(code, marks=pytest.mark.slow) for code in codes]
+
+
 FIRST = [
     "import transformers",
-    "import transformers.pipelines",
-    "import trl",
-    "import peft",
-    "import datasets",
-    "from transformers import AutoProcessor",
     "from transformers import LlamaForCausalLM",  # imports the tables of the Auto classes half-way through
-    "from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES",
+    *slow(
+        "import transformers.pipelines",
+        "import trl",
+        "import peft",
+        "import datasets",
+        "from transformers import AutoProcessor",
+        "from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES",
+    ),
 ]
 
 
@@ -67,7 +73,7 @@ def test_registered_where_the_package_comes_second(other):
 OWN = [
     "from transformers_minigpt4 import MiniGPT4Config",
     "from transformers_minigpt4.auto import register; register()",  # as vLLM does
-    *(f"import {name}" for name in transformers_minigpt4._AWAITED if name != "transformers"),
+    *slow(*(f"import {name}" for name in transformers_minigpt4._AWAITED if name != "transformers")),
 ]
 
 

@@ -20,6 +20,7 @@ def training(monkeypatch):
     return training, training_models
 
 
+@pytest.mark.slow
 def test_training_benchmark_measures_every_variant(tmp_path, training, monkeypatch, capsys):
     import torch
 

@@ -5,10 +5,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 
 BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "convert.py"
 
 
+@pytest.mark.slow
 def test_benchmark(tmp_path):
     command = [sys.executable, BENCHMARK, "--size", "tiny", "--folder", tmp_path, "--json", tmp_path / "figures.json"]
     run = subprocess.run(command, capture_output=True, text=True)

@@ -33,6 +33,7 @@ def endpoint(monkeypatch):
     server.server_close()
 
 
+@pytest.mark.slow
 def test_curation_makes_stage_2_better(demo_run, endpoint, tmp_path):
     project, stage1, stage2 = tmp_path / "curation", demo_run / "stage1", tmp_path / "stage2"
     source = "python:transformers_minigpt4.demo.curation_images:images"

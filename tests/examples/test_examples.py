@@ -53,12 +53,14 @@ def test_finetune_own_pairs(run):
     assert "bottom left" in after
 
 
+@pytest.mark.slow
 def test_lora(run, tmp_path):
     *_, answer, _ = run("lora.py")
     assert answer.endswith("The orange circle is large.")  # the demo's checkpoint says "The circle is large."
     assert (tmp_path / "adapter_model.safetensors").is_file() and (tmp_path / "merged/model.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_evaluate_own_task(run, tmp_path):
     first, *_ = run("evaluate_own_task.py")
     name, _, figures = first.partition(": ")

@@ -260,7 +260,7 @@ class TestFaults:
         assert "model.safetensors" in contents(hub) and len(hub.uploads) == 1
 
     @pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
-    @pytest.mark.parametrize("by", [signal.SIGINT, signal.SIGKILL])
+    @pytest.mark.parametrize("by", [signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)])
     def test_stopped_in_the_middle(self, hub, checkpoint, tmp_path, by):
         """Two weight files; the process ends after the first has arrived."""
         save_file({"another": torch.ones(300, 300)}, checkpoint / "another.safetensors")

@@ -221,6 +221,7 @@ def test_custom_attention_function_receives_keyword_arguments(model, mixed):
     torch.testing.assert_close(output, expected)
 
 
+@pytest.mark.slow
 def test_full_graph_compilation_of_decoding(model, processor, pictures):
     inputs = processor(images=pictures[0], text=PROMPTS[0], return_tensors="pt")
     expected = model(**inputs).logits[:, -1]

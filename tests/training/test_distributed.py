@@ -100,6 +100,7 @@ def test_two_processes_are_one(tmp_path):
         assert found[1][name] == pytest.approx(one, abs=1e-5), name
 
 
+@pytest.mark.slow
 def test_a_stream_on_two_processes_resumes(tmp_path):
     """With cached features and packed rows, whose tower neither process loads, and rows held out for evaluation."""
     arguments = [

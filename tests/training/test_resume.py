@@ -38,7 +38,7 @@ def command(folder, *more):
     ]
 
 
-@pytest.mark.parametrize("workers", ["0", "2"])
+@pytest.mark.parametrize("workers", [pytest.param("0", marks=pytest.mark.slow), "2"])
 def test_sigkill_and_resume_give_the_same_bits(base, tmp_path, workers):
     more = ["--dataloader_num_workers", workers]
     if workers == "0":
