@@ -198,6 +198,11 @@ class Chat:
             self.turns = []
             self._prefix.clear()
 
+    @property
+    def cache_bytes(self) -> int:
+        """Memory of the keys and values that are kept for the next turn; a new `Chat` of the same turns has none."""
+        return self._prefix.nbytes
+
     def save(self, path: PathLike) -> None:
         """Writes the conversation to a JSON file with its images in it, in place of an earlier one."""
         turns = [(turn.question, turn.images, turn.answer) for turn in self.turns]

@@ -11,7 +11,7 @@ from transformers.generation.utils import GenerateOutput
 
 # Inputs of models whose positions follow from the ids alone. More than these (image sizes, grids, token types) belong
 # to models that count positions or see images in ways that are not known here; they read every turn anew.
-_PLAIN_INPUTS = {"input_ids", "attention_mask", "pixel_values"}
+PLAIN_INPUTS = {"input_ids", "attention_mask", "pixel_values"}
 
 
 class PrefixCache:
@@ -35,6 +35,12 @@ class PrefixCache:
     def __len__(self) -> int:
         """Positions that are kept."""
         return len(self._ids)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the keys and values that are kept."""
+        tensors = [tensor for layer in self._cache or () for tensor in layer if tensor is not None]
+        return sum(tensor.nbytes for tensor in tensors)
 
     def shorten(
         self, inputs: dict[str, torch.Tensor], images: Sequence[Image.Image], image_token_id: int | None
@@ -97,7 +103,7 @@ def _image_starts(
     inputs: dict[str, torch.Tensor], ids: list[int], count: int, image_token_id: int | None
 ) -> list[int] | None:
     """Where each image begins in `ids`; `None` where that is not known, and so nothing can be left out."""
-    if not inputs.keys() <= _PLAIN_INPUTS or not bool(inputs["attention_mask"].all()):
+    if not inputs.keys() <= PLAIN_INPUTS or not bool(inputs["attention_mask"].all()):
         return None
     positions = [position for position, id_ in enumerate(ids) if id_ == image_token_id]
     if not count:
