@@ -43,6 +43,7 @@ NAMES = [
     ("transformers.models.auto.modeling_auto", "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES"),
     ("transformers.models.auto.modeling_auto", "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES"),
     ("transformers.models.auto.modeling_auto", "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES"),
+    ("bitsandbytes", "supported_torch_devices"),
     ("datasets.info", "DatasetInfosDict"),
     ("datasets.table", "embed_table_storage"),
 ]

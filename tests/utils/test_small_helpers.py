@@ -1,5 +1,6 @@
 """Versions, revisions, headers of safetensors files, and the first line of an error."""
 
+import json
 import platform
 import subprocess
 from importlib import metadata
@@ -9,8 +10,9 @@ import torch
 from huggingface_hub.errors import SafetensorsParsingError
 from safetensors.torch import save_file
 
+from transformers_minigpt4.utils.files import to_json
 from transformers_minigpt4.utils.safetensors_files import TensorSpan, tensor_spans
-from transformers_minigpt4.utils.text import first_line
+from transformers_minigpt4.utils.text import first_line, without_control_characters
 from transformers_minigpt4.utils.versions import git_revision, package_version, package_versions
 
 
@@ -62,3 +64,10 @@ def test_spans_of_an_empty_and_of_a_broken_file(tmp_path):
 def test_first_line():
     assert first_line(ValueError("\n  one.\ntwo")) == "one"
     assert first_line(KeyError()) == "KeyError"
+
+
+def test_a_terminal_obeys_no_text_of_others():
+    hostile = "\x1b]0;title\x07\x1b[2Ja\tb\n\x9b31mred\r\x7f é 狗"
+    assert without_control_characters(hostile) == "]0;title[2Ja\tb\n31mred é 狗"
+    line = to_json({"caption": hostile})
+    assert without_control_characters(line) == line and json.loads(line) == {"caption": hostile}

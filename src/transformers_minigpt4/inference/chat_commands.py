@@ -7,7 +7,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from transformers_minigpt4.utils.command_line import Device, DType, TrustRemoteCode, complain
+from transformers_minigpt4.utils.command_line import (
+    Device,
+    DType,
+    Quantization,
+    TrustRemoteCode,
+    complain,
+    echo,
+)
 from transformers_minigpt4.utils.interrupts import raising_interrupts
 
 
@@ -41,6 +48,7 @@ def chat(
     ] = False,
     dtype: DType = "auto",
     device: Device = None,
+    quantization: Quantization = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """
@@ -69,11 +77,11 @@ def chat(
     parameters = dict(PRESETS["greedy" if greedy else "authors"])
     if max_new_tokens is not None:
         parameters["max_new_tokens"] = max_new_tokens
-    model, processor = load_model_and_processor(checkpoint, dtype, device, trust_remote_code)
+    model, processor = load_model_and_processor(checkpoint, dtype, device, trust_remote_code, quantization)
     session = ChatSession(
         Chat(model, processor, system, parameters, read_ahead=False),
-        show=lambda text: typer.echo(text, nl=False),
-        note=lambda text: typer.echo(text, err=True),
+        show=lambda text: echo(text, nl=False),
+        note=lambda text: echo(text, err=True),
         prepare=interactive,
     )
     session.images = waiting

@@ -11,8 +11,10 @@ from transformers_minigpt4.utils.command_line import (
     BatchSize,
     Device,
     DType,
+    Quantization,
     TrustRemoteCode,
     complain,
+    echo,
     interruptible,
     restart,
     this_command,
@@ -60,6 +62,7 @@ def describe(
     ] = False,
     dtype: DType = "auto",
     device: Device = None,
+    quantization: Quantization = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """
@@ -96,7 +99,7 @@ def describe(
             return
         if knows_drawn_shapes_only(checkpoint):
             complain("this is the demo's model, which knows drawn shapes only; name another one with --model")
-        loaded, processor = load_model_and_processor(checkpoint, dtype, device, trust_remote_code)
+        loaded, processor = load_model_and_processor(checkpoint, dtype, device, trust_remote_code, quantization)
         streamed = len(sources) == 1 and captions is None
         settings: dict[str, Any] = {"max_new_tokens": max_new_tokens} if max_new_tokens is not None else {}
         if streamed:
@@ -150,7 +153,7 @@ class _Run:
     def show(self, text: str) -> None:
         """Writes a piece of an answer to stdout."""
         self.mid_line = True
-        typer.echo(text, nl=False)
+        echo(text, nl=False)
 
     def stopped(self) -> str:
         """What to say at Ctrl-C."""
@@ -166,13 +169,14 @@ class _Run:
         from tqdm.auto import tqdm
 
         from transformers_minigpt4.utils.files import to_json
+        from transformers_minigpt4.utils.text import without_control_characters
 
         # disable=None: no bar where stderr is a file.
         with tqdm(total=len(self.remaining), unit="image", file=sys.stderr, disable=None) as self.bar:
             for record in records:
                 if "error" in record:
                     self.failed += 1
-                    self.bar.write(f"minigpt4: {record['error']}", file=sys.stderr)
+                    self.bar.write(without_control_characters(f"minigpt4: {record['error']}"), file=sys.stderr)
                     self.bar.set_postfix(failed=self.failed)
                 else:
                     self.done += 1

@@ -5,6 +5,7 @@ Light on purpose: typer is all that it imports, so that help is quick.
 """
 
 import contextlib
+import logging as std_logging
 import shlex
 import sys
 import warnings
@@ -18,6 +19,7 @@ from typer.core import TyperArgument, TyperCommand, TyperGroup, TyperOption
 
 from .disk_full import is_disk_full
 from .interrupts import INTERRUPTED, Message, stoppable, text_of
+from .text import without_control_characters
 
 
 EXAMPLES = "\nExamples:\n"  # heading in a command's docstring; what follows is printed verbatim at the end of its help
@@ -57,6 +59,12 @@ PromptFormat: TypeAlias = Annotated[
     Literal["stage1", "stage2", "stage2_llama2", "messages"],
     typer.Option("--prompt-format", help="Format of the training rows."),
 ]
+Quantization: TypeAlias = Annotated[
+    Literal["bnb-4bit", "bnb-8bit"] | None,
+    typer.Option(
+        "--quantization", help="Quantize while loading, with bitsandbytes: a quarter or half of the memory of 16 bits."
+    ),
+]
 Seed: TypeAlias = Annotated[
     int, typer.Option("--seed", min=0, metavar="NUMBER", help="Seed for everything that is drawn at random.")
 ]
@@ -65,9 +73,23 @@ TrustRemoteCode: TypeAlias = Annotated[
 ]
 
 
+def echo(text: str = "", nl: bool = True, err: bool = False) -> None:
+    """
+    Writes text that others wrote, such as a model, to stdout.
+
+    Control characters are left out, so that no text can move the cursor or change a terminal's title.
+
+    Args:
+        text (`str`): What to write.
+        nl (`bool`, *optional*, defaults to `True`): Whether to end the line.
+        err (`bool`, *optional*, defaults to `False`): Write to stderr instead.
+    """
+    typer.echo(without_control_characters(text), nl=nl, err=err)
+
+
 def complain(message: str) -> None:
     """Writes one line to stderr, with the name of the program in front."""
-    typer.echo(f"minigpt4: {message}", err=True)
+    echo(f"minigpt4: {message}", err=True)
 
 
 @contextlib.contextmanager
@@ -331,6 +353,8 @@ def quieten_libraries(debug: bool) -> None:
 
     warnings.simplefilter("ignore")
     logging.set_verbosity_error()
+    # One line for each matrix product in 8 bits.
+    std_logging.getLogger("bitsandbytes").setLevel(std_logging.ERROR)
     logging.disable_progress_bar()
     # That silenced downloads too, and ten gigabytes without a sign of life look like a hang.
     enable_progress_bars()

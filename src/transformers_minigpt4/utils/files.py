@@ -15,6 +15,7 @@ from typing import Any, BinaryIO, TypeAlias
 from filelock import FileLock, Timeout
 
 from .disk_full import naming_path
+from .text import without_control_characters
 
 
 PathLike: TypeAlias = "str | os.PathLike[str]"
@@ -258,9 +259,9 @@ class JsonLinesWriter:
 
 
 def to_json(record: Mapping[str, object]) -> str:
-    """One line of JSON: readable UTF-8, or ASCII escapes where a file name is not valid Unicode."""
+    """One line of JSON: readable UTF-8, or ASCII escapes for invalid Unicode and for what a terminal would obey."""
     text = json.dumps(record, ensure_ascii=False)
-    return text if _is_unicode(text) else json.dumps(record)
+    return text if _is_unicode(text) and without_control_characters(text) == text else json.dumps(record)
 
 
 def _is_unicode(text: str) -> bool:

@@ -2,6 +2,8 @@
 
 # Spreadsheets take a cell that begins like this for a formula. With a leading apostrophe they show it as text.
 _FORMULA = ("=", "+", "-", "@", "\t", "\r", "'")
+# C0 and C1 without tab and line feed. A terminal obeys what follows an escape or U+009B.
+_CONTROL = dict.fromkeys({*range(0x20), *range(0x7F, 0xA0)} - {ord("\t"), ord("\n")})
 
 
 def first_line(error: BaseException | str) -> str:
@@ -13,6 +15,11 @@ def first_line(error: BaseException | str) -> str:
 def without_surrogates(text: str) -> str:
     """The text with `?` for halves of surrogate pairs, which JSON can hold and UTF-8, and so files, cannot."""
     return text.encode("utf-8", "replace").decode()
+
+
+def without_control_characters(text: str) -> str:
+    """The text without control characters, except tabs and line feeds; for terminals, which would obey them."""
+    return text.translate(_CONTROL)
 
 
 def spreadsheet_cell(text: str) -> str:
