@@ -72,6 +72,28 @@ def test_failures_are_asked_again_and_answers_cut_off_are_not(tmp_path):
         assert len(endpoint.requests) == 2
 
 
+def test_the_white_space_of_an_answer_is_kept_for_those_who_need_it(tmp_path):
+    with ScriptedEndpoint([" 8 9\n"]) as endpoint:
+        settings = ChatSettings("m", base_url=endpoint.base_url)
+        for _ in range(2):
+            with open_chat_model(settings, tmp_path / "answers") as model:
+                answer = model.complete(ask("?"))
+                assert (answer.text, answer.received) == ("8 9", " 8 9\n")
+        assert answer.cached
+
+
+def test_another_temperature_is_another_question(tmp_path):
+    with (
+        ScriptedEndpoint(["cold", "warm"]) as endpoint,
+        open_chat_model(ChatSettings("m", base_url=endpoint.base_url), tmp_path / "answers") as model,
+    ):
+        assert model.complete(ask("?")).text == "cold"
+        with model.at_temperature(0.2):
+            assert model.complete(ask("?")).text == "warm"
+        assert model.complete(ask("?")).text == "cold"
+        assert [request["temperature"] for request in endpoint.requests] == [0, 0.2]
+
+
 def test_two_processes_share_one_file(tmp_path):
     command = [sys.executable, "-c", WRITER, str(tmp_path / "answers")]
     with contextlib.ExitStack() as stack:

@@ -57,6 +57,12 @@ def test_the_budget_is_never_passed_and_smaller_batches_use_it_up(chat_model):
         assert done == list(range(len(done)))
 
 
+def test_an_answer_that_is_begun_is_continued(chat_model):
+    with open_chat_model(ChatSettings(chat_model, max_tokens=60)) as model:
+        begun = [*ask("What shape is it?"), {"role": "assistant", "content": "The shape is"}]
+        assert model.complete(begun).text == "a cross."
+
+
 def test_a_prompt_that_the_model_cannot_read(chat_model):
     with open_chat_model(ChatSettings(chat_model, max_tokens=5)) as model:
         results = dict(model.complete_many([("long", ask("red " * 2000)), ("short", ask("What shape is it?"))]))

@@ -1,5 +1,6 @@
 """Asks a judge: answers in a strict format, one retry for an unreadable answer, candidates in both orders."""
 
+import json
 import re
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass
@@ -15,7 +16,8 @@ K = TypeVar("K", bound=Hashable)
 T = TypeVar("T")
 
 # Failures of one question and its answer. All others are the endpoint's, and say nothing about the judged text.
-_OF_THE_ANSWER = frozenset({"cut_off", "empty", "filtered", "refused"})
+_NO_ANSWER = frozenset({"filtered", "refused"})
+_OF_THE_ANSWER = frozenset({"cut_off", "empty"}) | _NO_ANSWER
 _GIVE_UP_AFTER = 20  # consecutive failures of the endpoint, each after all retries
 _MARKS = " \t\r\n\"'`*_.!"
 
@@ -39,11 +41,26 @@ class ResponseFormat(Generic[T]):
 
 
 @dataclass(frozen=True)
+class Reply:
+    """
+    What a chat model answered to one question.
+
+    `text` is without white space at its ends, `received` with it; both are empty if the endpoint gave no answer, for
+    the reason `failure`: `"filtered"` or `"refused"`, see [`~transformers_minigpt4.llm.types.KINDS`].
+    """
+
+    text: str
+    received: str
+    failure: str | None = None
+
+
+@dataclass(frozen=True)
 class Verdict(Generic[T]):
-    """What a judge answered to one question: `value` is `None` if it was unreadable twice; `text` is as received."""
+    """What a judge answered: `value` is `None` if it was unreadable twice; `first` is the reply before a reminder."""
 
     value: T | None
     text: str
+    first: Reply
 
 
 def parse_yes_no(text: str) -> bool | None:
@@ -85,8 +102,40 @@ def need_judge(judge: ChatModel | None, task: str) -> ChatModel:
     return judge
 
 
+def ask_all(
+    judge: ChatModel, conversations: Iterable[tuple[K, list[Message]]], progress: str = "asking"
+) -> dict[K, Reply]:
+    """
+    Ask a chat model many questions, each once.
+
+    Args:
+        judge: A chat model; with a cache, questions of an earlier run cost nothing.
+        conversations: Key and messages. Keys must differ.
+        progress: Label of the progress bar.
+
+    Returns:
+        One reply per key; an empty or cut-off answer is one, too.
+
+    Raises:
+        JudgeStopped: if the endpoint failed, after its retries, on at least one question. All others have been asked
+            by then, unless the failure concerns all (a wrong key, a spent budget) or many failures in a row showed
+            that the endpoint is gone.
+    """
+    replies: dict[K, Reply] = {}
+    for key, answer in _answers(judge, dict(conversations), progress):
+        # The beginning of a cut-off answer may hold all that is asked for.
+        said = answer.answer if isinstance(answer, ChatError) else answer
+        failure = answer.kind if isinstance(answer, ChatError) and answer.kind in _NO_ANSWER else None
+        text = said.text if said is not None else ""
+        replies[key] = Reply(text, said.received if said is not None and said.received is not None else text, failure)
+    return replies
+
+
 def judge_all(
-    judge: ChatModel, prompts: Iterable[tuple[K, str]], response_format: ResponseFormat[T], progress: str = "judging"
+    judge: ChatModel,
+    prompts: Iterable[tuple[K, str | list[Message]]],
+    response_format: ResponseFormat[T],
+    progress: str = "judging",
 ) -> dict[K, Verdict[T]]:
     """
     Ask a judge many questions.
@@ -96,7 +145,7 @@ def judge_all(
 
     Args:
         judge: A chat model; with a cache, questions of an earlier run cost nothing.
-        prompts: Key and question. Keys must differ.
+        prompts: Key and question, or the messages of a conversation. Keys must differ.
         response_format: The format of the answers.
         progress: Label of the progress bar.
 
@@ -104,31 +153,36 @@ def judge_all(
         One verdict per key.
 
     Raises:
-        JudgeStopped: if the endpoint failed, after its retries, on at least one question. All others have been asked
-            by then, unless the failure concerns all (a wrong key, a spent budget) or many failures in a row showed
-            that the endpoint is gone.
+        JudgeStopped: as [`ask_all`].
     """
-    asked = dict(prompts)
+    asked = {key: _conversation(prompt) for key, prompt in prompts}
     # A repeated question is asked once: it costs once, and a run from the cache gives the same answers.
-    questions: dict[str, list[Message]] = {prompt: [{"role": "user", "content": prompt}] for prompt in asked.values()}
-    verdicts = _read(_answers(judge, questions, progress), response_format)
+    digests = {key: json.dumps(messages) for key, messages in asked.items()}
+    questions = {digests[key]: messages for key, messages in asked.items()}
+    first = ask_all(judge, questions.items(), progress)
+    verdicts = {key: Verdict(response_format.parse(reply.text), reply.text, reply) for key, reply in first.items()}
     again = {
-        prompt: [
-            *questions[prompt],
+        key: [
+            *questions[key],
             {"role": "assistant", "content": verdict.text or "(nothing)"},
             {"role": "user", "content": response_format.reminder},
         ]
-        for prompt, verdict in verdicts.items()
+        for key, verdict in verdicts.items()
         if verdict.value is None
     }
     if again:
-        verdicts.update(_read(_answers(judge, again, f"{progress}, asked again"), response_format))
-    return {key: verdicts[prompt] for key, prompt in asked.items()}
+        for key, reply in ask_all(judge, again.items(), f"{progress}, asked again").items():
+            verdicts[key] = Verdict(response_format.parse(reply.text), reply.text, first[key])
+    return {key: verdicts[digest] for key, digest in digests.items()}
+
+
+def _conversation(prompt: str | list[Message]) -> list[Message]:
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
 
 
 def judge_in_both_orders(
     judge: ChatModel,
-    pairs: Iterable[tuple[K, Callable[[str, str], str], str, str]],
+    pairs: Iterable[tuple[K, Callable[[str, str], str | list[Message]], str, str]],
     response_format: ResponseFormat[tuple[float, float]] = TWO_SCORES,
     progress: str = "judging",
 ) -> dict[K, Verdict[tuple[float, float]]]:
@@ -143,7 +197,7 @@ def judge_in_both_orders(
 
     Returns:
         For each key the means over both orders, in the given order; no value if one of the two was unreadable, because
-        the other alone would carry the bias of its position.
+        the other alone would carry the bias of its position. `first` is the first reply to the given order.
 
     Raises:
         JudgeStopped: as [`judge_all`].
@@ -161,7 +215,7 @@ def judge_in_both_orders(
             value = None
             if forth.value is not None and back.value is not None:
                 value = ((forth.value[0] + back.value[1]) / 2, (forth.value[1] + back.value[0]) / 2)
-            both[key] = Verdict(value, f"{forth.text}\n--- in the other order ---\n{back.text}")
+            both[key] = Verdict(value, f"{forth.text}\n--- in the other order ---\n{back.text}", forth.first)
     return both
 
 
@@ -191,15 +245,3 @@ def _answers(
             f"the judge {judge.name!r} answered {answered} of {len(questions)} questions, then: {failures[0]}; its "
             "answers are kept if there is a cache, so run the same command again once that is fixed"
         ) from failures[0]
-
-
-def _read(
-    answers: Iterable[tuple[K, ChatAnswer | ChatError]], response_format: ResponseFormat[T]
-) -> dict[K, Verdict[T]]:
-    verdicts: dict[K, Verdict[T]] = {}
-    for key, answer in answers:
-        # The beginning of a cut-off answer may hold all that the format asks for.
-        said = answer.answer if isinstance(answer, ChatError) else answer
-        text = said.text if said is not None else ""
-        verdicts[key] = Verdict(response_format.parse(text), text)
-    return verdicts

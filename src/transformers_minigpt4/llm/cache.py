@@ -82,7 +82,10 @@ class AnswerCache:
                 "SELECT text, finish_reason, prompt_tokens, completion_tokens, cost FROM answers WHERE digest = ?",
                 (digest,),
             ).fetchone()
-        return ChatAnswer(*row) if row is not None else None
+        if row is None:
+            return None
+        received, finish_reason, prompt_tokens, completion_tokens, cost = row
+        return ChatAnswer(received.strip(), finish_reason, prompt_tokens, completion_tokens, cost, received=received)
 
     def put(self, digest: str, answer: ChatAnswer) -> None:
         """
@@ -91,7 +94,8 @@ class AnswerCache:
         Raises:
             OSError: if it cannot be written, for instance on a full disk.
         """
-        row = (digest, answer.text, answer.finish_reason, answer.prompt_tokens, answer.completion_tokens, answer.cost)
+        text = answer.text if answer.received is None else answer.received
+        row = (digest, text, answer.finish_reason, answer.prompt_tokens, answer.completion_tokens, answer.cost)
         with self._lock:
             try:
                 self._connection.execute(

@@ -1,5 +1,6 @@
 """What a chat model is, whether at an endpoint or local."""
 
+import contextlib
 import hashlib
 import json
 from abc import ABC, abstractmethod
@@ -75,6 +76,16 @@ class ChatModel(ABC):
         if isinstance(result, ChatError):
             raise result
         return result
+
+    @contextlib.contextmanager
+    def at_temperature(self, temperature: float) -> Iterator[None]:
+        """Answers at another temperature than that of the settings, within the block."""
+        settings = self.settings
+        self.settings = replace(settings, temperature=temperature)
+        try:
+            yield
+        finally:
+            self.settings = settings
 
     def close(self) -> None:
         """Releases connections and the cache's file."""

@@ -200,7 +200,7 @@ class EndpointChatModel(ChatModel):
             raise
         finally:
             cost = self.ledger.settle(reservation, *used) if sent else self.ledger.release(reservation)
-        return ChatAnswer(completion.text, completion.finish_reason, *used, cost)
+        return ChatAnswer(completion.text, completion.finish_reason, *used, cost, received=completion.received)
 
     def _send(self, messages: list[Message]) -> bytes:
         """

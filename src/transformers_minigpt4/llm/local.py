@@ -82,7 +82,10 @@ class LocalChatModel(ChatModel):
 
     def _token_ids(self, messages: list[Message]) -> list[int]:
         try:
-            encoding = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
+            begun = messages[-1]["role"] == "assistant"  # an answer whose beginning is given, to be continued
+            encoding = self.tokenizer.apply_chat_template(
+                messages, add_generation_prompt=not begun, continue_final_message=begun, return_dict=True
+            )
         except TemplateError as error:  # some have no system role, some require alternating roles
             raise ChatError(
                 "refused",

@@ -13,11 +13,19 @@ from .budget import Reservation
 
 @dataclass(frozen=True)
 class Completion:
-    """The first choice of a chat completion; `usage` is what the endpoint says of the tokens, unchecked."""
+    """
+    The first choice of a chat completion.
 
-    text: str
+    `received` is the text with the white space at its ends; `usage` is the tokens as the endpoint says, unchecked.
+    """
+
+    received: str
     finish_reason: str
     usage: object
+
+    @property
+    def text(self) -> str:
+        return self.received.strip()
 
 
 _MOST_TOKENS = 10**9  # of one request; far above any model's context, and sums of it fit into a database
@@ -35,7 +43,7 @@ def read_completion(payload: bytes) -> Completion | None:
     if not isinstance(text, str | None):
         return None
     finish_reason = finish_reason if isinstance(finish_reason, str) else "stop"
-    return Completion(without_surrogates(text or "").strip(), without_surrogates(finish_reason), usage)
+    return Completion(without_surrogates(text or ""), without_surrogates(finish_reason), usage)
 
 
 def used_tokens(completion: Completion, reservation: Reservation) -> tuple[int, int]:

@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, field
 from urllib.parse import urlsplit
 
 from transformers_minigpt4.utils.settings import field_names, field_values
@@ -165,7 +165,8 @@ class ChatAnswer:
 
     `finish_reason` is `"stop"`, or `"length"` if the answer was cut off at the limit of tokens. `cost` is in the
     currency of the prices; an answer from the cache (`cached`) costs nothing, and has the token counts of the original
-    request.
+    request. `received` is the text with the white space at its ends, for those who read it as published scripts do; an
+    endpoint's only.
     """
 
     text: str
@@ -174,6 +175,7 @@ class ChatAnswer:
     completion_tokens: int
     cost: float
     cached: bool = False
+    received: str | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)
