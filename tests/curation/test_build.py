@@ -14,8 +14,9 @@ from huggingface_hub import DatasetCard
 
 from transformers_minigpt4.curation import build as module
 from transformers_minigpt4.curation.build import run_build
-from transformers_minigpt4.curation.config import PROMPT, CurationError
+from transformers_minigpt4.curation.config import PROMPT
 from transformers_minigpt4.curation.filter import run_filter
+from transformers_minigpt4.curation.settings_file import CurationError
 from transformers_minigpt4.curation.store import Project
 from transformers_minigpt4.hub.cards import License
 from transformers_minigpt4.hub.cc_sbu_align import read_cc_sbu_align

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from transformers_minigpt4.cli import app
 from transformers_minigpt4.curation.commands import COMMANDS
-from transformers_minigpt4.curation.config import CONFIG_FILE, CurationConfig, commented_yaml, load_config
+from transformers_minigpt4.curation.config import CONFIG_FILE, SETTINGS, CurationConfig
 from transformers_minigpt4.curation.store import Project
 from transformers_minigpt4.llm.types import ChatSettings
 from transformers_minigpt4.utils.files import folder_lock
@@ -73,11 +73,11 @@ def test_init_writes_every_setting_once(tmp_path):
     assert minigpt4("init", tmp_path, *arguments).exit_code == 0
     text = (tmp_path / CONFIG_FILE).read_text()
     expected = CurationConfig("wds:x.tar", "a/b", images=50, repair=ChatSettings("m"))
-    assert load_config(tmp_path / CONFIG_FILE) == expected
+    assert SETTINGS.read(tmp_path / CONFIG_FILE) == expected
     # With every default uncommented, it is the same configuration.
     whole = "\n".join(line.removeprefix("# ") for line in text.splitlines()[1:])
     (tmp_path / "whole.yaml").write_text(whole)
-    assert load_config(tmp_path / "whole.yaml") == expected
+    assert SETTINGS.read(tmp_path / "whole.yaml") == expected
     assert "already exists; edit it" in fails("init", tmp_path, *arguments)
 
 
@@ -169,9 +169,9 @@ def test_two_processes_on_one_project(project):
 
 def test_the_endpoint_is_down(project):
     write_good_texts(project)
-    config = load_config(project / CONFIG_FILE)
+    config = SETTINGS.read(project / CONFIG_FILE)
     down = replace(config, repair=ChatSettings("m", "http://127.0.0.1:9/v1", max_retries=0))
-    (project / CONFIG_FILE).write_text(commented_yaml(down))
+    (project / CONFIG_FILE).write_text(SETTINGS.text(down))
     assert "127.0.0.1:9" in fails("repair", project)
 
 
@@ -201,8 +201,8 @@ def test_ctrl_c_names_the_command_that_resumes(project, monkeypatch, command):
 def test_ctrl_c_does_not_wait_for_a_slow_endpoint(project):
     write_good_texts(project)
     with ScriptedEndpoint([Reply(delay=60)]) as endpoint:
-        slow = replace(load_config(project / CONFIG_FILE), repair=ChatSettings("m", endpoint.base_url))
-        (project / CONFIG_FILE).write_text(commented_yaml(slow))
+        slow = replace(SETTINGS.read(project / CONFIG_FILE), repair=ChatSettings("m", endpoint.base_url))
+        (project / CONFIG_FILE).write_text(SETTINGS.text(slow))
         command = [sys.executable, "-m", "transformers_minigpt4.cli", "curate", "repair", str(project)]
         with program(command) as process:
             deadline = time.monotonic() + 120
@@ -219,8 +219,8 @@ def test_ctrl_c_does_not_wait_for_a_slow_endpoint(project):
 def test_a_repair_without_any_result_is_a_failure(project):
     write_good_texts(project)
     with ScriptedEndpoint([Reply(status=400)]) as endpoint:
-        refusing = replace(load_config(project / CONFIG_FILE), repair=ChatSettings("m", endpoint.base_url))
-        (project / CONFIG_FILE).write_text(commented_yaml(refusing))
+        refusing = replace(SETTINGS.read(project / CONFIG_FILE), repair=ChatSettings("m", endpoint.base_url))
+        (project / CONFIG_FILE).write_text(SETTINGS.text(refusing))
         result = minigpt4("repair", project)
         assert result.exit_code == 1
         assert "3  refused, such as: http://127.0.0.1" in result.stderr

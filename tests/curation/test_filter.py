@@ -4,10 +4,11 @@ import pytest
 from filter_projects import TEXTS, add, jpeg, make_project, photograph, review
 from histories import history
 
-from transformers_minigpt4.curation.config import CurationConfig, CurationError
+from transformers_minigpt4.curation.config import CurationConfig
 from transformers_minigpt4.curation.filter import run_filter
 from transformers_minigpt4.curation.records import Result
 from transformers_minigpt4.curation.review import ReviewQueue
+from transformers_minigpt4.curation.settings_file import CurationError
 from transformers_minigpt4.curation.store import Project
 
 

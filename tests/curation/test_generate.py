@@ -9,8 +9,9 @@ from histories import history
 from PIL import Image
 
 from transformers_minigpt4.curation import generate
-from transformers_minigpt4.curation.config import CONTINUE_PROMPT, PROMPT, CurationConfig, CurationError
+from transformers_minigpt4.curation.config import CONTINUE_PROMPT, PROMPT, CurationConfig
 from transformers_minigpt4.curation.generate import answer_lengths, describe_in_turns, run_generate
+from transformers_minigpt4.curation.settings_file import CurationError
 from transformers_minigpt4.curation.store import Project
 
 

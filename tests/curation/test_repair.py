@@ -12,10 +12,12 @@ from histories import history
 from scripted_endpoint import HTML_PAGE, Reply, ScriptedEndpoint, user_text
 from tiny_chat_model import save_chat_model
 
-from transformers_minigpt4.curation.config import REPAIR_PROMPT, CurationConfig, CurationError
+from transformers_minigpt4.curation.config import REPAIR_PROMPT, CurationConfig
 from transformers_minigpt4.curation.records import Result
-from transformers_minigpt4.curation.repair import run_repair, used_so_far
+from transformers_minigpt4.curation.repair import run_repair
 from transformers_minigpt4.curation.repair_checks import added_words, flags
+from transformers_minigpt4.curation.settings_file import CurationError
+from transformers_minigpt4.curation.spending import used_so_far
 from transformers_minigpt4.curation.store import Project
 from transformers_minigpt4.llm.types import BudgetExhausted, ChatError, ChatSettings
 

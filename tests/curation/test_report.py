@@ -103,7 +103,7 @@ class TestStatus:
             assert row in plain, row
         for row in ("apology 1 8.3%", "no_image 1 8.3%", "rejected 1 8.3%", "edited 1 8.3%", "waiting 1 8.3%"):
             assert row in plain, row
-        assert plain[-1] == "4988 of the 5000 images wanted have not been sampled"
+        assert plain[-1] == "4988 of the 5000 pairs wanted have not been sampled"
         assert not any(ord(character) < 32 for line in lines for character in line)
 
     def test_counts_add_up(self, project):

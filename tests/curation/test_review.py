@@ -10,11 +10,11 @@ from histories import history
 from review_projects import drop, make_project, set_texts
 
 from transformers_minigpt4.curation.agreement import Agreement, measure_agreement
-from transformers_minigpt4.curation.config import CurationError
 from transformers_minigpt4.curation.decisions import DISAGREED, settle
 from transformers_minigpt4.curation.review import ReviewQueue, wants_two
 from transformers_minigpt4.curation.review_diff import mark_differences
 from transformers_minigpt4.curation.review_files import FIELDS, export_pairs, import_decisions
+from transformers_minigpt4.curation.settings_file import CurationError
 from transformers_minigpt4.curation.store import Project
 from transformers_minigpt4.web.html import escape
 

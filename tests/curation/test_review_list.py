@@ -8,13 +8,14 @@ from review_projects import make_project, set_texts
 from typer.testing import CliRunner
 
 from transformers_minigpt4.cli import app
-from transformers_minigpt4.curation.config import CurationConfig, CurationError
+from transformers_minigpt4.curation.config import CurationConfig
 from transformers_minigpt4.curation.decisions import DISAGREED
 from transformers_minigpt4.curation.report import run_report
 from transformers_minigpt4.curation.review import ReviewQueue
 from transformers_minigpt4.curation.review_files import export_pairs, import_decisions
 from transformers_minigpt4.curation.review_list import ROWS, all_reasons, list_pairs
 from transformers_minigpt4.curation.review_screen import Reviewing, parse_shown, what_next
+from transformers_minigpt4.curation.settings_file import CurationError
 from transformers_minigpt4.curation.status import status_text
 
 
@@ -191,18 +192,18 @@ def test_requests_of_others_pages_do_no_harm(queue, shown):
 
 def test_what_comes_after_the_review(queue, monkeypatch):
     folder = queue.project.folder
-    assert what_next(folder, queue.progress()) == (
+    assert what_next(queue.project, queue.progress()) == (
         f"6 of 6 pairs still need a decision; `minigpt4 curate review {folder}` resumes"
     )
     for _ in range(6):
         decide(queue, "anna", "rejected")
-    assert what_next(folder, queue.progress()).endswith(
-        f"none is accepted; `minigpt4 curate report {folder}` shows why"
+    assert what_next(queue.project, queue.progress()).endswith(
+        f"none is accepted; `minigpt4 curate status {folder}` shows why"
     )
     queue.undo("anna")
     decide(queue, "anna", "accepted")
     expected = f"all 6 pairs are decided; `minigpt4 curate run {folder}` builds the dataset (1 accepted)"
-    assert what_next(folder, queue.progress()) == expected
+    assert what_next(queue.project, queue.progress()) == expected
 
 
 def test_ctrl_c_ends_the_page_with_the_next_command(queue, monkeypatch):

@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from transformers_minigpt4.curation.config import PROMPT, REPAIR_PROMPT, CurationError
+from transformers_minigpt4.curation.config import PROMPT, REPAIR_PROMPT
 from transformers_minigpt4.curation.language import ENGLISH, other_language, other_script
 from transformers_minigpt4.curation.phrases import DANGLING
 from transformers_minigpt4.curation.rules import RULES, RuleSet
+from transformers_minigpt4.curation.settings_file import CurationError
 from transformers_minigpt4.curation.text_checks import Text
 from transformers_minigpt4.demo.texts import detailed_description
 from transformers_minigpt4.demo.world import all_scenes

@@ -13,9 +13,10 @@ import pytest
 from PIL import Image
 
 from transformers_minigpt4.curation import sampling
-from transformers_minigpt4.curation.config import CurationConfig, CurationError
+from transformers_minigpt4.curation.config import CurationConfig
 from transformers_minigpt4.curation.records import IMAGES
 from transformers_minigpt4.curation.sampling import sample_images
+from transformers_minigpt4.curation.settings_file import CurationError
 from transformers_minigpt4.curation.store import Project
 from transformers_minigpt4.data.schema import DataError
 

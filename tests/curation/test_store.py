@@ -12,10 +12,11 @@ import pytest
 from histories import history
 
 from transformers_minigpt4.curation import store
-from transformers_minigpt4.curation.config import CONFIG_FILE, CurationConfig, CurationError, load_config
+from transformers_minigpt4.curation.config import CONFIG_FILE, SETTINGS, CurationConfig
 from transformers_minigpt4.curation.database import DATABASE, SCHEMA_VERSION, erase_result
 from transformers_minigpt4.curation.records import Result
 from transformers_minigpt4.curation.repair import repair_digest
+from transformers_minigpt4.curation.settings_file import CurationError
 from transformers_minigpt4.curation.store import Project
 from transformers_minigpt4.llm.types import ChatSettings
 
@@ -305,14 +306,14 @@ def test_bad_settings_are_reported(tmp_path, text, message):
     path = tmp_path / CONFIG_FILE
     path.write_text(text)
     with pytest.raises(CurationError, match=message):
-        load_config(path)
+        SETTINGS.read(path)
 
 
 def test_good_settings(tmp_path):
     path = tmp_path / CONFIG_FILE
     text = "source: x:y\ncheckpoint: z\nrules:\nrepair_timeout: 5\nrepair_model: m\ndevice: null\n"
     path.write_text(text)
-    config = load_config(path)
+    config = SETTINGS.read(path)
     assert (config.rules, config.repair.timeout, config.repair.model) == ({}, 5, "m")
     path.write_text(f"{text}repair_temperature: 0\n")
-    assert repair_digest(load_config(path)) == repair_digest(config)
+    assert repair_digest(SETTINGS.read(path)) == repair_digest(config)

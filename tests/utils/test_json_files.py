@@ -5,8 +5,8 @@ import os
 
 import pytest
 
-from transformers_minigpt4.curation.config import CurationError
 from transformers_minigpt4.curation.review_files import _read
+from transformers_minigpt4.curation.settings_file import CurationError
 from transformers_minigpt4.evaluation.evaluator import read_json as read_task_json
 from transformers_minigpt4.evaluation.evaluator import read_json_lines
 from transformers_minigpt4.evaluation.results import read_results

@@ -18,12 +18,13 @@ from transformers_minigpt4.utils.file_names import RUN_FILE
 from transformers_minigpt4.utils.files import JsonObject, atomic_folder
 from transformers_minigpt4.utils.versions import package_versions
 
-from .config import CurationConfig, CurationError
+from .config import CurationConfig
 from .filter import project_rules
 from .progress import bar
 from .records import PASSING, Pair, now
 from .review import ReviewQueue
-from .status import STEP_WORDS, passed_on
+from .settings_file import CurationError
+from .status import passed_on
 from .store import Project
 
 
@@ -206,7 +207,8 @@ def run_info(project: Project, config: CurationConfig, pairs: int, unreviewed: i
         without_image: How many accepted pairs were left out.
     """
     funnel = project.funnel()
-    counts = {"images sampled": funnel.sampled, **{STEP_WORDS[step.step]: passed_on(step) for step in funnel.steps}}
+    counts = {"images sampled": funnel.sampled}
+    counts |= {project.step_words[step.step]: passed_on(step) for step in funnel.steps}
     counts["in this dataset"] = pairs
     lost = {
         f"{step.step}, {outcome}{', ' if reason else ''}{reason}": count

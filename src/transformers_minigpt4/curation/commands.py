@@ -1,36 +1,36 @@
 """The `curate` subcommands of `minigpt4`: build a stage-2 dataset, step by step or in one run."""
 
-import contextlib
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypeAlias
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from transformers_minigpt4.hub import commands as hub
-from transformers_minigpt4.utils.command_line import (
-    INTERRUPTED,
-    DryRun,
-    Host,
-    Port,
-    Seed,
-    complain,
-    interruptible,
-    this_command,
+from transformers_minigpt4.utils.command_line import DryRun, Host, Port, Seed
+
+from .project_commands import (
+    Decided,
+    Export,
+    Import,
+    NewProject,
+    ProjectPath,
+    Reviewer,
+    absolute,
+    check_review_options,
+    opened,
+    review_project,
+    write_settings,
 )
 
 
 if TYPE_CHECKING:
     from .store import Project
 
-ProjectPath: TypeAlias = Annotated[
-    Path, typer.Argument(metavar="PROJECT", help="The project's folder, or its curation.yaml.", show_default=False)
-]
-
 
 def init(
-    project: Annotated[Path, typer.Argument(metavar="PROJECT", help="New folder for the project.")],
+    project: NewProject,
     source: Annotated[
         str,
         typer.Option(
@@ -65,24 +65,18 @@ def init(
     """
     from transformers_minigpt4.llm.types import ChatSettings
 
-    from .config import CONFIG_FILE, CurationConfig, commented_yaml
+    from .config import SETTINGS, CurationConfig
 
     if repair_base_url is not None and repair_model is None:
         raise ValueError("--repair-base-url needs --repair-model, the model's name at that endpoint")
     config = CurationConfig(
-        source=_absolute(source),
-        checkpoint=_absolute(checkpoint),
+        source=absolute(source),
+        checkpoint=absolute(checkpoint),
         images=images,
         seed=seed,
         repair=ChatSettings(repair_model, repair_base_url) if repair_model is not None else None,
     )
-    project.mkdir(parents=True, exist_ok=True)
-    path = project / CONFIG_FILE
-    try:
-        with open(path, "x", encoding="utf-8") as file:
-            file.write(commented_yaml(config))
-    except FileExistsError:
-        raise ValueError(f"{path} already exists; edit it, or choose another folder") from None
+    path = write_settings(project, SETTINGS, config)
     typer.echo(f"settings in {path}; edit them, then: minigpt4 curate run {project}")
 
 
@@ -95,8 +89,8 @@ def generate(project: ProjectPath) -> None:
     """
     from .generate import run_generate
 
-    with _opened(project, create=True) as opened:
-        typer.echo(str(run_generate(opened, opened.config)), err=True)
+    with _opened(project, create=True) as found:
+        typer.echo(str(run_generate(found, found.config)), err=True)
 
 
 def repair(project: ProjectPath) -> None:
@@ -110,8 +104,8 @@ def repair(project: ProjectPath) -> None:
     """
     from .repair import run_repair
 
-    with _opened(project) as opened:
-        summary = run_repair(opened, opened.config)
+    with _opened(project) as found:
+        summary = run_repair(found, found.config)
         typer.echo(str(summary), err=True)
         summary.check()
 
@@ -125,27 +119,16 @@ def filter_texts(project: ProjectPath) -> None:
     """
     from .filter import run_filter
 
-    with _opened(project) as opened:
-        typer.echo(str(run_filter(opened, opened.config)), err=True)
+    with _opened(project) as found:
+        typer.echo(str(run_filter(found, found.config)), err=True)
 
 
 def review(
     project: ProjectPath,
-    export: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Write the pending pairs to this .csv or .jsonl file; opens no page."),
-    ] = None,
-    import_from: Annotated[
-        Path | None,
-        typer.Option("--import", metavar="FILE", help="Read decisions from this .csv or .jsonl file; opens no page."),
-    ] = None,
-    decided: Annotated[
-        bool, typer.Option("--decided", help="With --export: write the decisions made so far, not the pending pairs.")
-    ] = False,
-    reviewer: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", help="Whose decisions the file holds, if it does not say. The page asks."),
-    ] = None,
+    export: Export = None,
+    import_from: Import = None,
+    decided: Decided = False,
+    reviewer: Reviewer = None,
     host: Host = "127.0.0.1",
     port: Port = None,
 ) -> None:
@@ -159,17 +142,9 @@ def review(
         minigpt4 curate review my-curation
         minigpt4 curate review my-curation --export pending.csv
     """
-    if export is not None and import_from is not None:
-        raise ValueError("--export and --import are two steps; give one of them")
-    if decided and export is None:
-        raise ValueError("--decided says what to export; give --export FILE too")
-    with _opened(project) as opened:
-        if export is not None:
-            _export(opened, export, reviewer, decided)
-        elif import_from is not None:
-            _import(opened, import_from, reviewer)
-        else:
-            _serve(opened, host, port)
+    check_review_options(export, import_from, decided)
+    with _opened(project) as found:
+        review_project(found, export, import_from, decided, reviewer, host, port)
 
 
 def build(
@@ -191,8 +166,8 @@ def build(
     """
     from .build import run_build
 
-    with _opened(project) as opened:
-        typer.echo(str(run_build(opened, opened.config, unreviewed=unreviewed)), err=True)
+    with _opened(project) as found:
+        typer.echo(str(run_build(found, found.config, unreviewed=unreviewed)), err=True)
 
 
 def push(
@@ -214,8 +189,8 @@ def push(
     """
     from .build import built_dataset
 
-    with _opened(project) as opened:
-        folder = built_dataset(opened)
+    with _opened(project) as found:
+        folder = built_dataset(found)
     hub.push(
         folder,
         repo_id,
@@ -241,8 +216,8 @@ def run(project: ProjectPath) -> None:
     """
     from .run import run_all
 
-    with _opened(project, create=True) as opened:
-        run_all(opened, opened.config, say=typer.echo)
+    with _opened(project, create=True) as found:
+        run_all(found, found.config, say=typer.echo)
 
 
 def status(
@@ -257,10 +232,10 @@ def status(
     """
     from .status import save_status_png, status_text
 
-    with _opened(project) as opened:
-        typer.echo(status_text(opened))
+    with _opened(project) as found:
+        typer.echo(status_text(found))
         if output is not None:
-            save_status_png(opened, output)
+            save_status_png(found, output)
             typer.echo(f"funnel in {output}", err=True)
 
 
@@ -280,8 +255,8 @@ def report(
     """
     from .report import run_report
 
-    with _opened(project) as opened:
-        typer.echo(str(run_report(opened, opened.config, output)))
+    with _opened(project) as found:
+        typer.echo(str(run_report(found, found.config, output)))
 
 
 # In the order of their use.
@@ -299,59 +274,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
 }
 
 
-@contextlib.contextmanager
-def _opened(where: Path, create: bool = False) -> Iterator["Project"]:
-    """The project of a folder or of a `curation.yaml`; Ctrl-C ends the command and says how to resume."""
-    from .config import CONFIG_FILE, CurationError
+def _opened(where: Path, create: bool = False) -> "AbstractContextManager[Project]":
     from .store import Project
 
-    if where.is_file() and where.name != CONFIG_FILE:
-        raise CurationError(
-            f"{where} is not a project: settings are in a file {CONFIG_FILE}, and its folder is the project"
-        )
-    folder = where.parent if where.name == CONFIG_FILE and not where.is_dir() else where
-    message = f"stopped; everything finished so far is kept, `{this_command()}` resumes"
-    with Project.create(folder) if create else Project.open(folder) as project, interruptible(message):
-        yield project
-
-
-def _absolute(name: str) -> str:
-    """The full path of a folder, so that the project works from any folder; others, such as Hub ids, as they are."""
-    return os.path.abspath(name) if os.path.isdir(name) else name
-
-
-def _export(project: "Project", path: Path, reviewer: str | None, decided: bool) -> None:
-    from .review_files import export_pairs
-
-    found = export_pairs(project, path, reviewer, decided)
-    if decided:
-        typer.echo(f"{found.pairs:,} decisions in {path}", err=True)
-        return
-    typer.echo(f"{found.pairs:,} pending pairs in {path}; fill in action: accept, edit or reject", err=True)
-    for key in found.missing:
-        typer.echo(f"omitted, because its image is gone: {key}", err=True)
-
-
-def _import(project: "Project", path: Path, reviewer: str | None) -> None:
-    from .review_files import import_decisions
-
-    found = import_decisions(project, path, reviewer)
-    typer.echo(
-        f"{found.added:,} decisions: {found.accepted:,} accepted, {found.edited:,} edited, {found.rejected:,} "
-        f"rejected; {found.known:,} were known, {found.undecided:,} rows without one",
-        err=True,
-    )
-
-
-def _serve(project: "Project", host: str, port: int | None) -> None:
-    from .review import ReviewQueue
-    from .review_page import serve_review
-    from .review_screen import what_next
-
-    with serve_review(project, host, port) as server:
-        typer.echo(f"review at {server.url} (Ctrl-C ends it; every decision is saved as it is made)")
-        server.wait()
-    progress = ReviewQueue(project).progress()
-    complain(what_next(project.folder, progress))
-    if progress.due:
-        raise typer.Exit(INTERRUPTED)
+    return opened(Project, where, create)

@@ -2,15 +2,12 @@
 
 import hashlib
 import json
-from collections.abc import Iterator
-from dataclasses import MISSING, dataclass, field, fields
-from pathlib import Path
-
-import yaml
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 from transformers_minigpt4.llm.types import ChatSettings
-from transformers_minigpt4.utils.settings import field_values
-from transformers_minigpt4.utils.text import first_line, without_surrogates
+
+from .settings_file import CurationError, SettingsFile
 
 
 CONFIG_FILE = "curation.yaml"
@@ -34,10 +31,6 @@ REVIEW_GUIDELINE = (
 )
 REVIEW_REASONS = ("not in the image", "too little detail", "repetitive", "bad English", "unsuitable image")
 _MOST_REASONS, _LONGEST_REASON = 9, 60  # one key each, 1 to 9; characters on a button
-
-
-class CurationError(ValueError):
-    """A project or step that cannot continue; the message says what was given, why it fails and what to do."""
 
 
 @dataclass(frozen=True)
@@ -102,9 +95,7 @@ class CurationConfig:
                 raise CurationError(f"{name} is {value!r}; set it to a whole number of {least} or more")
         if not isinstance(self.seed, int) or self.seed < 0:
             raise CurationError(f"seed is {self.seed!r}; set it to a whole number of 0 or more")
-        if not 0 <= self.review_twice <= 1:
-            raise CurationError(f"review_twice is {self.review_twice!r}; set it to a share between 0 and 1")
-        self._check_reasons()
+        check_review(self.review_reasons, self.review_twice)
         if not isinstance(self.rules, dict):
             raise CurationError(f"rules is {self.rules!r:.80}; write it as `rules: {{rule: {{parameter: value}}}}`")
         if ("<ImageHere>" in self.continue_prompt) or self.prompt.count("<ImageHere>") > 1:
@@ -115,19 +106,10 @@ class CurationConfig:
                 "`continue_prompt: Continue` too"
             )
 
-    def _check_reasons(self) -> None:
-        reasons = self.review_reasons
-        for reason in reasons:
-            printable = isinstance(reason, str) and reason.isprintable() and reason == " ".join(reason.split())
-            if not printable or not 0 < len(reason) <= _LONGEST_REASON:
-                raise CurationError(
-                    f"review_reasons has {reason!r:.80}; write each as 1 to {_LONGEST_REASON} characters"
-                )
-        if len(reasons) > _MOST_REASONS or len(set(reasons)) < len(reasons):
-            raise CurationError(
-                f"review_reasons has {len(reasons)} entries; give at most {_MOST_REASONS}, each once: they "
-                f"have the keys 1 to {_MOST_REASONS}"
-            )
+    @property
+    def wanted(self) -> int:
+        """How many pairs there are when all have been sampled."""
+        return self.images
 
     @property
     def repairs(self) -> bool:
@@ -146,74 +128,34 @@ class CurationConfig:
         return self.repair
 
 
-def load_config(path: Path) -> CurationConfig:
+def check_review(reasons: Sequence[object], twice: float) -> None:
     """
-    Reads `curation.yaml`.
+    Checks `review_reasons` and `review_twice`.
 
     Raises:
-        CurationError: for a file that is missing or not YAML, and for unknown keys or values that cannot work.
+        CurationError: for reasons that no button can show, too many of them, or a share outside of 0 to 1.
     """
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not 0 <= twice <= 1:
+        raise CurationError(f"review_twice is {twice!r}; set it to a share between 0 and 1")
+    for reason in reasons:
+        printable = isinstance(reason, str) and reason.isprintable() and reason == " ".join(reason.split())
+        if not isinstance(reason, str) or not printable or not 0 < len(reason) <= _LONGEST_REASON:
+            raise CurationError(f"review_reasons has {reason!r:.80}; write each as 1 to {_LONGEST_REASON} characters")
+    if len(reasons) > _MOST_REASONS or len(set(reasons)) < len(reasons):
         raise CurationError(
-            f"there is no {path}; create a project with `minigpt4 curate init {path.parent} --source … --checkpoint …`"
-        ) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise CurationError(f"{path} is not YAML: {first_line(error)}") from error
-    except RecursionError:
-        raise CurationError(f"{path} is nested too deeply; write one `key: value` per line") from None
-    if not isinstance(values, dict):
-        raise CurationError(f"{path} holds no settings; write lines such as `images: 5000`")
-    known = [name for name, _, _ in _flat()]
-    if unknown := [str(key) for key in values if key not in known]:
-        raise CurationError(f"{path} has unknown keys {', '.join(unknown)}; it may have {', '.join(known)}")
-    if missing := [name for name in ("source", "checkpoint") if name not in values]:
-        raise CurationError(f"{path} lacks {' and '.join(missing)}")
-    if broken := [name for name, value in values.items() if isinstance(value, str) and not _encodes(value)]:
-        raise CurationError(f"{path}: {broken[0]} contains half a surrogate pair, which is no character; remove it")
-    if values.get("rules", "") is None:  # `rules:` without a value
-        del values["rules"]
-    try:
-        return CurationConfig(**field_values(CurationConfig, values), repair=ChatSettings.from_options(values, REPAIR))
-    except CurationError:
-        raise
-    except ValueError as error:
-        raise CurationError(f"{path}: {error}") from error
-
-
-def _encodes(text: str) -> bool:
-    return without_surrogates(text) == text
-
-
-def commented_yaml(config: CurationConfig) -> str:
-    """The content of a `curation.yaml`: settings that differ from the defaults, and all others as comments."""
-
-    def line(name: str, value: object) -> str:
-        # `None`: a list on one line, so that it can be a comment.
-        flow = None if isinstance(value, list) else False
-        text = yaml.safe_dump(
-            {name: value}, allow_unicode=True, width=10_000, sort_keys=False, default_flow_style=flow
+            f"review_reasons has {len(reasons)} entries; give at most {_MOST_REASONS}, each once: they have the keys "
+            f"1 to {_MOST_REASONS}"
         )
-        return str(text).strip()
-
-    lines = ["# Settings of a curation project; docs/guides/curate.md explains them. The commented ones are defaults."]
-    for name, value, default in _flat(config):
-        lines.append(line(name, value) if value != default else f"# {line(name, value)}")
-    return "\n".join(lines) + "\n"
 
 
-def _flat(config: CurationConfig | None = None) -> Iterator[tuple[str, object, object]]:
-    """The keys of `curation.yaml`, each with its value in a configuration and its default (`None` without one)."""
-    repair = getattr(config, "repair", None)
-    for part in fields(CurationConfig):
-        if part.name == "repair":
-            for own in fields(ChatSettings):
-                default = None if own.default is MISSING else own.default
-                yield REPAIR + own.name, getattr(repair, own.name, default), default
-        else:
-            default = part.default_factory() if callable(part.default_factory) else part.default
-            yield part.name, getattr(config, part.name, default), default
+SETTINGS = SettingsFile(
+    CONFIG_FILE,
+    CurationConfig,
+    chat="repair",
+    prefix=REPAIR,
+    guide="docs/guides/curate.md",
+    init="minigpt4 curate init {folder} --source … --checkpoint …",
+)
 
 
 def settings_hash(*parts: object) -> str:

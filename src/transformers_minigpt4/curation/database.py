@@ -9,8 +9,8 @@ from pathlib import Path
 
 from transformers_minigpt4.utils.text import without_surrogates
 
-from .config import CurationError
 from .records import PASSING, STEPS, Pair, Result, now, text_hash
+from .settings_file import CurationError
 
 
 DATABASE = "curation.sqlite"

@@ -5,10 +5,10 @@ from typing import Literal, get_args
 
 from transformers_minigpt4.utils.text import without_surrogates
 
-from .config import CurationError
 from .database import erase_result, fetch, incoming, write_results
 from .records import Result, now
-from .store import Project
+from .settings_file import CurationError
+from .store import AnyProject
 
 
 Action = Literal["accepted", "edited", "rejected"]
@@ -19,7 +19,7 @@ _LONGEST_REASON = 100  # characters
 _SETTINGS = ""  # people have none
 
 
-def settle(project: Project) -> int:
+def settle(project: AnyProject) -> int:
     """
     Writes the review's result of pairs that have decisions but no result.
 

@@ -23,10 +23,11 @@ from transformers_minigpt4.processing.image_utils_minigpt4 import ImageLoadError
 from transformers_minigpt4.utils.files import JsonObject
 from transformers_minigpt4.utils.models import GenerativeModel
 
-from .config import CurationConfig, CurationError, settings_hash
+from .config import CurationConfig, settings_hash
 from .progress import bar
 from .records import FAILED, Result, Work
 from .sampling import Sampled, sample_images
+from .settings_file import CurationError
 from .store import Project
 
 

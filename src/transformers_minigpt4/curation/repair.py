@@ -1,31 +1,27 @@
 """The repair step: a language model fixes each text, and suspicious changes are flagged for review."""
 
-import json
 import re
-import sqlite3
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from transformers_minigpt4.llm.client import ChatModel
 from transformers_minigpt4.llm.opening import open_chat_model
-from transformers_minigpt4.llm.types import BudgetExhausted, ChatAnswer, ChatError, Usage, prefixed
-from transformers_minigpt4.utils.files import JsonObject
+from transformers_minigpt4.llm.types import ChatAnswer, ChatError, Usage, prefixed
 
-from .config import CONFIG_FILE, REPAIR, CurationConfig, CurationError, settings_hash
+from .config import CONFIG_FILE, REPAIR, CurationConfig, settings_hash
 from .database import write_results
 from .progress import bar
-from .records import Result, Work, now
+from .records import Result, Work
 from .repair_checks import VERSION, flags
+from .settings_file import CurationError
+from .spending import ANSWERS, PaidRun, explained, spent_before, usage_line
 from .store import Project
 
 
 STEP = "repair"
-ANSWERS = "answers.sqlite"  # in the project's folder, so that changing a prompt back costs nothing
 OK, FLAGGED, FAILED = "ok", "flagged", "failed"
 _CUT_OFF = "cut off"
-_IN_FLIGHT = "repair in flight"  # key in the project's `meta` during a run
-_TEMPLATE_TOKENS = 100  # of a chat template around a request, generously
 _QUOTED = re.compile(r'^(["“])(.*)(["”])$', re.DOTALL)
 
 
@@ -69,9 +65,7 @@ class RepairSummary:
         counts = ", ".join(f"{count} {outcome}" for outcome, count in self.outcomes.items())
         lines = [
             f"repair: {sum(self.outcomes.values())} texts: {counts}; {self.changed} changed",
-            f"{self.usage.requests} requests, {self.usage.cached} answers from earlier runs, "
-            f"{self.usage.tokens:,} tokens, cost {self.usage.cost:.4f} (all runs: {self.total.tokens:,} tokens, "
-            f"{self.total.cost:.4f})",
+            usage_line(self.usage, self.total),
         ]
         for reason, count in self.reasons.items():
             error = self.errors.get(reason)
@@ -103,8 +97,7 @@ def run_repair(project: Project, config: CurationConfig, progress: bool = True) 
     settings = config.chat_settings()
     with project.writer(STEP):
         digest = repair_digest(config)
-        _count_lost(project)
-        spent = used_so_far(project)
+        spent = spent_before(project)
         works = {work.pair.id: work for work in _works(project, config, digest)}
         before = {pair.id: result.outcome for pair, result in project.current(STEP) if result.settings == digest}
         if not works:
@@ -115,7 +108,7 @@ def run_repair(project: Project, config: CurationConfig, progress: bool = True) 
                 run.go(progress)
             except ChatError as error:
                 run.close()
-                raise _explained(error, len(works) - run.left, run.left) from error
+                raise explained(error, REPAIR, CONFIG_FILE, len(works) - run.left, run.left) from error
             run.close()
             failed_before = all(before.get(pair_id) == FAILED for pair_id in works)
             others = any(outcome != FAILED for outcome in before.values())
@@ -131,29 +124,6 @@ def repair_digest(config: CurationConfig) -> str:
     """
     settings = config.chat_settings()
     return settings_hash(STEP, VERSION, settings.model, config.repair_prompt, settings.temperature)
-
-
-def used_so_far(project: Project) -> Usage:
-    """What all runs of a project have used."""
-    columns = "total(requests), total(cached), total(prompt_tokens), total(completion_tokens), total(cost)"
-    *counts, cost = project.connection().execute(f"SELECT {columns} FROM requests").fetchone()
-    requests, cached, prompt_tokens, completion_tokens = map(int, counts)
-    return Usage(requests, cached, prompt_tokens, completion_tokens, cost)
-
-
-def _count_lost(project: Project) -> None:
-    """Counts what was in flight when the last run was killed: its answers may be billed."""
-    left = project.meta(_IN_FLIGHT)
-    if not left:
-        return
-    with project.transaction() as connection:
-        lost = json.loads(left)
-        connection.execute(
-            "INSERT INTO requests (at, model, requests, cached, prompt_tokens, completion_tokens, cost) "
-            "VALUES (?, ?, ?, 0, ?, ?, ?)",
-            (now(), lost["model"], lost["requests"], lost["prompt_tokens"], lost["completion_tokens"], lost["cost"]),
-        )
-        connection.execute("DELETE FROM meta WHERE key = ?", (_IN_FLIGHT,))
 
 
 def _works(project: Project, config: CurationConfig, digest: str) -> Iterator[Work]:
@@ -182,32 +152,8 @@ class _Run:
         self.errors: dict[str, str] = {}
         self.changed = 0
         self.left = len(works)
-        with project.transaction() as connection:
-            cursor = connection.execute(
-                "INSERT INTO requests (at, model, requests, cached, prompt_tokens, completion_tokens, cost) "
-                "VALUES (?, ?, 0, 0, 0, 0, 0)",
-                (now(), model.name),
-            )
-            self._row = cursor.lastrowid
-            connection.execute(
-                "INSERT OR REPLACE INTO meta VALUES (?, ?)", (_IN_FLIGHT, json.dumps(self._most_in_flight()))
-            )
-
-    def _most_in_flight(self) -> JsonObject:
-        """The most that can be in flight at once; a byte of text is at most one token."""
-        settings = self.model.settings
-        requests = min(settings.concurrency, len(self.works))
-        longest = max(len(work.text.encode(errors="replace")) for work in self.works.values())
-        prompt = requests * (longest + len(self.config.repair_prompt.encode()) + _TEMPLATE_TOKENS)
-        answer = requests * settings.max_tokens
-        cost = settings.cost(prompt, answer)
-        return {
-            "model": self.model.name,
-            "requests": requests,
-            "prompt_tokens": prompt,
-            "completion_tokens": answer,
-            "cost": cost,
-        }
+        longest = max(len(work.text.encode(errors="replace")) for work in works.values())
+        self._paid = PaidRun(project, model, len(works), longest + len(config.repair_prompt.encode()))
 
     def go(self, progress: bool) -> None:
         requests = (
@@ -247,7 +193,7 @@ class _Run:
     def _record(self, result: Result, done: Callable[[int], object]) -> None:
         with self.project.transaction() as connection:
             write_results(connection, STEP, [result])
-            self._write_usage(connection)
+            self._paid.write(connection)
         self.left -= 1
         self.outcomes[result.outcome] += 1
         self.reasons.update(result.reason.split(", ") if result.reason else ())
@@ -257,18 +203,8 @@ class _Run:
         done(1)
 
     def close(self) -> None:
-        """Writes what was used since the last result, also by failed requests; nothing is in flight any more."""
-        with self.project.transaction() as connection:
-            self._write_usage(connection)
-            connection.execute("DELETE FROM meta WHERE key = ?", (_IN_FLIGHT,))
-
-    def _write_usage(self, connection: sqlite3.Connection) -> None:
-        usage = self.model.usage
-        connection.execute(
-            "UPDATE requests SET requests = ?, cached = ?, prompt_tokens = ?, completion_tokens = ?, cost = ? "
-            "WHERE id = ?",
-            (usage.requests, usage.cached, usage.prompt_tokens, usage.completion_tokens, usage.cost, self._row),
-        )
+        """Ends the run, see [`PaidRun`]."""
+        self._paid.close()
 
     def summary(self, spent: Usage, hopeless: bool) -> RepairSummary:
         usage = self.model.usage
@@ -285,11 +221,3 @@ def _unquoted(text: str, source: str) -> str:
     if found and not _QUOTED.match(source.strip()) and not set(found[2]) & {found[1], found[3]}:
         return found[2].strip()
     return text
-
-
-def _explained(error: ChatError, done: int, left: int) -> ChatError:
-    kept = f"the {done} texts of this run are kept and {left} are left" if done else f"{left} texts are left"
-    message = f"{prefixed(str(error), REPAIR)} (settings in {CONFIG_FILE}; {kept}: run the same command again)"
-    if error.kind == "budget":
-        return BudgetExhausted(message)
-    return ChatError(error.kind, message, fatal=True)

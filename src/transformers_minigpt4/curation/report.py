@@ -18,7 +18,7 @@ from .filter import project_rules
 from .records import PASSING, Pair, Result, now
 from .rules import RULES
 from .status import funnel_rows, share
-from .store import Project
+from .store import AnyProject, Project
 
 
 REPORT_FILE = "report.html"
@@ -33,6 +33,30 @@ _KEPT = (("review", "accepted"), ("review", "edited"), ("filter", "kept"))  # sh
 
 def run_report(project: Project, config: CurationConfig, path: str | os.PathLike[str] | None = None) -> Path:
     """
+    Writes the report of a curation in its current state, see [`write_report`].
+
+    Args:
+        project: Open.
+        config: Its settings.
+        path: By default `report.html` in the project's folder.
+
+    Returns:
+        `Path`: of the report.
+    """
+    described = project_rules(config).describe()
+    repaired = f", repaired by {config.repair.model}" if config.repair is not None else ""
+    made = f"Source {config.source}, described by {config.checkpoint}{repaired}."
+    return write_report(project, "Curation report", made, {rule.name: described[rule.name] for rule in RULES}, path)
+
+
+def write_report(
+    project: AnyProject,
+    title: str,
+    made: str,
+    rules: Mapping[str, str],
+    path: str | os.PathLike[str] | None = None,
+) -> Path:
+    """
     Writes the report of a project in its current state.
 
     Texts are escaped, and control characters shown by their code points, so that nothing that a model wrote acts in
@@ -40,7 +64,9 @@ def run_report(project: Project, config: CurationConfig, path: str | os.PathLike
 
     Args:
         project: Open.
-        config: Its settings.
+        title: Of the page.
+        made: How the texts were made, in a sentence.
+        rules: What each reason to drop a text means.
         path: By default `report.html` in the project's folder. Replaced atomically if it exists.
 
     Returns:
@@ -50,7 +76,7 @@ def run_report(project: Project, config: CurationConfig, path: str | os.PathLike
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined, finalize=_shown
     )
-    page = environment.get_template("report.html.jinja").render(_facts(project, config))
+    page = environment.get_template("report.html.jinja").render(_facts(project, title, made, rules))
     write_atomically(path, page)
     return path
 
@@ -66,7 +92,7 @@ def _shown(value: object) -> object:
     return visible(value) if type(value) is str else value
 
 
-def _facts(project: Project, config: CurationConfig) -> JsonObject:
+def _facts(project: AnyProject, title: str, made: str, rules: Mapping[str, str]) -> JsonObject:
     """Everything that the template shows."""
     funnel = project.funnel()
     rows = [
@@ -75,27 +101,23 @@ def _facts(project: Project, config: CurationConfig) -> JsonObject:
             "share": share(row.pairs, funnel.sampled),
             "percent": f"{100 * min(1.0, row.pairs / funnel.sampled):.2f}" if funnel.sampled else "0",
         }
-        for row in funnel_rows(funnel)
+        for row in funnel_rows(project, funnel)
     ]
     dropped, also = Counter[str](), Counter[str]()
     for _, result in project.current("filter"):
         if result.outcome == "dropped":
             dropped[result.reason] += 1
             also.update(list(result.details.get("also", {})))
-    described = project_rules(config).describe()
-    rules = [
-        {"name": rule.name, "what": described[rule.name], "count": dropped[rule.name], "also": also[rule.name]}
-        for rule in RULES
-    ]
     return {
+        "title": title,
         "name": project.folder.resolve().name,
         "made": now()[:16].replace("T", " ") + " UTC",
-        "source": config.source,
-        "checkpoint": config.checkpoint,
-        "repair_model": config.repair.model if config.repair is not None else None,
+        "how": made,
         "funnel": rows,
         "charts": list(_charts(project)),
-        "rules": rules,
+        "rules": [
+            {"name": name, "what": what, "count": dropped[name], "also": also[name]} for name, what in rules.items()
+        ],
         "kept": list(_kept(project)),
         "groups": list(_groups(project)),
     }
@@ -109,7 +131,7 @@ def word_count(text: str) -> int:
     return len(text.split())
 
 
-def _charts(project: Project) -> Iterator[JsonObject]:
+def _charts(project: AnyProject) -> Iterator[JsonObject]:
     if "repair" in project.steps:
         after = {pair.id: result.text for pair, result in project.current("repair") if result.outcome != "failed"}
         texts = {pair.id: text for pair, text in project.texts("repair") if pair.id in after}
@@ -170,7 +192,7 @@ def _summary(values: Sequence[int]) -> str:
 # Samples
 
 
-def _kept(project: Project) -> Iterator[JsonObject]:
+def _kept(project: AnyProject) -> Iterator[JsonObject]:
     """Samples of what people accepted and edited and what the filter kept, with the texts as the model wrote them."""
     described = {pair.id: result.text or "" for pair, result in project.current("generate")}
     for step, outcome in _KEPT:
@@ -180,7 +202,7 @@ def _kept(project: Project) -> Iterator[JsonObject]:
             yield _group(project, step, outcome, "", found, texts, described)
 
 
-def _groups(project: Project) -> Iterator[JsonObject]:
+def _groups(project: AnyProject) -> Iterator[JsonObject]:
     """Samples of every reason for which a step failed, dropped, rejected or flagged pairs."""
     for step in project.steps:
         texts = {pair.id: text for pair, text in project.texts(step)}
@@ -193,7 +215,7 @@ def _groups(project: Project) -> Iterator[JsonObject]:
 
 
 def _group(
-    project: Project,
+    project: AnyProject,
     step: str,
     outcome: str,
     reason: str,
@@ -210,7 +232,7 @@ def _group(
     return {"title": title, "count": len(found), "samples": samples}
 
 
-def _sample(project: Project, pair: Pair, result: Result, text: str, described: str) -> JsonObject:
+def _sample(project: AnyProject, pair: Pair, result: Result, text: str, described: str) -> JsonObject:
     """One pair of a group: its texts with labels, why it is here, and its image."""
     after = result.text if result.text is not None else text
     steps = [("as described", described)] * (described != text) + [("before", text)] * (after != text)

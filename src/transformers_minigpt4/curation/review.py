@@ -1,5 +1,5 @@
 """
-Gives pairs to people and keeps their decisions: the queue behind the page and the files of `minigpt4 curate review`.
+Gives pairs to people and keeps their decisions: the queue behind the page and the files of a `review` command.
 
 - A pair is due while its text, as the filter passed it on, has fewer decisions than it needs: one, or two for a share
   of the pairs, chosen by their keys (`review_twice`). Decisions on a text that has changed since do not count, so the
@@ -10,7 +10,6 @@ Gives pairs to people and keeps their decisions: the queue behind the page and t
 - If two people disagree, the stricter decision counts (reject, then edit, then accept), and of two edits the later.
 """
 
-import os
 import sqlite3
 from dataclasses import dataclass
 from functools import lru_cache
@@ -20,11 +19,10 @@ from time import time
 from transformers_minigpt4.web.html import person_name
 
 from .agreement import Agreement, measure_agreement
-from .config import CurationError
 from .database import fetch, incoming, plain_errors
 from .decisions import STEP, add_decision, check_action, fetch_one, live_decision, settle, take_back
-from .records import IMAGES
-from .store import Project
+from .settings_file import CurationError
+from .store import AnyProject
 
 
 CLAIM_SECONDS = 900.0
@@ -105,7 +103,7 @@ class ReviewQueue:
     Reviewers are named as [`person_name`] spells them.
     """
 
-    def __init__(self, project: Project, claim_seconds: float = CLAIM_SECONDS) -> None:
+    def __init__(self, project: AnyProject, claim_seconds: float = CLAIM_SECONDS) -> None:
         self.project, self.claim_seconds = project, claim_seconds
         self._incoming = incoming(STEP, project.config.repairs)
         self._known: dict[int, tuple[str, bool]] = {}
@@ -147,7 +145,7 @@ class ReviewQueue:
             row = self.current(connection, pair_id, me)
             if row is None:
                 return None, "That pair is not due for review: the filter has dropped it, or there is none."
-            if not (self.project.folder / row["image"]).is_file():
+            if not self.project.image_file(row["image"]).is_file():
                 return None, f"The image of {row['key']} is missing, so the pair cannot be shown."
             earlier = live_decision(connection, pair_id, me, row["text_id"])
             if earlier is None:
@@ -184,11 +182,14 @@ class ReviewQueue:
             that the text has changed and will be shown again.
 
         Raises:
-            ValueError: for an invalid name, pair or action, and for an edit without text.
+            ValueError: for an invalid name, pair or action, and for an edit without text or one that the project
+                cannot use.
             CurationError: if the project's file cannot be written.
         """
         me = person_name(reviewer)
         check_action(action, text)
+        if action == "edited":
+            self.project.check_edit(text or "")
         with self.project.transaction() as connection:
             known = connection.execute("SELECT 1 FROM pairs WHERE id = ?", (pair_id,)).fetchone()
             if known is None:
@@ -230,7 +231,7 @@ class ReviewQueue:
             current = self.current(connection, last["pair_id"], me)
             if current is None:
                 return None, "Undone. The filter has dropped that pair meanwhile, so it is not shown again."
-            if not (self.project.folder / current["image"]).is_file():
+            if not self.project.image_file(current["image"]).is_file():
                 return None, f"Undone. The image of {current['key']} is missing, so the pair cannot be shown."
             connection.execute("DELETE FROM claims WHERE reviewer = ? OR until < ?", (me, time()))
             self._claim(connection, current["id"], me)
@@ -252,7 +253,8 @@ class ReviewQueue:
             for pair_id, text_id, name in decisions:
                 if text_ids.get(pair_id) == text_id:
                     names.setdefault(pair_id, set()).add(name)
-            there, known = _names(self.project), self._known_pairs(connection)
+            known = self._known_pairs(connection)
+        there = self.project.existing_images(known[pair_id][0] for pair_id in text_ids)
         for pair_id in text_ids:
             (image, two), who = known[pair_id], names.get(pair_id, ())
             counts["mine"] += me in who
@@ -296,7 +298,7 @@ class ReviewQueue:
         me = person_name(reviewer) if reviewer is not None else ""
         with plain_errors(self.project.folder):
             rows = self._rows(self.project.connection(), _DUE, me).fetchall()
-        there = _names(self.project)
+        there = self.project.existing_images(row["image"] for row in rows)
         pairs = [self._pair(row) for row in rows if row["image"] in there]
         return pairs, [row["key"] for row in rows if row["image"] not in there]
 
@@ -345,7 +347,7 @@ class ReviewQueue:
     def _first(self, connection: sqlite3.Connection, where: str, me: str) -> sqlite3.Row | None:
         """The first such pair whose image exists."""
         for row in self._rows(connection, where, me):
-            if (self.project.folder / row["image"]).is_file():
+            if self.project.image_file(row["image"]).is_file():
                 return row
         return None
 
@@ -368,9 +370,3 @@ _DUE = """
      WHERE d.pair_id = w.id AND d.input = w.hash AND d.undone IS NULL) < wanted(p.key)
     AND NOT EXISTS (SELECT 1 FROM decisions AS d
      WHERE d.pair_id = w.id AND d.reviewer = :me AND d.input = w.hash AND d.undone IS NULL)"""
-
-
-def _names(project: Project) -> set[str]:
-    """Images that exist, as in `records.Pair.image`; one listing of the folder is faster than a check for each."""
-    folder = project.folder / IMAGES
-    return {f"{IMAGES}/{name}" for name in os.listdir(folder)} if folder.is_dir() else set()

@@ -13,10 +13,10 @@ from transformers_minigpt4.utils.json_files import json_lines
 from transformers_minigpt4.utils.text import from_spreadsheet_cell, spreadsheet_cell
 from transformers_minigpt4.web.html import person_name
 
-from .config import CurationError
 from .decisions import add_decision, check_action, clean_reason, live_decision, same_text, take_back
 from .review import ReviewPair, ReviewQueue
-from .store import Project
+from .settings_file import CurationError
+from .store import AnyProject
 
 
 # What is exported; reviewers fill in the last four. An import needs `pair`, `text_id` and `action`.
@@ -50,7 +50,7 @@ class Import:
         return self.accepted + self.edited + self.rejected
 
 
-def export_pairs(project: Project, path: PathLike, reviewer: str | None = None, decided: bool = False) -> Export:
+def export_pairs(project: AnyProject, path: PathLike, reviewer: str | None = None, decided: bool = False) -> Export:
     """
     Writes the pairs that need a decision, or the decisions made so far.
 
@@ -95,7 +95,7 @@ def _said(decision: sqlite3.Row) -> tuple[str, str, str, str]:
     return action, decision["text"] or "", decision["reason"], decision["reviewer"]
 
 
-def import_decisions(project: Project, path: PathLike, reviewer: str | None = None) -> Import:
+def import_decisions(project: AnyProject, path: PathLike, reviewer: str | None = None) -> Import:
     """
     Imports the decisions of a file: all of them, or none.
 
@@ -143,6 +143,8 @@ def _import_row(
     if action not in _ACTIONS.values():
         raise ValueError(f"{said!r} is not an action; write accept, edit or reject, or leave it empty")
     check_action(action, text)
+    if action == "edited":
+        queue.project.check_edit(text)
     name = row.get("reviewer", "").strip() or reviewer
     if name is None:
         raise ValueError("it does not say who decided; fill in `reviewer`, or name one for the complete file")

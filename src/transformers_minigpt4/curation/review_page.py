@@ -8,11 +8,10 @@ from transformers_minigpt4.utils.files import JsonObject
 from transformers_minigpt4.web.html import escape, keep_name, known_name
 from transformers_minigpt4.web.server import LOCAL_HOSTS, PageServer, new_page, serve
 
-from .records import IMAGES
 from .review import ReviewQueue
 from .review_list import STATES, all_reasons
 from .review_screen import JUMP, TURN, Reviewing, Screen
-from .store import Project
+from .store import AnyProject
 
 
 if TYPE_CHECKING:
@@ -60,12 +59,12 @@ def build_page(queue: ReviewQueue) -> "gr.Blocks":
     """The page; [`serve_review`] serves it."""
     reviewing = Reviewing(queue)
     config, project = queue.project.config, escape(queue.project.folder.resolve().name)
-    page = new_page("Review of captions")
+    page = new_page(f"Review of {queue.project.what}s")
     import gradio as gr  # installed, or `new_page` would have failed
 
     with page:
         gr.HTML(
-            f"<h1>Review of captions: {project}</h1>"
+            f"<h1>Review of {queue.project.what}s: {project}</h1>"
             f"<details open><summary>Guideline</summary><p>{escape(config.review_guideline)}</p></details>",
             elem_id="title",
         )
@@ -152,7 +151,7 @@ def _build_list(queue: ReviewQueue, reviewing: Reviewing, reviewer: "gr.Textbox"
     return lambda event: event.then(again, [is_open, *filters, page], **plain)
 
 
-def serve_review(project: Project, host: str = LOCAL_HOSTS[0], port: int | None = None) -> PageServer:
+def serve_review(project: AnyProject, host: str = LOCAL_HOSTS[0], port: int | None = None) -> PageServer:
     """
     Serves the review of a project; use it in a `with` statement, see [`PageServer`].
 
@@ -170,7 +169,7 @@ def serve_review(project: Project, host: str = LOCAL_HOSTS[0], port: int | None 
     reasons = range(1, len(project.config.review_reasons) + 1)
     return serve(
         page,
-        files=project.folder / IMAGES,
+        files=project.images,
         keys={**KEYS, **{str(number): f"reason-{number}" for number in reasons}},
         submit="save",
         focus={"e": "text"},

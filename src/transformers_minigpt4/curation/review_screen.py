@@ -2,17 +2,17 @@
 
 import os
 import shlex
-from pathlib import Path
 from typing import NamedTuple
 
 from transformers_minigpt4.web.html import escape, image_html, person_name, press_html
 from transformers_minigpt4.web.server import import_gradio
 
-from .config import CurationError
 from .decisions import same_text
 from .review import Progress, ReviewPair, ReviewQueue
 from .review_diff import mark_differences
 from .review_list import Listing, list_pairs
+from .settings_file import CurationError
+from .store import AnyProject
 
 
 JUMP, TURN = "jump", "turn"  # `elem_id`s of the buttons that the list's rows and its page numbers press
@@ -42,11 +42,11 @@ class Shown(NamedTuple):
     decision: int
 
 
-def what_next(folder: str | os.PathLike[str], progress: Progress) -> str:
+def what_next(project: AnyProject, progress: Progress) -> str:
     """The command that comes after the review as it is now, in one line."""
 
     def command(name: str) -> str:
-        return f"`{shlex.join(['minigpt4', 'curate', name, os.fspath(folder)])}`"
+        return f"`{project.command} {shlex.join([name, os.fspath(project.folder)])}`"
 
     accepted = progress.accepted + progress.edited
     if not progress.pairs:
@@ -54,8 +54,9 @@ def what_next(folder: str | os.PathLike[str], progress: Progress) -> str:
     if progress.due:
         return f"{progress.due:,} of {progress.pairs:,} pairs still need a decision; {command('review')} resumes"
     if not accepted:
-        return f"all {progress.pairs:,} pairs are decided, and none is accepted; {command('report')} shows why"
-    return f"all {progress.pairs:,} pairs are decided; {command('run')} builds the dataset ({accepted:,} accepted)"
+        return f"all {progress.pairs:,} pairs are decided, and none is accepted; {command('status')} shows why"
+    decided = f"all {progress.pairs:,} pairs are decided"
+    return f"{decided}; {command(project.finish)} builds the dataset ({accepted:,} accepted)"
 
 
 class Reviewing:
@@ -153,7 +154,7 @@ class Reviewing:
         before, after = mark_differences(pair.before, pair.after, escape)
         flag = f'<p id="flag"><b>The repair asks you to look closely:</b> {escape(pair.flag)}</p>' if pair.flag else ""
         changed = "You decided on this pair before; its text has changed since." if pair.again else ""
-        image = image_html(Path(pair.image).name, f"Image {pair.key}")
+        image = image_html(self.queue.project.image_name(pair.image), f"Image {pair.key}")
         return Screen(
             import_gradio().update(visible=False),
             _status(message or changed),
@@ -173,7 +174,7 @@ class Reviewing:
             return Screen(who, _status(message), "", "", "", "", "", "", reviewer)
         following = "Whoever else reviews opens this page under another name."
         if not progress.due:
-            said = what_next(self.queue.project.folder, progress)
+            said = what_next(self.queue.project, progress)
             following = said[0].upper() + said[1:] + "."
         code = "".join(
             f"<code>{part}</code>" if i % 2 else part for i, part in enumerate(escape(following).split("`"))

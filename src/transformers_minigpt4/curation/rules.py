@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 from transformers_minigpt4.utils.files import JsonObject
 
-from .config import CurationError, settings_hash
+from .config import settings_hash
 from .phrases import APOLOGIES, DANGLING, LEFTOVERS, SELF_REFERENCE
+from .settings_file import CurationError
 from .text_checks import (
     Text,
     Verdict,

@@ -23,10 +23,11 @@ from transformers_minigpt4.inference.sources import IMAGE_SUFFIXES, expand_sourc
 from transformers_minigpt4.processing.image_utils_minigpt4 import ImageLoadError, load_image, open_image
 from transformers_minigpt4.utils.files import JsonObject, write_atomically
 
-from .config import CONFIG_FILE, CurationConfig, CurationError
+from .config import CONFIG_FILE, CurationConfig
 from .database import file_name
 from .progress import bar
 from .records import IMAGES
+from .settings_file import CurationError
 from .store import Project
 
 

@@ -6,20 +6,14 @@ from dataclasses import dataclass
 
 from transformers_minigpt4.utils.files import atomic_file
 
-from .config import CurationError
 from .records import PASSING, Funnel, StepCount
-from .store import Project
+from .settings_file import CurationError
+from .store import AnyProject
 
 
 _BAR = 30  # characters of a full bar
 _COLORS = {"passed": "#2a6f97", "lost": "#c1666b", "waiting": "#b8b8b8"}
 _REASONS_SHOWN = 20  # of one outcome; the others are added up
-STEP_WORDS = {
-    "generate": "described",
-    "repair": "repaired",
-    "filter": "through the filter",
-    "review": "accepted by reviewers",
-}
 
 
 @dataclass(frozen=True)
@@ -40,12 +34,12 @@ class FunnelRow:
     kind: str
 
 
-def funnel_rows(funnel: Funnel) -> list[FunnelRow]:
+def funnel_rows(project: AnyProject, funnel: Funnel) -> list[FunnelRow]:
     """The funnel from the images sampled to the pairs accepted; a step's first line is what it passes on."""
-    rows = [FunnelRow(0, "sampled", funnel.sampled, "passed")]
+    rows = [FunnelRow(0, project.sampled, funnel.sampled, "passed")]
     rows += [FunnelRow(1, f"skipped in the source: {kind}", count, "lost") for kind, count in funnel.skipped.items()]
     for step in funnel.steps:
-        rows += _step_rows(step)
+        rows += _step_rows(step, project.step_words[step.step])
     return rows
 
 
@@ -54,8 +48,8 @@ def passed_on(step: StepCount) -> int:
     return sum(step.outcomes.get(outcome, 0) for outcome in PASSING[step.step])
 
 
-def _step_rows(step: StepCount) -> Iterator[FunnelRow]:
-    yield FunnelRow(0, STEP_WORDS[step.step], passed_on(step), "passed")
+def _step_rows(step: StepCount, words: str) -> Iterator[FunnelRow]:
+    yield FunnelRow(0, words, passed_on(step), "passed")
     for outcome, count in step.outcomes.items():
         kind = "passed" if outcome in PASSING[step.step] else "lost"
         reasons = sorted(step.reasons.get(outcome, {}).items(), key=lambda item: (-item[1], item[0]))
@@ -80,7 +74,7 @@ def share(count: int, of: int) -> str:
     return f"{count / of:.1%}" if of else "-"
 
 
-def status_text(project: Project) -> str:
+def status_text(project: AnyProject) -> str:
     """
     The funnel as lines of text: label, pairs, share of the sampled images, and a bar of it for each step.
 
@@ -88,7 +82,7 @@ def status_text(project: Project) -> str:
         project: Open.
     """
     funnel = project.funnel()
-    rows = funnel_rows(funnel)
+    rows = funnel_rows(project, funnel)
     labels = ["  " * row.depth + row.label for row in rows]
     width = max(map(len, labels))
     lines = [f"{'':<{width}}  {'pairs':>7}  {'share':>6}"]
@@ -98,11 +92,11 @@ def status_text(project: Project) -> str:
         of = "-" if row.label.startswith("skipped") else share(row.pairs, funnel.sampled)
         lines.append(f"{label:<{width}}  {row.pairs:>7}  {of:>6}  {bar}".rstrip())
     if funnel.sampled < funnel.wanted:
-        lines.append(f"{funnel.wanted - funnel.sampled} of the {funnel.wanted} images wanted have not been sampled")
+        lines.append(f"{funnel.wanted - funnel.sampled} of the {funnel.wanted} pairs wanted have not been sampled")
     return "\n".join(lines)
 
 
-def save_status_png(project: Project, path: str | os.PathLike[str]) -> None:
+def save_status_png(project: AnyProject, path: str | os.PathLike[str]) -> None:
     """
     Draws the funnel as a PNG: a bar for each step, and below it thinner ones for what it dropped, by reason.
 
@@ -120,7 +114,7 @@ def save_status_png(project: Project, path: str | os.PathLike[str]) -> None:
             'the chart of the funnel needs matplotlib: pip install "transformers_minigpt4[curation]"'
         ) from error
     funnel = project.funnel()
-    rows = [row for row in funnel_rows(funnel) if not row.label.startswith("skipped")]
+    rows = [row for row in funnel_rows(project, funnel) if not row.label.startswith("skipped")]
     figure = Figure(figsize=(9, 1.2 + 0.32 * len(rows)), layout="constrained")
     axes = figure.add_subplot()
     for place, row in enumerate(rows):

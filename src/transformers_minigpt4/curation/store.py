@@ -4,13 +4,14 @@ import contextlib
 import os
 import sqlite3
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any, ClassVar, Generic, Protocol, Self, TypeAlias, TypeVar
 
 from transformers_minigpt4.utils.files import JsonObject, atomic_file, folder_lock
 
-from .config import CONFIG_FILE, CurationConfig, CurationError, load_config
+from .config import SETTINGS, CurationConfig
 from .database import (
     BUSY_SECONDS,
     DATABASE,
@@ -27,38 +28,65 @@ from .database import (
     write_results,
 )
 from .records import FAILED, IMAGES, STEPS, Funnel, Pair, Result, StepCount, Work, now
+from .settings_file import CurationError, SettingsFile
 
 
 _PAGE = 1000  # pairs read at a time, so that no cursor stays open while a step writes
 
 
-class Project:
+class ProjectConfig(Protocol):
+    """What every kind of project has among its settings; see [`CurationConfig`]."""
+
+    @property
+    def repairs(self) -> bool: ...
+    @property
+    def wanted(self) -> int: ...
+    @property
+    def review_guideline(self) -> str: ...
+    @property
+    def review_reasons(self) -> list[str]: ...
+    @property
+    def review_twice(self) -> float: ...
+
+
+Config = TypeVar("Config", bound=ProjectConfig)
+
+
+class ProjectStore(Generic[Config]):
     """
-    A project's folder: settings, images, and the file of their histories. Use it as a context manager.
+    A project's folder: settings and the file of its pairs' histories. Use it as a context manager.
 
     Every method may be called from any thread; each thread has its own connection. Several processes may have one
-    project open; those that run a step take turns by `writer`.
+    project open; those that run a step take turns by `writer`. Subclasses say what kind of project it is.
 
     Args:
         folder: The folder.
-        config: Its settings, by default those of its `curation.yaml`.
+        config: Its settings, by default those of its settings file.
 
     Raises:
         CurationError: if the folder is not a project, or one of another schema version.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], config: CurationConfig | None = None) -> None:
+    settings_file: ClassVar[SettingsFile[Any]]
+    command: ClassVar[str]  # whose subcommands are the steps
+    finish: ClassVar[str]  # the subcommand that follows the review
+    what: ClassVar[str]  # a pair's text, in words
+    sampled: ClassVar[str]  # label of the pairs that no step has processed yet
+    # What each step has done with the pairs that it passes on.
+    step_words: ClassVar[Mapping[str, str]]
+
+    def __init__(self, folder: str | os.PathLike[str], config: Config | None = None) -> None:
         self.folder = Path(folder)
-        self.config = config if config is not None else load_config(self.folder / CONFIG_FILE)
+        self.config: Config = config or self.settings_file.read(self.folder / self.settings_file.name)
         self.steps = tuple(step for step in STEPS if step != "repair" or self.config.repairs)
         self._local = threading.local()
         self._connections: list[sqlite3.Connection] = []
 
     @classmethod
-    def create(cls, folder: str | os.PathLike[str], config: CurationConfig | None = None) -> "Project":
+    def create(cls, folder: str | os.PathLike[str], config: Config | None = None) -> Self:
         """Opens a project, and creates its database if it does not exist."""
         project = cls(folder, config)
-        (project.folder / IMAGES).mkdir(parents=True, exist_ok=True)
+        project.prepare()
         if not project.database.exists():
             with project.writer("init"):
                 if not project.database.exists():
@@ -66,14 +94,14 @@ class Project:
         return project._checked()
 
     @classmethod
-    def open(cls, folder: str | os.PathLike[str], config: CurationConfig | None = None) -> "Project":
+    def open(cls, folder: str | os.PathLike[str], config: Config | None = None) -> Self:
         """Opens a project that `create` has created."""
         project = cls(folder, config)
         if not project.database.exists():
-            raise CurationError(f"{project.folder} holds no {DATABASE} yet; run `minigpt4 curate generate` first")
+            raise CurationError(f"{project.folder} holds no {DATABASE} yet; run `{cls.command} generate` first")
         return project._checked()
 
-    def __enter__(self) -> "Project":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -89,9 +117,37 @@ class Project:
     def database(self) -> Path:
         return self.folder / DATABASE
 
+    @property
+    def images(self) -> Path:
+        """The folder that all images are in or below."""
+        return self.folder / IMAGES
+
+    def prepare(self) -> None:
+        """Creates what the folder needs besides the database."""
+
+    def image_file(self, image: str) -> Path:
+        """The file of `Pair.image`. It may be missing: people delete files."""
+        return self.folder / image
+
     def image_path(self, pair: Pair) -> Path:
-        """Path of the copy of a pair's image. It may be missing: people delete files."""
-        return self.folder / pair.image
+        """The file of a pair's image, see [`image_file`]."""
+        return self.image_file(pair.image)
+
+    def image_name(self, image: str) -> str:
+        """The path below `images` of `Pair.image`."""
+        return self.image_file(image).relative_to(self.images).as_posix()
+
+    def existing_images(self, images: Iterable[str]) -> set[str]:
+        """Those of several `Pair.image` whose files exist."""
+        return {image for image in images if self.image_file(image).is_file()}
+
+    def check_edit(self, text: str) -> None:
+        """
+        Checks a text that a person has edited.
+
+        Raises:
+            CurationError: if the project cannot use it.
+        """
 
     def _create_database(self) -> None:
         # Under another name first: a kill halfway must not leave a file without tables.
@@ -106,7 +162,7 @@ class Project:
             finally:
                 connection.close()
 
-    def _checked(self) -> "Project":
+    def _checked(self) -> Self:
         with plain_errors(self.folder):
             (version,) = self.connection().execute("PRAGMA user_version").fetchone()
         if version != SCHEMA_VERSION:
@@ -278,7 +334,7 @@ class Project:
         skipped = self._rows("SELECT kind, count(*) FROM skipped GROUP BY kind ORDER BY count(*) DESC, kind")
         accepted = self._rows(f"SELECT count(*) FROM ({accepted_pairs(self.config.repairs, False)})", after=0)
         return Funnel(
-            wanted=self.config.images,
+            wanted=self.config.wanted,
             sampled=sampled,
             skipped={row[0]: row[1] for row in skipped},
             steps=[self._step_count(step) for step in self.steps],
@@ -313,3 +369,28 @@ class Project:
         while rows := self._rows(f"{query} LIMIT {_PAGE}", after=after, **values):
             yield from rows
             after = rows[-1]["id"]
+
+
+AnyProject: TypeAlias = ProjectStore[Any]
+
+
+class Project(ProjectStore[CurationConfig]):
+    """A curation project: images that a checkpoint describes, with copies of them in its folder."""
+
+    settings_file = SETTINGS
+    command, finish = "minigpt4 curate", "run"
+    what, sampled = "caption", "sampled"
+    step_words = {
+        "generate": "described",
+        "repair": "repaired",
+        "filter": "through the filter",
+        "review": "accepted by reviewers",
+    }
+
+    def prepare(self) -> None:
+        self.images.mkdir(parents=True, exist_ok=True)
+
+    def existing_images(self, images: Iterable[str]) -> set[str]:
+        # One listing of the folder is faster than a check for each.
+        there = {f"{IMAGES}/{name}" for name in os.listdir(self.images)} if self.images.is_dir() else set()
+        return there.intersection(images)
