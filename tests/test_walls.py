@@ -119,7 +119,10 @@ def test_no_modules_import_each_other_in_a_circle():
 
 
 # Extras, which may be missing, and what comes with them.
-EXTRAS = {"gradio", "lmms_eval", "matplotlib", "openai", "pycocoevalcap", "ray", "spacy", "starlette", "vllm"}
+EXTRAS = {
+    *("bitsandbytes", "fastapi", "gradio", "lmms_eval", "matplotlib", "openai", "pycocoevalcap", "ray", "spacy"),
+    *("starlette", "uvicorn", "vllm"),
+}
 ONLY_ON_UNIX = {"fcntl", "grp", "posix", "pwd", "resource", "termios", "tty"}
 
 
