@@ -32,6 +32,7 @@ from transformers.models.blip.image_processing_pil_blip import BlipImageProcesso
 
 from transformers_minigpt4.inference.caption_file import CaptionFile
 from transformers_minigpt4.inference.describe import describe
+from transformers_minigpt4.inference.engines import TransformersEngine
 from transformers_minigpt4.inference.generation import answer_prompts, caption_images
 from transformers_minigpt4.inference.loading import load_model_and_processor
 from transformers_minigpt4.inference.sources import expand_sources
@@ -98,43 +99,45 @@ class TestExpandSources:
 class TestDescribe:
     def test_bad_file_keeps_its_place_and_spoils_nothing(self, loaded, folder):
         sources = sorted(folder.iterdir())
-        records = list(describe(sources, *loaded, batch_size=4, **GREEDY))
+        records = list(describe(sources, TransformersEngine(*loaded, batch_size=4), **GREEDY))
         assert [record["image"] for record in records] == [str(source) for source in sources]
         assert [set(record) for record in records] == [{"image", "caption"}] * 2 + [{"image", "error"}] + [
             {"image", "caption"}
         ] * 3
         assert "1b.jpg" in records[2]["error"] and "not an image" in records[2]["error"]
-        alone = [next(describe([source], *loaded, batch_size=1, **GREEDY)) for source in sources]
+        alone = [next(describe([source], TransformersEngine(*loaded, batch_size=1), **GREEDY)) for source in sources]
         assert alone == records
 
     def test_batch_of_bad_files_only(self, loaded, tmp_path):
-        records = list(describe([tmp_path / "a.png", tmp_path / "b.png"], *loaded, batch_size=1, **GREEDY))
+        records = list(
+            describe([tmp_path / "a.png", tmp_path / "b.png"], TransformersEngine(*loaded, batch_size=1), **GREEDY)
+        )
         assert [set(record) for record in records] == [{"image", "error"}] * 2
 
     def test_no_images(self, loaded):
-        assert list(describe([], *loaded)) == []
+        assert list(describe([], TransformersEngine(*loaded))) == []
 
     def test_prompt_reaches_the_model(self, loaded, folder):
         first, second = (
-            next(describe([folder / "0.png"], *loaded, prompt=prompt, **GREEDY))["caption"]
+            next(describe([folder / "0.png"], TransformersEngine(*loaded), prompt=prompt, **GREEDY))["caption"]
             for prompt in ("Describe this image in detail.", "what?")
         )
         assert first != second
 
     def test_caption_is_the_new_text_alone(self, loaded, folder):
-        (record,) = describe([folder / "0.png"], *loaded, **GREEDY)
+        (record,) = describe([folder / "0.png"], TransformersEngine(*loaded), **GREEDY)
         assert "Describe" not in record["caption"] and "###" not in record["caption"]
         assert record["caption"] == record["caption"].strip()
 
     def test_sources_without_a_name_are_numbered(self, loaded, folder):
         sources = [folder / "0.png", (folder / "1.png").read_bytes(), Image.new("L", (1, 1))]
-        records = list(describe(sources, *loaded, **GREEDY))
+        records = list(describe(sources, TransformersEngine(*loaded), **GREEDY))
         assert [record["image"] for record in records] == [str(folder / "0.png"), "#1", "#2"]
 
     def test_endless_sources_are_read_one_batch_ahead(self, loaded, folder):
         taken = []
         sources = (taken.append(number) or folder / "0.png" for number in count())
-        records = describe(sources, *loaded, batch_size=2, **GREEDY)
+        records = describe(sources, TransformersEngine(*loaded, batch_size=2), **GREEDY)
         assert taken == []
         assert len(list(islice(records, 3))) == 3
         assert len(taken) == 6
@@ -142,7 +145,7 @@ class TestDescribe:
     def test_stopping_early_does_not_wait_for_a_hanging_download(self, loaded, folder):
         with socket.create_server(("127.0.0.1", 0)) as silent:
             url = f"http://127.0.0.1:{silent.getsockname()[1]}/a.png"
-            records = describe([folder / "0.png", url], *loaded, batch_size=1, timeout=3, **GREEDY)
+            records = describe([folder / "0.png", url], TransformersEngine(*loaded, batch_size=1), timeout=3, **GREEDY)
             next(records)
             started = time.monotonic()
             records.close()
@@ -151,7 +154,7 @@ class TestDescribe:
     def test_time_out_is_passed_on(self, loaded):
         with socket.create_server(("127.0.0.1", 0)) as silent:
             url = f"http://127.0.0.1:{silent.getsockname()[1]}/a.png"
-            (record,) = describe([url], *loaded, timeout=0.3)
+            (record,) = describe([url], TransformersEngine(*loaded), timeout=0.3)
         assert "longer than 0.3 seconds" in record["error"]
 
     def test_checkpoints_without_a_length_get_the_authors_limit(self, loaded, folder):
@@ -167,15 +170,23 @@ class TestDescribe:
     @pytest.mark.parametrize("batch_size", [0, -1])
     def test_bad_batch_size(self, loaded, batch_size):
         with pytest.raises(ValueError, match="at least one image"):
-            describe([], *loaded, batch_size=batch_size)
+            describe([], TransformersEngine(*loaded, batch_size=batch_size))
 
     def test_several_answers_a_image_are_refused(self, loaded, folder):
         with pytest.raises(ValueError, match="num_return_sequences"):
-            list(describe([folder / "0.png"], *loaded, num_return_sequences=2, do_sample=True, max_new_tokens=2))
+            list(
+                describe(
+                    [folder / "0.png"],
+                    TransformersEngine(*loaded),
+                    num_return_sequences=2,
+                    do_sample=True,
+                    max_new_tokens=2,
+                )
+            )
 
     def test_more_than_the_answers_is_refused(self, loaded, folder):
         with pytest.raises(ValueError, match="leave out return_dict_in_generate"):
-            list(describe([folder / "0.png"], *loaded, return_dict_in_generate=True, **GREEDY))
+            list(describe([folder / "0.png"], TransformersEngine(*loaded), return_dict_in_generate=True, **GREEDY))
 
 
 def tiny_llava(tokenizer, image_processor):
@@ -237,11 +248,17 @@ class TestOtherFamilies:
         processor.save_pretrained(tmp_path / family)
 
         loaded = load_model_and_processor(str(tmp_path / family), device="cpu")
-        records = list(describe(sorted(folder.iterdir()), *loaded, batch_size=4, max_new_tokens=5, do_sample=False))
+        records = list(
+            describe(
+                sorted(folder.iterdir()), TransformersEngine(*loaded, batch_size=4), max_new_tokens=5, do_sample=False
+            )
+        )
         assert [("error" in record) for record in records] == [False, False, True, False, False, False]
         captions = [record["caption"] for record in records if "caption" in record]
         assert not any("Describe" in caption or "USER" in caption for caption in captions)
-        alone = list(describe([folder / "0.png"], *loaded, batch_size=1, max_new_tokens=5, do_sample=False))
+        alone = list(
+            describe([folder / "0.png"], TransformersEngine(*loaded, batch_size=1), max_new_tokens=5, do_sample=False)
+        )
         assert alone[0]["caption"] == captions[0] != ""
 
 
@@ -303,7 +320,11 @@ class TestCaptionStreamer:
         pieces: list[str] = []
         streamer = CaptionStreamer(processor, pieces.append)
         (record,) = describe(
-            [folder / "0.png"], model, processor, batch_size=1, streamer=streamer, do_sample=False, max_new_tokens=40
+            [folder / "0.png"],
+            TransformersEngine(model, processor),
+            streamer=streamer,
+            do_sample=False,
+            max_new_tokens=40,
         )
         assert "".join(pieces) == record["caption"] != ""
 
@@ -480,4 +501,4 @@ class TestCaptionFile:
 
 def test_empty_prompt():
     with pytest.raises(ValueError, match="prompt is empty"):
-        describe(["a.png"], None, None, prompt=" ")
+        describe(["a.png"], None, prompt=" ")

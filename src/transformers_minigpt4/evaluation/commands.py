@@ -126,7 +126,7 @@ def run(
         bool, typer.Option("--list-tasks", help="Show the tasks and their files, and exit.")
     ] = False,
     limit: Annotated[int | None, typer.Option(min=1, help="Questions per task. By default all.")] = None,
-    batch_size: BatchSize = 8,
+    batch_size: BatchSize = None,
     dtype: DType = "auto",
     device: Device = None,
     trust_remote_code: TrustRemoteCode = False,

@@ -15,6 +15,7 @@ from accelerate import PartialState
 from tqdm.auto import tqdm
 from transformers import AutoConfig, ProcessorMixin
 
+from transformers_minigpt4.inference.engines import DEFAULT_BATCH_SIZE
 from transformers_minigpt4.inference.loading import load_model_and_processor
 from transformers_minigpt4.inference.sources import ImageSource
 from transformers_minigpt4.llm.client import ChatModel
@@ -69,7 +70,7 @@ def evaluate(
     *,
     judge: ChatSettings | ChatModel | None = None,
     judge_cache: str | Path | None = None,
-    batch_size: int = 8,
+    batch_size: int | None = None,
     limit: int | None = None,
     dtype: str = "auto",
     device: str | None = None,
@@ -91,7 +92,7 @@ def evaluate(
         output: Folder for `results.json` and `answers/TASK.jsonl`; results of other tasks in it are kept.
         judge: Settings of a chat model, or an open one, for the tasks that need one.
         judge_cache: Cache of the judge's replies; by default `output/judge.sqlite`.
-        batch_size: Questions that go through the model at once.
+        batch_size: Questions that go through the model at once; 8 by default.
         limit: Questions of each task, the first ones; all by default.
         dtype, device, trust_remote_code: As of [`~inference.loading.load_model_and_processor`].
         seed: Seed of the bootstrap intervals.
@@ -105,6 +106,7 @@ def evaluate(
     """
     chosen = [load_task(task) if isinstance(task, str) else task for task in tasks]
     _check_request(chosen, judge, limit)
+    batch_size = DEFAULT_BATCH_SIZE if batch_size is None else batch_size
     output = Path(output)
     loaded = [(task, *load_questions(task, data, limit)) for task in chosen]
     facts = checkpoint_facts(checkpoint, dtype, trust_remote_code)

@@ -11,6 +11,7 @@ from transformers_minigpt4.utils.command_line import (
     BatchSize,
     Device,
     DType,
+    EngineOption,
     Quantization,
     TrustRemoteCode,
     complain,
@@ -46,7 +47,8 @@ def describe(
         Path | None,
         typer.Option(metavar="FILE", help="JSON Lines file to append to; rerun the command to resume."),
     ] = None,
-    batch_size: BatchSize = 8,
+    engine: EngineOption = "transformers",
+    batch_size: BatchSize = None,
     max_new_tokens: Annotated[
         int | None,
         typer.Option(
@@ -85,7 +87,8 @@ def describe(
         from .caption_file import CaptionFile
         from .demo_checkpoint import demo_checkpoint, knows_drawn_shapes_only
         from .describe import describe as describe_images
-        from .loading import load_model_and_processor
+        from .engines import TransformersEngine
+        from .loading import load_engine
         from .sources import expand_sources
         from .streaming import CaptionStreamer
 
@@ -99,28 +102,35 @@ def describe(
             return
         if knows_drawn_shapes_only(checkpoint):
             complain("this is the demo's model, which knows drawn shapes only; name another one with --model")
-        loaded, processor = load_model_and_processor(checkpoint, dtype, device, trust_remote_code, quantization)
-        streamed = len(sources) == 1 and captions is None
-        settings: dict[str, Any] = {"max_new_tokens": max_new_tokens} if max_new_tokens is not None else {}
-        if streamed:
-            batch_size = 1
-            settings["streamer"] = CaptionStreamer(processor, run.show)
-        records = describe_images(
-            run.remaining, loaded, processor, prompt=prompt, batch_size=batch_size, do_sample=sample, **settings
+        alone = len(sources) == 1 and captions is None
+        loaded = load_engine(
+            engine,
+            checkpoint,
+            batch_size=1 if alone else batch_size,
+            dtype=dtype,
+            device=device,
+            trust_remote_code=trust_remote_code,
+            quantization=quantization,
         )
+        settings: dict[str, Any] = {"max_new_tokens": max_new_tokens} if max_new_tokens is not None else {}
+        streamed = False
+        if alone and isinstance(loaded, TransformersEngine):
+            streamed = True
+            settings["streamer"] = CaptionStreamer(loaded.processor, run.show)
+        records = describe_images(run.remaining, loaded, prompt=prompt, do_sample=sample, **settings)
         stack.enter_context(interruptible(run.stopped))
-        failed = _finish_one(records) if streamed else run.write_all(records, prompt, checkpoint)
+        failed = _finish_one(records, streamed) if alone else run.write_all(records, prompt, checkpoint)
         if failed:
             raise typer.Exit(1)
 
 
-def _finish_one(records: "Iterator[dict[str, str]]") -> int:
-    """Streams one answer to stdout; returns how many images failed."""
+def _finish_one(records: "Iterator[dict[str, str]]", streamed: bool) -> int:
+    """Writes one answer to stdout, which may be there already; returns how many images failed."""
     record = next(records)
     if "error" in record:
         complain(record["error"])
         return 1
-    typer.echo()
+    echo("" if streamed else record["caption"])
     return 0
 
 

@@ -123,7 +123,7 @@ def _inputs(
     images: Sequence[Sequence[Image.Image]], prompts: Sequence[str], processor: ProcessorMixin
 ) -> BatchFeature:
     if getattr(processor, "chat_template", None):
-        return encode_conversations([_conversation(row, prompt) for row, prompt in zip(images, prompts)], processor)
+        return encode_conversations([conversation(row, prompt) for row, prompt in zip(images, prompts)], processor)
     for row in images:
         if len(row) != 1:
             raise ValueError(
@@ -165,6 +165,7 @@ def _padding_left(processor: ProcessorMixin) -> ProcessorMixin:
     return processor
 
 
-def _conversation(images: Sequence[Image.Image], prompt: str) -> list[JsonObject]:
+def conversation(images: Sequence[Image.Image], prompt: str) -> list[JsonObject]:
+    """One user turn, its images first, as chat templates take it."""
     content: list[JsonObject] = [{"type": "image", "image": image} for image in images]
     return [{"role": "user", "content": [*content, {"type": "text", "text": prompt}]}]

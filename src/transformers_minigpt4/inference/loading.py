@@ -11,6 +11,9 @@ from transformers_minigpt4.utils.checkpoint_files import loading_from
 from transformers_minigpt4.utils.models import GenerativeModel, check_is_folder, usable_device
 from transformers_minigpt4.utils.text import first_line
 
+from .engines import DEFAULT_BATCH_SIZE, Engine, EngineName, TransformersEngine
+from .vllm_engine import VllmEngine
+
 
 Quantization: TypeAlias = Literal["bnb-4bit", "bnb-8bit"]
 _PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
@@ -110,3 +113,51 @@ def _quantization_config(quantization: str, device: str) -> BitsAndBytesConfig:
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype="float16",
     )
+
+
+def load_engine(
+    name: EngineName,
+    checkpoint: str,
+    *,
+    batch_size: int | None = None,
+    dtype: str = "auto",
+    device: str | None = None,
+    trust_remote_code: bool = False,
+    quantization: Quantization | None = None,
+    images_per_prompt: int = 1,
+) -> Engine:
+    """
+    Load a checkpoint into an engine.
+
+    Args:
+        name (`str`): `"transformers"` or `"vllm"`.
+        checkpoint (`str`): a folder or a Hub id.
+        batch_size (`int`, *optional*): requests that are worked on at once; by default 8, and with vLLM as many as
+            its own default allows.
+        dtype (`str`, *optional*, defaults to `"auto"`): `"auto"` for the checkpoint's own, or `"float32"` and so on.
+        device (`str`, *optional*): As of [`~inference.loading.load_model_and_processor`]. vLLM runs on what it was
+            built for; `"auto"` spreads its model over all GPUs (tensor parallel).
+        trust_remote_code (`bool`, *optional*, defaults to `False`): whether to run code from the checkpoint.
+        quantization (`str`, *optional*): As of [`~inference.loading.load_model_and_processor`]; not with vLLM.
+        images_per_prompt (`int`, *optional*, defaults to 1): the most images of a request, which vLLM keeps room for.
+
+    Raises:
+        ValueError: if the checkpoint cannot be found or is of another kind, the engine has no such device, or vLLM is
+            not installed.
+    """
+    if name == "vllm":
+        if quantization is not None:
+            raise ValueError(
+                f"the engine vllm does not quantize in {quantization} while it loads; give it a checkpoint that is "
+                "quantized already, or leave --quantization out"
+            )
+        return VllmEngine(
+            checkpoint,
+            batch_size=batch_size,
+            dtype=dtype,
+            device=device,
+            trust_remote_code=trust_remote_code,
+            images_per_prompt=images_per_prompt,
+        )
+    model, processor = load_model_and_processor(checkpoint, dtype, device, trust_remote_code, quantization)
+    return TransformersEngine(model, processor, batch_size or DEFAULT_BATCH_SIZE)

@@ -6,7 +6,7 @@ A test compares names and defaults with `StageArguments`, `StageConfig` and TRL'
 
 from typing import NamedTuple, get_args
 
-from transformers_minigpt4.utils.command_line import BatchSize, DType, PromptFormat, Seed, TrustRemoteCode
+from transformers_minigpt4.utils.command_line import DType, PromptFormat, Seed, TrustRemoteCode
 
 
 # Short names of keys, on the command line only.
@@ -64,7 +64,7 @@ KEYS: dict[str, tuple[Key, ...]] = {
     "Schedule": (
         Key("max_steps", "NUMBER", "Optimizer steps; required for sources whose number of rows is not known.", -1),
         Key("num_train_epochs", "NUMBER", "Times that all rows are seen, if --max-steps is not set.", 3.0),
-        Key("batch_size", "NUMBER", f"{_shared(BatchSize).rstrip('.')} on each device.", 8),
+        Key("batch_size", "NUMBER", "Inputs that go through the model at once on each device.", 8),
         Key("gradient_accumulation_steps", "NUMBER", "Batches per optimizer step.", 1),
         Key("learning_rate", "NUMBER", "Peak learning rate.", 2e-5),
         Key("lr_scheduler_type", "NAME", "One of transformers' schedules; ignored with --min-lr.", "linear"),

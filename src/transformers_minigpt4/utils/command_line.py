@@ -30,7 +30,13 @@ ClickParameters: TypeAlias = list[Any]
 ClickFormatter: TypeAlias = Any
 
 BatchSize: TypeAlias = Annotated[
-    int, typer.Option("--batch-size", min=1, metavar="NUMBER", help="Inputs that go through the model at once.")
+    int | None,
+    typer.Option(
+        "--batch-size",
+        min=1,
+        metavar="NUMBER",
+        help="Inputs that go through the model at once. By default 8; vLLM chooses by itself.",
+    ),
 ]
 Device: TypeAlias = Annotated[
     str | None,
@@ -45,6 +51,10 @@ DType: TypeAlias = Annotated[
     typer.Option("--dtype", help="Data type of the weights; auto is the one they are stored in."),
 ]
 DryRun: TypeAlias = Annotated[bool, typer.Option("--dry-run", help="Show what would be done, and do nothing.")]
+EngineOption: TypeAlias = Annotated[
+    Literal["transformers", "vllm"],
+    typer.Option("--engine", help="What runs the model: transformers, or vLLM, which needs its own environment."),
+]
 Host: TypeAlias = Annotated[
     str, typer.Option("--host", metavar="ADDRESS", help="Address to listen on; the default is this machine only.")
 ]
