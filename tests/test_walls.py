@@ -10,7 +10,12 @@ import transformers_minigpt4
 
 
 PACKAGE = Path(transformers_minigpt4.__file__).parent
-SHIPPED = sorted(path for folder in ("modeling", "processing") for path in (PACKAGE / folder).glob("*_minigpt4.py"))
+SHIPPED = sorted(
+    path
+    for folder in ("modeling", "processing")
+    for name in ("*_minigpt4.py", "*_llava.py")
+    for path in (PACKAGE / folder).glob(name)
+)
 MODULES = sorted(PACKAGE.rglob("*.py"))
 # What a process that loads the remote code has anyway: transformers, torch, and what these install.
 OUTSIDE = {"torch", "safetensors", "transformers", "tokenizers", "huggingface_hub", "PIL", "numpy"} | set(

@@ -20,7 +20,9 @@ from wrapt import register_post_import_hook
 
 
 if TYPE_CHECKING:
+    from .modeling.configuration_llava import LlavaLinearConfig
     from .modeling.configuration_minigpt4 import MiniGPT4Config
+    from .modeling.modeling_llava import LlavaLinearForConditionalGeneration, LlavaLinearModel
     from .modeling.modeling_minigpt4 import MiniGPT4ForConditionalGeneration, MiniGPT4Model, MiniGPT4PreTrainedModel
     from .processing.pipeline_minigpt4 import MiniGPT4ImageToTextPipeline
     from .processing.processing_minigpt4 import MiniGPT4Processor
@@ -29,6 +31,9 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "LlavaLinearConfig",
+    "LlavaLinearForConditionalGeneration",
+    "LlavaLinearModel",
     "MiniGPT4Config",
     "MiniGPT4ForConditionalGeneration",
     "MiniGPT4ImageToTextPipeline",
@@ -55,7 +60,9 @@ def __dir__() -> list[str]:
 _MODULES = (
     "modeling.checkpoint_checks_minigpt4",
     "modeling.checkpoint_mixin_minigpt4",
+    "modeling.configuration_llava",
     "modeling.configuration_minigpt4",
+    "modeling.modeling_llava",
     "modeling.modeling_minigpt4",
     "modeling.quantization_minigpt4",
     "modeling.trained_modules_minigpt4",

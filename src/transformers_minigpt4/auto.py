@@ -1,5 +1,5 @@
 """
-Registers MiniGPT-4 with transformers on import: Auto classes and pipelines.
+Registers MiniGPT-4, and LLaVA with a linear projector, with transformers on import: Auto classes and pipelines.
 
 The package imports this module as soon as transformers is loaded.
 """
@@ -15,7 +15,9 @@ from transformers import (
 )
 from transformers.pipelines import PIPELINE_REGISTRY
 
+from .modeling.configuration_llava import LlavaLinearConfig
 from .modeling.configuration_minigpt4 import MiniGPT4Config
+from .modeling.modeling_llava import LlavaLinearForConditionalGeneration, LlavaLinearModel
 from .modeling.modeling_minigpt4 import MiniGPT4ForConditionalGeneration, MiniGPT4Model
 from .modeling.modeling_minigpt4 import MiniGPT4PreTrainedModel as MiniGPT4PreTrainedModel  # for the package's names
 from .processing.pipeline_minigpt4 import MiniGPT4ImageToTextPipeline
@@ -50,11 +52,14 @@ _TASK_NAME_WARNING = _TaskNameWarning()
 
 
 def register() -> None:
-    """Registers MiniGPT-4 in this process, and its code to be saved with each checkpoint. May be called repeatedly."""
+    """Registers the models in this process, and their code to be saved with checkpoints. May be called repeatedly."""
     AutoConfig.register("minigpt4", MiniGPT4Config, exist_ok=True)
     AutoModel.register(MiniGPT4Config, MiniGPT4Model, exist_ok=True)
+    AutoConfig.register("llava_linear", LlavaLinearConfig, exist_ok=True)
+    AutoModel.register(LlavaLinearConfig, LlavaLinearModel, exist_ok=True)
     for auto_class in (AutoModelForImageTextToText, AutoModelForMultimodalLM):
         auto_class.register(MiniGPT4Config, MiniGPT4ForConditionalGeneration, exist_ok=True)
+        auto_class.register(LlavaLinearConfig, LlavaLinearForConditionalGeneration, exist_ok=True)
     AutoProcessor.register(MiniGPT4Config, MiniGPT4Processor, exist_ok=True)
 
     # A saved folder then contains the modules, and its config an `auto_map`.
@@ -62,6 +67,9 @@ def register() -> None:
     MiniGPT4Model.register_for_auto_class("AutoModel")
     MiniGPT4ForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")
     MiniGPT4Processor.register_for_auto_class()
+    LlavaLinearConfig.register_for_auto_class()
+    LlavaLinearModel.register_for_auto_class("AutoModel")
+    LlavaLinearForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")
 
     # transformers 5 reads "image-to-text" as this task, whose pipeline refuses a call without text. Ours takes one,
     # and gives every other model the stock pipeline.

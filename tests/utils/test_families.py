@@ -4,7 +4,12 @@ import pytest
 import torch
 from transformers import Blip2Config, Blip2ForConditionalGeneration, LlavaConfig, LlavaForConditionalGeneration
 
-from transformers_minigpt4 import MiniGPT4Config, MiniGPT4ForConditionalGeneration
+from transformers_minigpt4 import (
+    LlavaLinearConfig,
+    LlavaLinearForConditionalGeneration,
+    MiniGPT4Config,
+    MiniGPT4ForConditionalGeneration,
+)
 from transformers_minigpt4.utils.families import (
     BLIP2,
     FAMILIES,
@@ -20,6 +25,7 @@ from transformers_minigpt4.utils.families import (
 MODELS = {
     "minigpt4": (MiniGPT4ForConditionalGeneration, MiniGPT4Config),
     "llava": (LlavaForConditionalGeneration, LlavaConfig),
+    "llava_linear": (LlavaLinearForConditionalGeneration, LlavaLinearConfig),
     "blip-2": (Blip2ForConditionalGeneration, Blip2Config),
 }
 

@@ -292,7 +292,7 @@ def check_model(stage: StageArguments, config: PreTrainedConfig, name: str) -> N
     if stage.pack_rows:
         check_packable(config)
     if stage.feature_cache is not None and not family.image_modules:
-        cached = " and ".join(known.name for known in FAMILIES.values() if known.image_modules)
+        cached = " and ".join(dict.fromkeys(known.name for known in FAMILIES.values() if known.image_modules))
         raise ValueError(
             f"{name} is a {config.model_type} model, and only features of {cached} can be cached. Leave out "
             "feature_cache."

@@ -9,15 +9,16 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import set_seed
 from trl import ModelConfig, get_peft_config
 
+from transformers_minigpt4.modeling.modeling_llava import LlavaLinearForConditionalGeneration
 from transformers_minigpt4.modeling.modeling_minigpt4 import MiniGPT4PreTrainedModel
-from transformers_minigpt4.utils.families import PROJECTOR, QFORMER, family_of
+from transformers_minigpt4.utils.families import LLAVA, PROJECTOR, QFORMER, family_of
 
 from .arguments import StageArguments, StageConfig
 from .collator import Collator, ImageTextCollator, make_collator
 from .feature_cache import FeatureCache
 from .features import FeatureCollator, take_features, train_from_features
 from .loading import LoadedRows
-from .loss import LabeledCollator, keep_labeled
+from .loss import LabeledCollator, keep_image_token_out, keep_labeled
 from .packing import pack
 from .run_info import RunInfoCallback, recipe_settings, run_info
 from .run_page import RunPageCallback
@@ -46,6 +47,8 @@ def make_trainer(
     settings = recipe_settings([stage, config, model_args])  # before TRL changes some for itself
     set_seed(config.seed)  # adapters are drawn at random
     prepare_stage(model, stage.trainable_modules)
+    if family_of(model.config) is LLAVA and not isinstance(model, LlavaLinearForConditionalGeneration):
+        keep_image_token_out(model)
     collator = _with_features(stage, model, processor, make_collator(model, processor, stage.max_completion_length))
     common = {
         "model": model,

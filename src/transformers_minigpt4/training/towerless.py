@@ -10,6 +10,8 @@ from transformers.conversion_mapping import (
     register_checkpoint_conversion_mapping,
 )
 
+from transformers_minigpt4.modeling.configuration_llava import LlavaLinearConfig
+from transformers_minigpt4.modeling.modeling_llava import LlavaLinearForConditionalGeneration
 from transformers_minigpt4.modeling.modeling_minigpt4 import MiniGPT4ForConditionalGeneration
 from transformers_minigpt4.utils.families import LLAVA, family_of
 
@@ -38,8 +40,21 @@ class RemovedModule(nn.Module):
 class TowerlessLlava(LlavaForConditionalGeneration):
     """LLaVA without its vision tower, whose weights are then not loaded."""
 
+    complete_class = LlavaForConditionalGeneration
+
     def __init__(self, config: LlavaConfig) -> None:
         super().__init__(config)  # in `from_pretrained`, on the meta device: nothing is allocated yet
+        remove_tower(self)
+        self._keys_to_ignore_on_load_unexpected = {r"(^|\.)vision_tower\."}
+
+
+class TowerlessLlavaLinear(LlavaLinearForConditionalGeneration):
+    """The same for LLaVA with a linear projector."""
+
+    complete_class = LlavaLinearForConditionalGeneration
+
+    def __init__(self, config: LlavaLinearConfig) -> None:
+        super().__init__(config)
         remove_tower(self)
         self._keys_to_ignore_on_load_unexpected = {r"(^|\.)vision_tower\."}
 
@@ -57,6 +72,8 @@ def load_towerless(config: PreTrainedConfig, name: str, **keywords: Any) -> PreT
         name (`str`): Folder or Hub id.
         keywords: For `from_pretrained`.
     """
+    if isinstance(config, LlavaLinearConfig):
+        return TowerlessLlavaLinear.from_pretrained(name, **keywords)
     if family_of(config) is LLAVA:
         return TowerlessLlava.from_pretrained(name, **keywords)
     model = MiniGPT4ForConditionalGeneration.from_pretrained(name, image_modules=False, **keywords)
@@ -85,7 +102,7 @@ def complete(model: PreTrainedModel, revision: str = "main") -> PreTrainedModel:
         model (`PreTrainedModel`): A model of [`load_towerless`], or of [`remove_tower`].
         revision (`str`, *optional*, defaults to `"main"`): The revision on the Hub that it was loaded from.
     """
-    model_class = LlavaForConditionalGeneration if isinstance(model, TowerlessLlava) else type(model)
+    model_class: type[PreTrainedModel] = getattr(model, "complete_class", type(model))
     loaded = model_class.from_pretrained(model.name_or_path, dtype=model.dtype, revision=revision)
     for name, value in model.named_parameters():
         if value.requires_grad:

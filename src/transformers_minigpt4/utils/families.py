@@ -61,7 +61,12 @@ BLIP2 = ModelFamily(
 # Most vision-language models of transformers are shaped like LLaVA.
 OTHER = ModelFamily("another family", _LLAVA_MODULES)
 
-FAMILIES: Mapping[str, ModelFamily] = {"minigpt4": MINIGPT4, "llava": LLAVA, "blip-2": BLIP2}
+FAMILIES: Mapping[str, ModelFamily] = {
+    "minigpt4": MINIGPT4,
+    "llava": LLAVA,
+    "llava_linear": LLAVA,  # with the article's projector
+    "blip-2": BLIP2,
+}
 
 
 def family_of(config: object) -> ModelFamily:
