@@ -177,6 +177,12 @@ def flush_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
+def remove_leftovers(path: PathLike) -> None:
+    """Deletes what killed calls of [`atomic_file`] for a file have left; nobody else may be writing it."""
+    for scratch in _all_beside(Path(path), "tmp"):
+        scratch.unlink(missing_ok=True)
+
+
 def _beside(path: Path, suffix: str) -> Path:
     return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.{suffix}")
 
