@@ -17,7 +17,7 @@ from transformers_minigpt4.utils.command_line import Command
 COMMANDS = all_commands()
 LEAVES = {path: command for path, command in COMMANDS.items() if isinstance(command, Command)}
 # What differs from command to command: what is written, and what is counted.
-OWN_MEANING = {"--model", "--images", "--limit", "--output"}
+OWN_MEANING = {"--model", "--images", "--limit", "--max-new-tokens", "--output"}
 HEAVY = {
     *("torch", "transformers", "trl", "peft", "datasets", "accelerate", "huggingface_hub", "numpy", "PIL"),
     *("gradio", "matplotlib", "pydantic", "rich", "yaml"),

@@ -14,6 +14,7 @@ from transformers_minigpt4.data.commands import scienceqa
 from transformers_minigpt4.demo.commands import demo, evaluate_demo
 from transformers_minigpt4.evaluation import commands as evaluation
 from transformers_minigpt4.evaluation.human_commands import COMMANDS as JUDGING_COMMANDS
+from transformers_minigpt4.evaluation.scienceqa_commands import COMMANDS as SCIENCEQA_COMMANDS
 from transformers_minigpt4.hub.commands import push
 from transformers_minigpt4.inference.chat_commands import chat
 from transformers_minigpt4.inference.commands import describe
@@ -164,6 +165,17 @@ _add_group(
       minigpt4 evaluate people judge people
     """,
     JUDGING_COMMANDS,
+    parent=evaluate_group,
+)
+_add_group(
+    "scienceqa",
+    """ScienceQA with a text-only language model.
+
+    Examples:
+      minigpt4 evaluate scienceqa text --release /data/scienceqa --output gpt4.jsonl --judge gpt-4
+      minigpt4 evaluate scienceqa ensemble own.jsonl gpt4.jsonl --release /data/scienceqa --output ensemble
+    """,
+    SCIENCEQA_COMMANDS,
     parent=evaluate_group,
 )
 

@@ -91,6 +91,7 @@ DATA = {
     "gqa": write_gqa,
     "chair": write_chair,
     "scienceqa": write_scienceqa,
+    "scienceqa_short": write_scienceqa,
     "llava_bench": write_llava_bench,
     "pope": write_pope,
     "captions": write_captioned,

@@ -132,6 +132,21 @@ def test_bad_input_is_one_line(checkpoint, data, tmp_path):
     assert "processor" in line
 
 
+def test_the_longest_answer_is_an_option(checkpoint, data, tmp_path):
+    words = (checkpoint, "--tasks", "letters", "--data", data, "--output", tmp_path / "out")
+    for option, length in (("3", 3), ("letters=5", 5)):
+        result = evaluate(*words, "--max-new-tokens", option)
+        assert result.exit_code == 0, result.output
+        entry = json.loads((tmp_path / "out" / "results.json").read_text())["tasks"]["letters"]
+        assert entry["generation"]["max_new_tokens"] == length
+    assert Letters.generation["max_new_tokens"] not in (3, 5)
+    assert "names 'gqa', which is not among the tasks letters" in complaint(*words, "--max-new-tokens", "gqa=5")
+    assert "is five; give a NUMBER" in complaint(*words, "--max-new-tokens", "five")
+    assert "an answer needs at least one" in complaint(*words, "--max-new-tokens", "0")
+    line = complaint(*words, "--max-new-tokens", "5", "--max-new-tokens", "letters=5")
+    assert "either one --max-new-tokens NUMBER" in line
+
+
 def test_a_judge_that_dies_costs_nothing_twice(checkpoint, data, tmp_path):
     """Six answers to judge; the endpoint is gone after three. The second run asks the other three alone."""
     words = ["--tasks", "judged_letters", "--data", data, "--judge", "j", "--judge-retries", 0]

@@ -1,11 +1,23 @@
 """The `data` subcommands of `minigpt4` that make training data of released files."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeAlias
 
 import typer
 
 from transformers_minigpt4.utils.command_line import Overwrite, complain
+
+
+ScienceQAFormat: TypeAlias = Annotated[
+    str,
+    typer.Option(
+        "--format",
+        metavar="FORMAT",
+        help="Order of question and answer, such as CQM-A: Question, Context, Multiple options; Lecture, Explanation, "
+        "Answer.",
+    ),
+]
+ScienceQASplit: TypeAlias = Annotated[str, typer.Option("--split", metavar="NAME", help="Split of pid_splits.json.")]
 
 
 def scienceqa(
@@ -14,16 +26,8 @@ def scienceqa(
         typer.Argument(help="Folder of ScienceQA's release: problems.json, pid_splits.json and the images."),
     ],
     output: Annotated[Path, typer.Option(metavar="FILE", help="JSON file for the rows, in LLaVA's format.")],
-    split: Annotated[str, typer.Option(metavar="NAME", help="Split of pid_splits.json.")] = "train",
-    row_format: Annotated[
-        str,
-        typer.Option(
-            "--format",
-            metavar="FORMAT",
-            help="Order of question and answer, such as CQM-A: Question, Context, Multiple options; Lecture, "
-            "Explanation, Answer.",
-        ),
-    ] = "QCM-LEA",
+    split: ScienceQASplit = "train",
+    row_format: ScienceQAFormat = "QCM-LEA",
     overwrite: Overwrite = False,
 ) -> None:
     """

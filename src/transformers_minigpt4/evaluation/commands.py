@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 import typer
 
@@ -18,6 +18,10 @@ from transformers_minigpt4.utils.command_line import (
     interruptible,
     this_command,
 )
+
+
+if TYPE_CHECKING:
+    from transformers_minigpt4.llm.types import ChatSettings
 
 
 OUTPUTS = Path("minigpt4-evaluation")
@@ -126,6 +130,13 @@ def run(
         bool, typer.Option("--list-tasks", help="Show the tasks and their files, and exit.")
     ] = False,
     limit: Annotated[int | None, typer.Option(min=1, help="Questions per task. By default all.")] = None,
+    max_new_tokens: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NUMBER",
+            help="Longest answer in tokens, or TASK=NUMBER, which can be repeated. By default each task's own.",
+        ),
+    ] = None,
     batch_size: BatchSize = None,
     dtype: DType = "auto",
     device: Device = None,
@@ -168,18 +179,13 @@ def run(
     check_names(names)
     if not data:
         raise ValueError("name the --data, a folder of the official files; --list-tasks shows which")
-    if judge_base_url is not None and judge_model is None:
-        raise ValueError("--judge-url is given without --judge; name the model to ask there")
     where = output or default_output(checkpoint)
     answers = where / "answers"
     with interruptible(f"stopped; the answers so far are in {answers}, `{this_command()}` resumes"):
-        from transformers_minigpt4.llm.types import ChatSettings
-
         from .compare import results_table
         from .run import evaluate
 
-        options = {parameter.name: parameter.opts[0] for parameter in context.command.params}
-        settings = ChatSettings.from_options(context.params, "judge_", options)
+        settings = chat_settings(context)
         results = evaluate(
             checkpoint,
             names,
@@ -189,6 +195,7 @@ def run(
             judge_cache=judge_cache,
             batch_size=batch_size,
             limit=limit,
+            max_new_tokens=_lengths(max_new_tokens or []),
             dtype=dtype,
             device=device,
             trust_remote_code=trust_remote_code,
@@ -229,6 +236,21 @@ def compare(
         typer.echo(f"wrote {path}", err=True)
 
 
+def chat_settings(context: typer.Context) -> "ChatSettings | None":
+    """
+    The judge that a command's options name.
+
+    Raises:
+        ValueError: for settings that cannot work.
+    """
+    from transformers_minigpt4.llm.types import ChatSettings
+
+    if context.params["judge_base_url"] is not None and context.params["judge_model"] is None:
+        raise ValueError("--judge-url is given without --judge; name the model to ask there")
+    options = {parameter.name: parameter.opts[0] for parameter in context.command.params}
+    return ChatSettings.from_options(context.params, "judge_", options)
+
+
 COMMANDS: dict[str, Callable[..., None]] = {"run": run, "compare": compare}
 
 
@@ -247,6 +269,20 @@ def _data(entries: list[str]) -> str | dict[str, str]:
     if len(plain) > 1 or (plain and named):
         raise ValueError("give either one --data FOLDER, or --data TASK=PATH for each task")
     return plain[0] if plain else named
+
+
+def _lengths(entries: list[str]) -> int | dict[str, int] | None:
+    """`TASK=NUMBER` entries as a mapping, or one number for all tasks."""
+    if not entries:
+        return None
+    if not all(entry.rpartition("=")[2].isdecimal() for entry in entries):
+        raise ValueError(f"--max-new-tokens is {', '.join(entries)}; give a NUMBER, or TASK=NUMBER for each task")
+    named = {entry.partition("=")[0]: int(entry.partition("=")[2]) for entry in entries if "=" in entry}
+    if len(named) == len(entries):
+        return named
+    if len(entries) > 1:
+        raise ValueError("give either one --max-new-tokens NUMBER, or --max-new-tokens TASK=NUMBER for each task")
+    return int(entries[0])
 
 
 def _names(entries: list[str]) -> list[str]:

@@ -18,6 +18,12 @@ from .results import ANSWERS, Results, TaskResults, read_results
 from .tasks import load_task
 
 
+_SCIENCEQA = (
+    *(f"accuracy/subject/{subject}" for subject in ("natural", "social", "language")),
+    *(f"accuracy/context/{context}" for context in ("text", "image", "none")),
+    *(f"accuracy/grade/{grades}" for grades in ("1_6", "7_12")),
+    *("accuracy", "text_model", "ensemble/complement", "ensemble/judge"),
+)
 # The columns of the papers' tables; for tasks not listed, all metrics. The others are in the table of all metrics.
 COLUMNS = {
     "advanced": tuple(f"successes/{request}" for request in ("meme", "recipe", "advertisement", "poem")),
@@ -26,12 +32,7 @@ COLUMNS = {
     "aokvqa": ("multiple_choice",),
     "gqa": ("accuracy",),
     "chair": ("chair_i/long", "words/long", "chair_i/short", "words/short"),
-    "scienceqa": (
-        *(f"accuracy/subject/{subject}" for subject in ("natural", "social", "language")),
-        *(f"accuracy/context/{context}" for context in ("text", "image", "none")),
-        *(f"accuracy/grade/{grades}" for grades in ("1_6", "7_12")),
-        *("accuracy", "text_model", "ensemble/complement", "ensemble/judge"),
-    ),
+    **dict.fromkeys(("scienceqa", "scienceqa_short"), _SCIENCEQA),
     "llava_bench": ("relative_score/conv", "relative_score/detail", "relative_score/complex", "relative_score"),
     "pope": tuple(
         f"{name}/{sampling}" for sampling in ("random", "popular", "adversarial") for name in ("accuracy", "f1")
@@ -402,8 +403,11 @@ def results_table(results: Results, tasks: Sequence[str]) -> str:
         for metric in entry["metrics"]:
             counts = [str(entry.get("questions", {}).get(metric, entry["samples"])), str(entry["failures"])]
             rows.append([name, metric, _cell(entry, metric), entry["units"][metric], *counts])
-        if entry["without_value"]:
-            without.append(f"no value: {name} {', '.join(entry['without_value'])}")
+        # Of a metric and its groups, the metric says it all.
+        lacking = [m for m in entry["without_value"] if not any(m.startswith(f"{n}/") for n in entry["without_value"])]
+        if lacking:
+            without.append(f"no value: {name} {', '.join(lacking)}")
+        without += [f"note: {note}" for note in entry.get("notes", [])]
     table = markdown_table(["task", "metric", "value [95 % interval]", "unit", "questions", "failed"], rows)
     return "\n".join([table, *without])
 

@@ -197,6 +197,8 @@ class Task(ABC):
         split: Its split, such as `"testdev"`.
         prompts: The exact prompts by name, with `{fields}` for the data; questions are made from these.
         judge_prompts: The same for the judge; empty for a task without one.
+        judge_temperature: At which the judge answers; `None` for that of its settings.
+        notes: What a reader of results with a judge must know, one sentence each.
         generation: Arguments of `generate` on top of [`GREEDY`], such as `{"max_new_tokens": 10}`.
         metrics: Named numbers; `primary` is the name of the most important one.
         needs_judge: Whether `score` cannot do without a judge.
@@ -210,6 +212,8 @@ class Task(ABC):
     split: str = "test"
     prompts: Mapping[str, str]
     judge_prompts: Mapping[str, str] = {}
+    judge_temperature: float | None = None
+    notes: tuple[str, ...] = ()
     generation: Mapping[str, object]
     metrics: tuple[Metric, ...]
     primary: str

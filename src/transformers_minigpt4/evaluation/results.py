@@ -65,6 +65,7 @@ class TaskResults(TypedDict, total=False):
     answers: str
     run: Mapping[str, object]
     judge: Mapping[str, object]
+    notes: list[str]
 
 
 class Results(TypedDict, total=False):

@@ -1,11 +1,12 @@
 """Runs tasks on a checkpoint of any image-text-to-text family: asks, scores, and writes the results."""
 
 import contextlib
+import copy
 import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -72,6 +73,7 @@ def evaluate(
     judge_cache: str | Path | None = None,
     batch_size: int | None = None,
     limit: int | None = None,
+    max_new_tokens: int | Mapping[str, int] | None = None,
     dtype: str = "auto",
     device: str | None = None,
     trust_remote_code: bool = False,
@@ -94,6 +96,7 @@ def evaluate(
         judge_cache: Cache of the judge's replies; by default `output/judge.sqlite`.
         batch_size: Questions that go through the model at once; 8 by default.
         limit: Questions of each task, the first ones; all by default.
+        max_new_tokens: Longest answer, of every task or by a task's name; by default the tasks' own.
         dtype, device, trust_remote_code: As of [`~inference.loading.load_model_and_processor`].
         seed: Seed of the bootstrap intervals.
 
@@ -107,6 +110,7 @@ def evaluate(
     chosen = [load_task(task) if isinstance(task, str) else task for task in tasks]
     _check_request(chosen, judge, limit)
     batch_size = DEFAULT_BATCH_SIZE if batch_size is None else batch_size
+    chosen = _with_lengths(chosen, max_new_tokens)
     output = Path(output)
     loaded = [(task, *load_questions(task, data, limit)) for task in chosen]
     facts = checkpoint_facts(checkpoint, dtype, trust_remote_code)
@@ -159,6 +163,23 @@ def _check_request(tasks: Sequence[Task], judge: ChatSettings | ChatModel | None
                 f"the task {task.name!r} needs a judge; give --judge MODEL, with --judge-url for one behind an "
                 "OpenAI-compatible endpoint"
             )
+
+
+def _with_lengths(tasks: Sequence[Task], lengths: int | Mapping[str, int] | None) -> list[Task]:
+    """The tasks, with other longest answers where these are given."""
+    chosen = list(tasks)
+    if lengths is None:
+        return chosen
+    names = [task.name for task in chosen]
+    by_name = dict.fromkeys(names, lengths) if isinstance(lengths, int) else dict(lengths)
+    for name, length in by_name.items():
+        if name not in names:
+            raise ValueError(f"max_new_tokens names {name!r}, which is not among the tasks {', '.join(names)}")
+        if length < 1:
+            raise ValueError(f"max_new_tokens of {name} is {length}; an answer needs at least one")
+        task = chosen[names.index(name)] = copy.copy(chosen[names.index(name)])
+        task.generation = {**task.generation, "max_new_tokens": length}
+    return chosen
 
 
 def checkpoint_facts(checkpoint: str, dtype: str = "auto", trust_remote_code: bool = False) -> CheckpointFacts:
@@ -258,7 +279,8 @@ def _score(job: _Job, judge: ChatModel | None, seed: int) -> TaskResults:
         )
     found = {question.id: lines[keys[question.id]] for question in questions}
     answers = {id_: line["answer"] for id_, line in found.items() if "answer" in line}
-    records = complete_records(task, questions, task.score(questions, answers, judge), answers)
+    with _at_temperature_of(task, judge):
+        records = complete_records(task, questions, task.score(questions, answers, judge), answers)
     store.finish(
         {
             "id": question.id,
@@ -274,8 +296,18 @@ def _score(job: _Job, judge: ChatModel | None, seed: int) -> TaskResults:
     entry = describe_task(task, questions, *job.source) | summarize(task, questions, records, seed=seed)
     entry["answers"] = f"{ANSWERS}/{store.finished.name}"
     if judge is not None and task.judge_prompts:
-        entry["judge"] = {"model": judge.name, **asdict(judge.usage)}
+        settings = judge.settings
+        temperature = settings.temperature if task.judge_temperature is None else task.judge_temperature
+        decoding = {"temperature": temperature, "max_tokens": settings.max_tokens}
+        entry["judge"] = {"model": judge.name, **decoding, **asdict(judge.usage)}
+        entry["notes"] = list(task.notes)
     return entry
+
+
+def _at_temperature_of(task: Task, judge: ChatModel | None) -> contextlib.AbstractContextManager[None]:
+    if judge is None or task.judge_temperature is None:
+        return contextlib.nullcontext()
+    return judge.at_temperature(task.judge_temperature)
 
 
 def _kept_image(image: ImageSource, folder: Path) -> str:

@@ -20,6 +20,7 @@ _LETTER = re.compile(r"\(([A-Za-z])\)|([A-Za-z])(?=[.):](?:\s|$)|$)")
 # The phrase that ScienceQA's and LLaVA's scripts look for anywhere, if it occurs once.
 _THE_ANSWER_IS = re.compile(r"The answer is \(?([A-Z])(?![A-Za-z])")
 _OFFICIAL = re.compile(r"The answer is ([A-Z]).")
+SCRIPT_OPTIONS = "ABCDE"  # LLaVA's scripts know no more
 
 
 def parse_choice(answer: str, options: Sequence[str]) -> int | None:
@@ -65,14 +66,19 @@ def parse_choice_as_llava(answer: str, options: Sequence[str]) -> int | None:
     It takes the letter alone, `"B. "` at the beginning, or exactly one `"The answer is B."` anywhere (with any
     character after the letter), only in capitals and exactly as written here; options A to E.
     """
-    if answer in tuple("ABCDE"):
-        letter = answer
-    elif len(answer) >= 3 and answer[0] in "ABCDE" and answer[1:3] == ". ":
-        letter = answer[0]
-    else:
-        found = _OFFICIAL.findall(answer)
-        if len(found) != 1:
-            return None
-        letter = found[0]
-    number = LETTERS.index(letter)
-    return number if number < min(len(options), 5) else None
+    letter = read_letter(answer) or said_letter(answer)
+    if letter is None or letter not in SCRIPT_OPTIONS[: len(options)]:
+        return None
+    return SCRIPT_OPTIONS.index(letter)
+
+
+def read_letter(answer: str) -> str | None:
+    """The letter that an answer is, or begins with in the form `"B. "`; options A to E, as in LLaVA's script."""
+    alone = answer in tuple(SCRIPT_OPTIONS)
+    return answer[0] if alone or (answer[:1] in tuple(SCRIPT_OPTIONS) and answer[1:3] == ". ") else None
+
+
+def said_letter(text: str) -> str | None:
+    """The letter of "The answer is X." with any character but a line break at its end, if it is said exactly once."""
+    letters: list[str] = _OFFICIAL.findall(text)
+    return letters[0] if len(letters) == 1 else None

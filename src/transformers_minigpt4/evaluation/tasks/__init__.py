@@ -18,6 +18,7 @@ TASKS: dict[str, tuple[str, str]] = {
     "gqa": ("gqa", "GQA"),
     "chair": ("chair", "CHAIR"),
     "scienceqa": ("scienceqa", "ScienceQA"),
+    "scienceqa_short": ("scienceqa", "ScienceQAShort"),
     "llava_bench": ("llava_bench", "LLaVABench"),
     "pope": ("pope", "POPE"),
     "captions": ("captions", "Captions"),

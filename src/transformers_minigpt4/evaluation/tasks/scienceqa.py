@@ -1,98 +1,72 @@
 """ScienceQA: school questions with text or image as context, also in ensembles with a text-only language model."""
 
-import hashlib
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from transformers_minigpt4.data.scienceqa import (
+    QUESTION_FORMATS,
+    find_problems,
+    image_folders,
+    read_split,
+    training_question,
+)
 from transformers_minigpt4.llm.client import ChatModel
 from transformers_minigpt4.utils.files import JsonObject
 
-from ..evaluator import Metric, Question, Record, Task, find_file, mean
-from ..judging import ResponseFormat, Verdict, judge_all
-from ..scorers.choices import LETTERS, parse_choice, parse_choice_as_llava
-from ..scorers.official_files import check_choices, find_images, need_fields, read_object
-from .aokvqa import options_text
+from ..evaluator import Metric, Question, Record, Statistic, Task, mean
+from ..scienceqa_ensembles import (
+    JUDGE_PROMPT,
+    JUDGE_PROMPT_NOTE,
+    TEXT_QUESTION,
+    as_sentence,
+    ask_judge,
+    ask_text_model,
+    combine,
+    draw_examples,
+    reference,
+)
+from ..scorers.choices import parse_choice, parse_choice_as_llava
+from ..scorers.official_files import find_images
 
-
-# The format CQM-A of ScienceQA's and LLaVA's authors: context, question, multiple options; an answer. The last line is
-# LLaVA's, for models that were not trained on this format.
-PROMPT = (
-    "Context: {context}\nQuestion: {question}\nOptions: {options}\n"
-    "Answer with the option's letter from the given choices directly."
-)
-# Ours, both.
-TEXT_PROMPT = (
-    "Context: {context}\nQuestion: {question}\nOptions: {options}\n\n"
-    "Some of these questions come with a picture, which you cannot see. Think in at most five sentences. Then end "
-    'with the sentence "The answer is X.", where X is the letter of one option. If the question cannot be answered '
-    'without the picture, end with "No answer." instead.'
-)
-JUDGE_PROMPT = (
-    "Context: {context}\nQuestion: {question}\nOptions: {options}\n\n"
-    "Two assistants gave different answers. Some of these questions come with a picture; one of the two saw it.\n\n"
-    "[First answer]\n{first}\n[End of first answer]\n\n[Second answer]\n{second}\n[End of second answer]\n\n"
-    "Give your own final answer, based on the question and these two. End with the sentence "
-    '"The answer is X.", where X is the letter of one option.'
-)
-NO_ANSWER = ""
 
 SUBJECTS = {"natural": "natural science", "social": "social science", "language": "language science"}
 CONTEXTS = ("text", "image", "none")
 GRADES = {"1-6": range(1, 7), "7-12": range(7, 13)}
-
-_FIELDS: dict[str, type | tuple[type, ...]] = {
-    "question": str,
-    "choices": list,
-    "answer": int,
-    "hint": str,
-    "image": (str, type(None)),
-    "subject": str,
-    "grade": str,
+# The columns of the paper's table, with the group that each counts.
+COLUMNS = {
+    **{f"subject/{name}": ("subject", value) for name, value in SUBJECTS.items()},
+    **{f"context/{name}": (f"context_{name}", "yes") for name in CONTEXTS},
+    **{f"grade/{name.replace('-', '_')}": ("grades", name) for name in GRADES},
 }
-_ANSWER_IS = re.compile(r"[Tt]he answer is \(?([A-Z])\b")
-_DECLINED = re.compile(r"no answer\W*$", re.IGNORECASE)
+DIRECTLY = "Answer with the option's letter from the given choices directly."  # LLaVA v1.5's last line
 
 
-def _final_letter(text: str) -> str | None:
-    said = set(_ANSWER_IS.findall(text))
-    return said.pop() if len(said) == 1 else None
-
-
-def _letter_or_none(text: str) -> str | None:
-    return _final_letter(text) or (NO_ANSWER if _DECLINED.search(text.strip()) else None)
-
-
-_TEXT_FORMAT: ResponseFormat[str] = ResponseFormat(
-    _letter_or_none,
-    'That answer cannot be used. End with the sentence "The answer is X.", where X is the letter of one option, or '
-    'with "No answer."',
-)
-_JUDGE_FORMAT: ResponseFormat[str] = ResponseFormat(
-    _final_letter,
-    'That answer cannot be used. Write the sentence "The answer is X.", where X is the letter of one option, and '
-    "nothing else.",
-)
+def _share(column: str, where: tuple[str, str] | None = None) -> Statistic:
+    return mean(column, scale=100, where=where)
 
 
 def _metrics() -> tuple[Metric, ...]:
-    by_group = [
-        *((f"subject/{name}", ("subject", value)) for name, value in SUBJECTS.items()),
-        *((f"context/{name}", (f"context_{name}", "yes")) for name in CONTEXTS),
-        *((f"grade/{name.replace('-', '_')}", ("grades", name)) for name in GRADES),
-    ]
+    accuracies = {
+        "accuracy": "correct",
+        "accuracy/llava_script": "correct_as_llava",
+        "text_model": "text_correct",
+        "ensemble/complement": "complement_correct",
+        "ensemble/judge": "judge_correct",
+    }
     return (
-        Metric("accuracy", True, "%", mean("correct", scale=100)),
-        *(Metric(f"accuracy/{name}", True, "%", mean("correct", scale=100, where=where)) for name, where in by_group),
-        Metric("accuracy/llava_script", True, "%", mean("correct_as_llava", scale=100)),
-        Metric("unparsed", False, "%", mean("unparsed", scale=100)),
-        Metric("text_model", True, "%", mean("text_correct", scale=100)),
-        Metric("text_model/no_answer", None, "%", mean("text_no_answer", scale=100)),
-        Metric("text_model/unreadable", None, "%", mean("text_unreadable", scale=100)),
-        Metric("ensemble/complement", True, "%", mean("complement_correct", scale=100)),
-        Metric("ensemble/judge", True, "%", mean("judge_correct", scale=100)),
-        Metric("ensemble/asked", None, "%", mean("judge_asked", scale=100)),
-        Metric("ensemble/unreadable", None, "%", mean("judge_unreadable", scale=100)),
+        *(Metric(name, True, "%", _share(column)) for name, column in accuracies.items()),
+        *(
+            Metric(f"{name}/{group}", True, "%", _share(column, where))
+            for name, column in accuracies.items()
+            for group, where in COLUMNS.items()
+        ),
+        Metric("unparsed", False, "%", _share("unparsed")),
+        Metric("text_model/no_answer", None, "%", _share("text_no_answer")),
+        Metric("ensemble/upper_bound", None, "%", _share("upper_bound_correct")),
+        Metric("ensemble/complement/unanswered", None, "%", _share("complement_unanswered")),
+        Metric("ensemble/judge/unanswered", None, "%", _share("judge_unanswered")),
+        Metric("ensemble/asked", None, "%", _share("judge_asked")),
+        Metric("ensemble/unreadable", None, "%", _share("judge_unreadable")),
     )
 
 
@@ -100,20 +74,23 @@ class ScienceQA(Task):
     """
     Accuracy overall, by subject, context and grade; with a judge also the two ensembles of the LLaVA paper.
 
-    The judge is a text-only language model, which first answers every question by itself. `ensemble/complement` takes
-    its answer, or the model's if it gives none. `ensemble/judge` asks it again if the two differ, showing both answers
-    (in an order drawn from the question's id), for one final answer.
+    The model is asked as LLaVA was trained, and may reason before it answers (`QCM-LEA`). The judge is a text-only
+    language model, which first answers every question by itself after two examples. `ensemble/complement` takes its
+    answer, or the model's if it gives none. `ensemble/judge` asks it again if the two differ, showing both answers (in
+    an order drawn from the question's id), for one final answer; see [`~evaluation.scienceqa_ensembles`].
     """
 
     name = "scienceqa"
     paper = "LLaVA, ScienceQA"
-    description = "school questions with context, by subject, context and grade; ensembles with a text-only model"
+    description = "school questions with context, reasoning before the answer; ensembles with a text-only model"
     data = "problems.json, pid_splits.json, and test/ (or images/test/) with PID/image.png"
     dataset = "scienceqa"
     split = "test"
-    prompts = {"question": PROMPT}
-    judge_prompts = {"text_model": TEXT_PROMPT, "ensemble": JUDGE_PROMPT}
-    generation = {"max_new_tokens": 50}
+    question_format = "QCM"
+    prompts = {"question": QUESTION_FORMATS["QCM"].removeprefix("Question: ")}
+    judge_prompts = {"text_model": TEXT_QUESTION, "ensemble": JUDGE_PROMPT}
+    notes = (JUDGE_PROMPT_NOTE,)
+    generation = {"max_new_tokens": 1024}
     primary = "accuracy"
     metrics = _metrics()
 
@@ -125,24 +102,14 @@ class ScienceQA(Task):
             ValueError: if a file is missing or has another format, an id is repeated or is not among the problems, or
                 none of the images is there.
         """
-        path = find_file(data, "problems.json", "data/scienceqa/problems.json")
-        problems, splits = read_object(path), read_object(path.parent / "pid_splits.json")
-        chosen = splits.get(self.split)
-        if not isinstance(chosen, list):
-            raise ValueError(f"{str(path.parent / 'pid_splits.json')!r} has no split {self.split!r}; fetch it again")
-        lost = [pid for pid in chosen if pid not in problems]
-        if lost:
-            raise ValueError(
-                f"{len(lost)} of the {len(chosen)} ids of the split {self.split!r} are not in {str(path)!r}, such as "
-                f"{lost[0]!r}; take both files from the same release"
-            )
-        for pid in chosen:
-            need_fields(path, pid, problems[pid], _FIELDS)
-            check_choices(path, pid, problems[pid]["choices"], problems[pid]["answer"])
-        names = {pid: f"{pid}/{problems[pid]['image']}" for pid in chosen if problems[pid]["image"]}
-        folders = (f"images/{self.split}", self.split, "images")
-        images = find_images(path.parent, folders, names.values(), path)
-        return [_question(pid, problems[pid], images.get(names.get(pid, ""))) for pid in chosen][:limit]
+        path = find_problems(data)
+        problems = read_split(path, self.split)
+        names = {pid: f"{pid}/{problem['image']}" for pid, problem in problems.items() if problem["image"]}
+        images = find_images(path.parent, image_folders(self.split), names.values(), path)
+        examples = read_examples(path)
+        return [self._question(pid, problems[pid], images.get(names.get(pid, "")), examples) for pid in problems][
+            :limit
+        ]
 
     def score(
         self, questions: Sequence[Question], answers: Mapping[str, str], judge: ChatModel | None = None
@@ -151,31 +118,98 @@ class ScienceQA(Task):
         `correct`, `correct_as_llava` and `unparsed`; with a judge also the ensembles' columns. All 0 for no answer.
 
         Raises:
-            JudgeStopped: as [`judging.judge_all`].
+            ValueError: with a judge, if the data has no training split to draw its examples from.
+            JudgeStopped: as [`judging.ask_all`].
         """
         records = [_score(question.reference, answers.get(question.id)) for question in questions]
         if judge is not None:
-            _add_ensembles(questions, answers, records, judge)
+            self._add_ensembles(questions, answers, records, judge)
         return records
 
+    def asked(self, problem: JsonObject) -> str:
+        """What the model is asked about a problem."""
+        return training_question(problem, self.question_format)
 
-def _question(pid: str, problem: JsonObject, image: str | None) -> Question:
-    fields = {
-        # The authors' script removes double spaces.
-        "context": problem["hint"].strip().replace("  ", " ") or "N/A",
-        "question": problem["question"].strip().replace("  ", " "),
-        "options": options_text(problem["choices"]).replace("  ", " "),
-    }
+    def sentence(self, answer: str) -> str:
+        """The answer as the ensembles, which read sentences only, get it."""
+        return answer
+
+    def _question(self, pid: str, problem: JsonObject, image: str | None, examples: Sequence[JsonObject]) -> Question:
+        images = (image,) if image else ()
+        return Question(pid, self.asked(problem), images, reference(problem, examples), groups_of(problem))
+
+    def _add_ensembles(
+        self,
+        questions: Sequence[Question],
+        answers: Mapping[str, str],
+        records: Sequence[Record],
+        judge: ChatModel,
+    ) -> None:
+        references = {question.id: question.reference for question in questions if question.id in answers}
+        check_examples(references)
+        own = {pid: self.sentence(answers[pid]) for pid in references}
+        text = ask_text_model(references, judge)
+        judged = ask_judge(references, own, text, judge)
+        for question, record in zip(questions, records):
+            pid = question.id
+            if pid not in references:
+                record |= {f"{name}_correct": 0 for name in ("text", "complement", "judge", "upper_bound")}
+                continue
+            record |= combine(question.reference, own[pid], text[pid], judged.get(pid))
+            record |= {"text_model": text[pid], **({"judged": judged[pid]} if pid in judged else {})}
+
+
+class ScienceQAShort(ScienceQA):
+    """The same questions in LLaVA v1.5's style: context first, and the letter alone for an answer."""
+
+    name = "scienceqa_short"
+    description = "the same questions, to be answered with the letter alone, as LLaVA v1.5 and other models are asked"
+    question_format = "CQM"
+    prompts = {"question": f"{QUESTION_FORMATS['CQM']}\n{DIRECTLY}"}
+    generation = {"max_new_tokens": 50}
+
+    def asked(self, problem: JsonObject) -> str:
+        """What the model is asked about a problem."""
+        return f"{super().asked(problem)}\n{DIRECTLY}"
+
+    def sentence(self, answer: str) -> str:
+        """The answer as a sentence, if it is a letter."""
+        return as_sentence(answer)
+
+
+def read_examples(problems_file: Path) -> list[JsonObject]:
+    """The two problems of the training split that the text model sees first; none without such a split."""
+    try:
+        train = read_split(problems_file, "train")
+    except ValueError:  # which only those who ask a text model need
+        return []
+    return [train[pid] for pid in draw_examples(train)]
+
+
+def check_examples(references: Mapping[str, JsonObject]) -> None:
+    """
+    Refuse to ask the text model without its examples.
+
+    Raises:
+        ValueError: if the data has no training split.
+    """
+    if any(len(facts["two_shot"]) < 7 for facts in references.values()):
+        raise ValueError(
+            "the text model's prompt shows two problems of the split 'train', but pid_splits.json and problems.json "
+            "hold none; give the official files, or leave out --judge"
+        )
+
+
+def groups_of(problem: JsonObject) -> dict[str, str]:
+    """The groups of a problem that [`COLUMNS`] count."""
     grade = problem["grade"].removeprefix("grade")
-    groups = {
+    return {
         "subject": problem["subject"],
         "grades": next((name for name, span in GRADES.items() if grade.isdigit() and int(grade) in span), "other"),
         "context_text": "yes" if problem["hint"] else "no",
         "context_image": "yes" if problem["image"] else "no",
         "context_none": "no" if problem["hint"] or problem["image"] else "yes",
     }
-    reference = {"choices": problem["choices"], "correct": problem["answer"], "fields": fields}
-    return Question(pid, PROMPT.format(**fields), (image,) if image else (), reference, groups)
 
 
 def _score(reference: JsonObject, answer: str | None) -> Record:
@@ -188,53 +222,3 @@ def _score(reference: JsonObject, answer: str | None) -> Record:
         "unparsed": int(chosen is None),
         "chosen": chosen,
     }
-
-
-def _add_ensembles(
-    questions: Sequence[Question], answers: Mapping[str, str], records: Sequence[Record], judge: ChatModel
-) -> None:
-    rows = [(q, answers[q.id], record) for q, record in zip(questions, records) if q.id in answers]
-    prompts = [(question.id, TEXT_PROMPT.format(**question.reference["fields"])) for question, _, _ in rows]
-    texts = judge_all(judge, prompts, _TEXT_FORMAT, "text model")
-    alone = {question.id: _number(texts[question.id], question.reference) for question, _, _ in rows}
-    differ = [
-        (question.id, _judge_prompt(question, answer, texts[question.id].text))
-        for question, answer, record in rows
-        if None not in (record["chosen"], alone[question.id]) and record["chosen"] != alone[question.id]
-    ]
-    verdicts = judge_all(judge, differ, _JUDGE_FORMAT, "judge")
-    for record in records:
-        record |= {"text_correct": 0, "complement_correct": 0, "judge_correct": 0, "judge_asked": 0}
-    for question, _, record in rows:
-        correct, text, own = question.reference["correct"], alone[question.id], record["chosen"]
-        complement = own if text is None else text
-        final, verdict = complement, verdicts.get(question.id)
-        if verdict is not None:
-            # If the judge is unreadable, the answer of the model that saw the image counts, as in LLaVA's script.
-            final = _number(verdict, question.reference)
-            record |= {"judge_asked": 1, "judge_unreadable": int(final is None), "judge": verdict.text}
-            final = own if final is None else final
-        record |= {
-            "text_correct": int(text == correct),
-            "text_no_answer": int(texts[question.id].value == NO_ANSWER),
-            "text_unreadable": int(text is None and texts[question.id].value != NO_ANSWER),
-            "text_model": texts[question.id].text,
-            "complement_correct": int(complement == correct),
-            "judge_correct": int(final == correct),
-        }
-
-
-def _number(verdict: Verdict[str], reference: JsonObject) -> int | None:
-    """The number of the option that a judge named; `None` if it named none of them."""
-    if not verdict.value:
-        return None
-    number = LETTERS.index(verdict.value)
-    return number if number < len(reference["choices"]) else None
-
-
-def _judge_prompt(question: Question, own: str, text: str) -> str:
-    first, second = own, text
-    # Half of the questions in each order, so that a judge biased toward a position favors neither.
-    if hashlib.sha256(question.id.encode()).digest()[0] % 2:
-        first, second = second, first
-    return JUDGE_PROMPT.format(**question.reference["fields"], first=first, second=second)
