@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from transformers_minigpt4.bulk.commands import describe
 from transformers_minigpt4.conversion.commands import convert, merge, verify
 from transformers_minigpt4.curation.commands import COMMANDS as CURATION_COMMANDS
 from transformers_minigpt4.data.commands import scienceqa
@@ -17,7 +18,6 @@ from transformers_minigpt4.evaluation.human_commands import COMMANDS as JUDGING_
 from transformers_minigpt4.evaluation.scienceqa_commands import COMMANDS as SCIENCEQA_COMMANDS
 from transformers_minigpt4.hub.commands import push
 from transformers_minigpt4.inference.chat_commands import chat
-from transformers_minigpt4.inference.commands import describe
 from transformers_minigpt4.training.commands import RecipeCommand, TrainCommand, features, train
 from transformers_minigpt4.training.data_commands import check
 from transformers_minigpt4.utils.command_line import Command, Group, to_stdout_in_utf8

@@ -5,12 +5,12 @@ import os
 
 import pytest
 
+from transformers_minigpt4.bulk.caption_file import CaptionFile
 from transformers_minigpt4.curation.review_files import _read
 from transformers_minigpt4.curation.settings_file import CurationError
 from transformers_minigpt4.evaluation.evaluator import read_json as read_task_json
 from transformers_minigpt4.evaluation.evaluator import read_json_lines
 from transformers_minigpt4.evaluation.results import read_results
-from transformers_minigpt4.inference.caption_file import CaptionFile
 from transformers_minigpt4.utils.files import JsonLinesWriter
 from transformers_minigpt4.utils.json_files import JsonText, brief, json_lines, parse_json, read_json
 

@@ -122,8 +122,12 @@ def localized_narratives(path: Path, images: Path | None) -> Iterator[Entry]:
         yield _located(where, caption_row(key, image, record.get("caption")))
 
 
-def table(path: Path, images: Path | None) -> Iterator[Entry]:
-    """A CSV, TSV or JSON Lines file, or a JSON list, with a column for the path and one for the caption."""
+def table(path: Path, images: Path | None, captions: bool = True) -> Iterator[Entry]:
+    """
+    A CSV, TSV or JSON Lines file, or a JSON list, with a column for the path and one for the caption.
+
+    Without `captions`, a table that may have none.
+    """
     folder = images or path.parent
     suffix = path.suffix.lower()
     records: Located
@@ -134,7 +138,7 @@ def table(path: Path, images: Path | None) -> Iterator[Entry]:
             else _lines(path)
         )
     else:
-        records = _csv_rows(path, "\t" if suffix == ".tsv" else ",")
+        records = _csv_rows(path, "\t" if suffix == ".tsv" else ",", captions)
     for where, record in records:
         if isinstance(record, BadRow):
             yield record
@@ -147,11 +151,15 @@ def table(path: Path, images: Path | None) -> Iterator[Entry]:
             yield BadRow("image", where, f"no path under any of {', '.join(PATH_COLUMNS)}")
 
 
-def imagefolder(path: Path, images: Path | None) -> Iterator[Entry]:
-    """A Hugging Face image folder: images, and `metadata.csv` or `metadata.jsonl` with `file_name` and `caption`."""
+def imagefolder(path: Path, images: Path | None, captions: bool = True) -> Iterator[Entry]:
+    """
+    A Hugging Face image folder: images, and `metadata.csv` or `metadata.jsonl` with `file_name` and `caption`.
+
+    Without `captions`, one that may have none.
+    """
     for name in METADATA:
         if (path / name).is_file():
-            return _named(name, table(path / name, path))
+            return _named(name, table(path / name, path, captions))
     raise DataError(
         f"{path} contains no metadata.jsonl or metadata.csv; name the folder that has one, such as {path}/train"
     )
@@ -163,7 +171,7 @@ def _named(name: str, entries: Iterator[Entry]) -> Iterator[Entry]:
         yield entry._replace(key=f"{name} {entry.key}") if isinstance(entry, BadRow) else entry
 
 
-def _csv_rows(path: Path, delimiter: str) -> Located:
+def _csv_rows(path: Path, delimiter: str, captions: bool) -> Located:
     # Bytes that are not UTF-8 become lone surrogates, which the rows are checked for.
     with (
         open_regular(path) as raw,
@@ -174,7 +182,7 @@ def _csv_rows(path: Path, delimiter: str) -> Located:
             columns = rows.fieldnames or []
         except csv.Error as error:
             raise DataError(f"{path} is not a table of text: {error}") from error
-        for wanted in (PATH_COLUMNS, CAPTION_COLUMNS):
+        for wanted in (PATH_COLUMNS, CAPTION_COLUMNS) if captions else (PATH_COLUMNS,):
             if not set(wanted) & set(columns):
                 raise DataError(
                     f"{path} needs a column {' or '.join(wanted)}; it has {', '.join(columns)[:200] or 'none'}"

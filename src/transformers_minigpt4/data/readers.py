@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -32,11 +32,16 @@ class RawRow(NamedTuple):
 
 
 class BadRow(NamedTuple):
-    """A row that cannot be used: its kind of `skipped_rows.KINDS`, and why."""
+    """
+    A row that cannot be used: its kind of `skipped_rows.KINDS`, and why.
+
+    If only its caption is missing or bad, it has its images: they can still be described.
+    """
 
     kind: str
     key: str
     reason: str
+    images: Sequence[UndecodedImage] = ()
 
 
 Entry = RawRow | BadRow
@@ -65,7 +70,8 @@ class Reader(Protocol):
 def caption_row(key: str, images: list[UndecodedImage], caption: object) -> Entry:
     """The row of a caption, or why there is none."""
     if not isinstance(caption, str) or not caption.strip():
-        return BadRow("caption", key, "there is no caption" if caption is None else f"the caption is {brief(caption)}")
+        reason = "there is no caption" if caption is None else f"the caption is {brief(caption)}"
+        return BadRow("caption", key, reason, images)
     return RawRow(key, images, caption)
 
 
@@ -105,10 +111,10 @@ class AnnotationReader:
         }
         for entry in entries:
             values: tuple[str | None, ...]
+            image = str(entry.images[0]["path"]) if entry.images else None
             if isinstance(entry, BadRow):
-                values = (entry.key, None, None, None, entry.kind, entry.reason)
+                values = (entry.key, image, None, None, entry.kind, entry.reason)
             else:
-                image = str(entry.images[0]["path"]) if entry.images else None
                 messages = json.dumps(entry.messages) if entry.messages is not None else None
                 values = (entry.key, image, entry.caption, messages, None, None)
             for column, value in zip(columns.values(), values):
@@ -127,10 +133,10 @@ class AnnotationReader:
             # One order of the table, of which each shard is a slice: only the last number of a seed is the shard.
             rows = np.random.default_rng(seed[:-1]).permutation(size)[slice(*bounds)]
         for row in self.table.take(pa.array(rows)).to_pylist():
-            if row["kind"] is not None:
-                yield BadRow(row["kind"], row["key"], row["reason"])
-                continue
             images: list[UndecodedImage] = [] if row["image"] is None else [{"bytes": None, "path": row["image"]}]
+            if row["kind"] is not None:
+                yield BadRow(row["kind"], row["key"], row["reason"], images)
+                continue
             messages = json.loads(row["messages"]) if row["messages"] is not None else None
             yield RawRow(row["key"], images, row["caption"], messages)
 
@@ -144,18 +150,18 @@ class AnnotationReader:
 
 
 class DatasetReader:
-    """Reads a Hugging Face dataset of images and captions, streamed."""
+    """Reads a Hugging Face dataset of images and captions, streamed; without `captions`, one that may have none."""
 
-    def __init__(self, name: str, dataset: IterableDataset, length: int | None = None) -> None:
+    def __init__(self, name: str, dataset: IterableDataset, length: int | None = None, captions: bool = True) -> None:
         features = dataset.features or {}
         images = [column for column, feature in features.items() if isinstance(feature, Image)]
-        captions = [column for column in CAPTION_COLUMNS if column in features]
-        if len(images) != 1 or not captions:
+        texts = [column for column in CAPTION_COLUMNS if column in features]
+        if len(images) != 1 or (captions and not texts):
             found = ", ".join(f"{column} ({type(feature).__name__})" for column, feature in features.items())
-            raise DataError(
-                f"{name} needs one column of images and a column `caption` or `text`; it has {found or 'none'}"
-            )
-        self.image, self.caption = images[0], captions[0]
+            wanted = " and a column `caption` or `text`" if captions else ""
+            raise DataError(f"{name} needs one column of images{wanted}; it has {found or 'none'}")
+        self.image = images[0]
+        self.caption = texts[0] if texts else None
         self.id = next((column for column in ("image_id", "id", "key") if column in features), None)
         self.name = name
         # The images' own bytes: a broken one is then found row by row, and a resumed run need not decode again.
@@ -183,7 +189,8 @@ class DatasetReader:
         try:
             label = row[self.id][0].as_py() if self.id is not None else number
             key = f"{prefix}{label}"
-            image, caption = row[self.image][0].as_py(), row[self.caption][0].as_py()
+            image = row[self.image][0].as_py()
+            caption = row[self.caption][0].as_py() if self.caption is not None else None
         except UnicodeDecodeError as error:
             return BadRow("entry", f"{prefix}row {number}", f"a text is not UTF-8: {error}")
         if image is None or (image["bytes"] is None and not image["path"]):

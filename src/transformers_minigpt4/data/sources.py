@@ -8,6 +8,7 @@ import os
 import re
 from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -39,6 +40,7 @@ _ANNOTATION_READERS: dict[str, tuple[Callable[[Path, Path | None], Iterator[Entr
     "table": (annotations.table, True),
     "imagefolder": (annotations.imagefolder, False),
 }
+_TABLES = {"table": annotations.table, "imagefolder": annotations.imagefolder}  # may have images only
 _OPTIONS: dict[str, set[str]] = {
     "wds": {"weight"},
     "dataset": {"weight", "split"},
@@ -107,9 +109,13 @@ def parse_source(text: str) -> Source:
     return Source(kind, path, values.get("images"), values.get("split"), number, guessed)
 
 
-def open_reader(source: Source) -> Reader:
+def open_reader(source: Source, captions: bool = True) -> Reader:
     """
     The reader of a source; annotation files are read here, shards and images later.
+
+    Args:
+        source: From [`parse_source`].
+        captions: Whether the source must have captions. Rows without one are given as bad rows in any case.
 
     Raises:
         DataError: when there is nothing at the path, or nothing in the source's format.
@@ -118,7 +124,7 @@ def open_reader(source: Source) -> Reader:
     if source.kind == "wds":
         return WebdatasetReader(name, source.path)
     if source.kind == "dataset":
-        return DatasetReader(name, *_open_dataset(source))
+        return DatasetReader(name, *_open_dataset(source), captions)
     path = Path(source.path)
     if not path.exists():
         raise DataError(f"{name}: there is no {source.path}")
@@ -132,6 +138,8 @@ def open_reader(source: Source) -> Reader:
     if source.kind == "cc_sbu_align" and not (path / "filter_cap.json").is_file():
         raise DataError(f"{name}: {source.path} contains no filter_cap.json")
     read, _ = _ANNOTATION_READERS[source.kind]
+    if not captions and source.kind in _TABLES:
+        read = partial(_TABLES[source.kind], captions=False)
     return AnnotationReader(name, read(path, Path(source.images) if source.images is not None else None))
 
 

@@ -15,7 +15,7 @@ from transformers_minigpt4.processing.image_utils_minigpt4 import MAX_DOWNLOAD_B
 from transformers_minigpt4.utils.json_files import MAX_RECORD_BYTES, parse_json
 
 from .readers import BadRow, Entry, caption_row, shuffled
-from .schema import DataError
+from .schema import DataError, UndecodedImage
 
 
 _IMAGES = {"jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff"}
@@ -137,11 +137,12 @@ def _entry(key: str, files: dict[str, bytes | str]) -> Entry:
     if len(images) != 1:
         return BadRow("image", key, f"{len(images)} images among {', '.join(sorted(files))}")
     found = {extension: content for extension, content in files.items() if isinstance(content, bytes)}
+    image: list[UndecodedImage] = [{"bytes": found[images[0]], "path": None}]
     try:
         caption = _caption(found.get("json", b""), found.get("txt", b""))
     except ValueError as error:
-        return BadRow("entry", key, f"the text cannot be read: {error}")
-    return caption_row(key, [{"bytes": found[images[0]], "path": None}], caption)
+        return BadRow("entry", key, f"the text cannot be read: {error}", image)
+    return caption_row(key, image, caption)
 
 
 def _caption(metadata: bytes, text: bytes) -> object:

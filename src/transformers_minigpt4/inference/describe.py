@@ -50,8 +50,7 @@ def describe(
     ...     print(record["image"], record.get("caption", "failed"))
     ```
     """
-    if not prompt.strip():
-        raise ValueError("the prompt is empty; ask something, such as 'Describe this image in detail.'")
+    check_prompt(prompt)
 
     def request(named: tuple[str, ImageSource]) -> Request:
         return Request([load_image(named[1], timeout=timeout)], prompt)
@@ -64,3 +63,12 @@ def describe(
         {"image": name, "error" if isinstance(answer, ImageLoadError) else "caption": str(answer)}
         for (name, _), answer in answer_items(named, request, engine, **generate_kwargs)
     )
+
+
+def check_prompt(prompt: str) -> None:
+    """
+    Raises:
+        ValueError: for a prompt without a text.
+    """
+    if not prompt.strip():
+        raise ValueError("the prompt is empty; ask something, such as 'Describe this image in detail.'")

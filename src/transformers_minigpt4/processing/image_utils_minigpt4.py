@@ -148,6 +148,23 @@ def load_image(source: object, timeout: float | None = DEFAULT_TIMEOUT) -> Image
     )
 
 
+def download_image(url: str, timeout: float | None = DEFAULT_TIMEOUT) -> bytes:
+    """
+    The content of an image's URL, not decoded.
+
+    Args:
+        url (`str`): An `http://`, `https://` or `data:` URL.
+        timeout (`float`, *optional*, defaults to 30): seconds that the download may take; `None` waits forever.
+
+    Raises:
+        ImageLoadError: for an HTTP error, a time-out or more than `MAX_DOWNLOAD_BYTES`.
+    """
+    name = _name_of(url)
+    if url[:5].lower() == "data:":
+        return _read_data_url(url, name)
+    return _download(url, name, timeout)[0]
+
+
 def _name_of(source: object) -> str:
     """What an error message calls the source: short, on one line, and without a URL's password."""
     if isinstance(source, Image.Image):

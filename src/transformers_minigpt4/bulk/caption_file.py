@@ -5,10 +5,12 @@ from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
 
+from transformers_minigpt4.inference.sources import is_url
 from transformers_minigpt4.processing.image_utils_minigpt4 import ImageLoadError, load_image
 from transformers_minigpt4.utils.files import JsonLinesWriter, PathLike, file_lock, to_json, write_atomically
 
-from .sources import is_url
+from .images import Description
+from .sinks import caption_record
 
 
 class CaptionFile:
@@ -79,17 +81,17 @@ class CaptionFile:
         still = {source for source in left if source in self.failed and not _can_be_read(source)}
         return [source for source in left if source not in still], len(still)
 
-    def write(self, record: dict[str, str]) -> None:
+    def write(self, one: Description) -> None:
         """
-        Write one record of [`describe`]: a caption, which is on the disk when this returns, or an error.
+        Write what became of an image: a caption, which is on the disk when this returns, or an error.
 
         A download may work in the next run, so its error is not kept.
         """
-        if "error" not in record:
-            self._lines.append([{**record, "prompt": self.prompt, "model": self.model}])
-            self.done.add(record["image"])
-        elif not is_url(record["image"]):
-            self.failed[record["image"]] = record["error"]
+        if one.error is None:
+            self._lines.append([caption_record(one, self.prompt, self.model)])
+            self.done.add(one.image.key)
+        elif not is_url(one.image.key):
+            self.failed[one.image.key] = one.error
 
     def _read_back(self, number: int, line: bytes) -> None:
         """Note the image of a finished line."""

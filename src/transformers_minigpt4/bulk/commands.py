@@ -28,12 +28,17 @@ if TYPE_CHECKING:
     from tqdm import tqdm
 
     from .caption_file import CaptionFile
+    from .images import BulkImage, Description
+    from .sources import SourceShard
 
 
 def describe(
     images: Annotated[
         list[str],
-        typer.Argument(metavar="IMAGE...", help="Files, folders, URLs, or - for a list on standard input."),
+        typer.Argument(
+            metavar="IMAGE...",
+            help="Files, folders, URLs, - for a list on standard input; or KIND:PATH as in docs/reference/formats.md.",
+        ),
     ],
     model: Annotated[
         str | None,
@@ -84,25 +89,25 @@ def describe(
         how += " with the same list on standard input"
     with ExitStack() as stack:
         stack.enter_context(interruptible(f"stopped before the first image; {how}"))
-        from .caption_file import CaptionFile
-        from .demo_checkpoint import demo_checkpoint, knows_drawn_shapes_only
-        from .describe import describe as describe_images
-        from .engines import TransformersEngine
-        from .loading import load_engine
-        from .sources import expand_sources
-        from .streaming import CaptionStreamer
+        from transformers_minigpt4.inference.demo_checkpoint import demo_checkpoint, knows_drawn_shapes_only
+        from transformers_minigpt4.inference.describe import check_prompt
+        from transformers_minigpt4.inference.engines import TransformersEngine
+        from transformers_minigpt4.inference.loading import load_engine
+        from transformers_minigpt4.inference.streaming import CaptionStreamer
 
-        sources = expand_sources(images, sys.stdin)
-        if not sources:
-            raise ValueError("the list of images is empty; name at least one file, folder or URL")
+        from .caption_file import CaptionFile
+        from .images import describe_images
+
+        check_prompt(prompt)
+        files, shards = _named_images(images)
         checkpoint = model or demo_checkpoint()
         captions = stack.enter_context(CaptionFile(output, prompt, checkpoint)) if output else None
-        run = _Run(sources, captions, how)
-        if not run.remaining:
+        run = _Run(files, shards, captions, how)
+        if not run.remaining and not shards:
             return
         if knows_drawn_shapes_only(checkpoint):
             complain("this is the demo's model, which knows drawn shapes only; name another one with --model")
-        alone = len(sources) == 1 and captions is None
+        alone = len(files) == 1 and not shards and captions is None
         loaded = load_engine(
             engine,
             checkpoint,
@@ -117,20 +122,44 @@ def describe(
         if alone and isinstance(loaded, TransformersEngine):
             streamed = True
             settings["streamer"] = CaptionStreamer(loaded.processor, run.show)
-        records = describe_images(run.remaining, loaded, prompt=prompt, do_sample=sample, **settings)
+        descriptions = describe_images(run.images(), loaded, prompt=prompt, do_sample=sample, **settings)
         stack.enter_context(interruptible(run.stopped))
-        failed = _finish_one(records, streamed) if alone else run.write_all(records, prompt, checkpoint)
+        failed = _finish_one(descriptions, streamed) if alone else run.write_all(descriptions, prompt, checkpoint)
         if failed:
             raise typer.Exit(1)
 
 
-def _finish_one(records: "Iterator[dict[str, str]]", streamed: bool) -> int:
+def _named_images(arguments: list[str]) -> "tuple[list[str], list[SourceShard]]":
+    """
+    The files and URLs, and the shards, that arguments name.
+
+    Raises:
+        ValueError: if there is nothing, or a source cannot be opened.
+    """
+    from transformers_minigpt4.inference.sources import expand_sources
+
+    from .images import is_source
+
+    files: list[str]
+    shards: list[SourceShard] = []
+    if any(map(is_source, arguments)):
+        from .sources import open_sources  # needs `datasets`, which an environment for vLLM may not have
+
+        files, shards = open_sources(arguments, sys.stdin)
+    else:
+        files = expand_sources(arguments, sys.stdin)
+    if not files and not shards:
+        raise ValueError("the list of images is empty; name at least one file, folder or URL")
+    return files, shards
+
+
+def _finish_one(descriptions: "Iterator[Description]", streamed: bool) -> int:
     """Writes one answer to stdout, which may be there already; returns how many images failed."""
-    record = next(records)
-    if "error" in record:
-        complain(record["error"])
+    description = next(descriptions)
+    if description.error is not None:
+        complain(description.error)
         return 1
-    echo("" if streamed else record["caption"])
+    echo("" if streamed else str(description.caption))
     return 0
 
 
@@ -139,26 +168,38 @@ class _Run:
     The images that one command describes, and how far it is.
 
     Args:
-        sources: All images, those that are in `captions` already included.
+        files: All files and URLs, those that are in `captions` already included.
+        shards: The shards, whose images are not known before they are read.
         captions: Where the answers go; by default to stdout.
         how: How to resume or to start again.
     """
 
-    def __init__(self, sources: list[str], captions: "CaptionFile | None", how: str) -> None:
-        self.captions, self.how = captions, how
+    def __init__(
+        self, files: list[str], shards: "list[SourceShard]", captions: "CaptionFile | None", how: str
+    ) -> None:
+        self.shards, self.captions, self.how = shards, captions, how
         self.where = f" in {captions.path}" if captions is not None else ""
         self.done = self.failed = 0
         self.mid_line = False
         self.bar: tqdm[NoReturn] | None = None
-        self.remaining = sources
+        self.remaining = files
         if captions is None:
             return
-        self.remaining, still = captions.remaining(sources)
+        self.remaining, still = captions.remaining(files)
         if still:
             images = "1 image" if still == 1 else f"{still} images"
             typer.echo(f"{images} failed before and still cannot be read, see {captions.failures}", err=True)
-        if not self.remaining and len(sources) > still:
-            typer.echo(f"all {'others' if still else f'{len(sources)} images'} are{self.where} already", err=True)
+        if not self.remaining and len(files) > still:
+            typer.echo(f"all {'others' if still else f'{len(files)} images'} are{self.where} already", err=True)
+
+    def images(self) -> "Iterator[BulkImage]":
+        """What is to be described: the remaining files, then the images of the shards that have no caption yet."""
+        from .images import BulkImage
+
+        yield from (BulkImage(file, file) for file in self.remaining)
+        done = self.captions.done if self.captions is not None else set()
+        for shard in self.shards:
+            yield from (image for image in shard.images(whole=False) if image.key not in done)
 
     def show(self, text: str) -> None:
         """Writes a piece of an answer to stdout."""
@@ -171,29 +212,33 @@ class _Run:
             self.bar.close()
         if self.mid_line:
             typer.echo()
+        of = "" if self.shards else f" of {len(self.remaining)}"
         kept = f", now{self.where}" if self.where else ""
-        return f"stopped after {self.done} of {len(self.remaining)} images{kept}; {self.how}"
+        return f"stopped after {self.done}{of} images{kept}; {self.how}"
 
-    def write_all(self, records: "Iterable[dict[str, str]]", prompt: str, checkpoint: str) -> int:
+    def write_all(self, descriptions: "Iterable[Description]", prompt: str, checkpoint: str) -> int:
         """Writes one JSON line per image to the file or stdout; returns how many images failed."""
         from tqdm.auto import tqdm
 
         from transformers_minigpt4.utils.files import to_json
         from transformers_minigpt4.utils.text import without_control_characters
 
+        from .sinks import caption_record
+
+        total = None if self.shards else len(self.remaining)
         # disable=None: no bar where stderr is a file.
-        with tqdm(total=len(self.remaining), unit="image", file=sys.stderr, disable=None) as self.bar:
-            for record in records:
-                if "error" in record:
+        with tqdm(total=total, unit="image", file=sys.stderr, disable=None) as self.bar:
+            for one in descriptions:
+                if one.error is not None:
                     self.failed += 1
-                    self.bar.write(without_control_characters(f"minigpt4: {record['error']}"), file=sys.stderr)
+                    self.bar.write(without_control_characters(f"minigpt4: {one.error}"), file=sys.stderr)
                     self.bar.set_postfix(failed=self.failed)
                 else:
                     self.done += 1
                 if self.captions is not None:
-                    self.captions.write(record)
-                elif "error" not in record:
-                    self.bar.write(to_json({**record, "prompt": prompt, "model": checkpoint}), file=sys.stdout)
+                    self.captions.write(one)
+                elif one.error is None:
+                    self.bar.write(to_json(caption_record(one, prompt, checkpoint)), file=sys.stdout)
                     sys.stdout.flush()
                 self.bar.update()
         if self.failed or self.captions is not None:
