@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from .modeling.modeling_llava import LlavaLinearForConditionalGeneration, LlavaLinearModel
     from .modeling.modeling_minigpt4 import MiniGPT4ForConditionalGeneration, MiniGPT4Model, MiniGPT4PreTrainedModel
     from .processing.pipeline_minigpt4 import MiniGPT4ImageToTextPipeline
+    from .processing.processing_llava import LlavaPromptProcessor
     from .processing.processing_minigpt4 import MiniGPT4Processor
 
 
@@ -34,6 +35,7 @@ __all__ = [
     "LlavaLinearConfig",
     "LlavaLinearForConditionalGeneration",
     "LlavaLinearModel",
+    "LlavaPromptProcessor",
     "MiniGPT4Config",
     "MiniGPT4ForConditionalGeneration",
     "MiniGPT4ImageToTextPipeline",
@@ -68,6 +70,7 @@ _MODULES = (
     "modeling.trained_modules_minigpt4",
     "processing.answers_minigpt4",
     "processing.pipeline_minigpt4",
+    "processing.processing_llava",
     "processing.processing_minigpt4",
 )
 _complete: set[str] = set()

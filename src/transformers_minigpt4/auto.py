@@ -21,6 +21,7 @@ from .modeling.modeling_llava import LlavaLinearForConditionalGeneration, LlavaL
 from .modeling.modeling_minigpt4 import MiniGPT4ForConditionalGeneration, MiniGPT4Model
 from .modeling.modeling_minigpt4 import MiniGPT4PreTrainedModel as MiniGPT4PreTrainedModel  # for the package's names
 from .processing.pipeline_minigpt4 import MiniGPT4ImageToTextPipeline
+from .processing.processing_llava import LlavaPromptProcessor
 from .processing.processing_minigpt4 import MiniGPT4Processor
 
 
@@ -61,12 +62,14 @@ def register() -> None:
         auto_class.register(MiniGPT4Config, MiniGPT4ForConditionalGeneration, exist_ok=True)
         auto_class.register(LlavaLinearConfig, LlavaLinearForConditionalGeneration, exist_ok=True)
     AutoProcessor.register(MiniGPT4Config, MiniGPT4Processor, exist_ok=True)
+    AutoProcessor.register(LlavaLinearConfig, LlavaPromptProcessor, exist_ok=True)
 
     # A saved folder then contains the modules, and its config an `auto_map`.
     MiniGPT4Config.register_for_auto_class()
     MiniGPT4Model.register_for_auto_class("AutoModel")
     MiniGPT4ForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")
     MiniGPT4Processor.register_for_auto_class()
+    LlavaPromptProcessor.register_for_auto_class()
     LlavaLinearConfig.register_for_auto_class()
     LlavaLinearModel.register_for_auto_class("AutoModel")
     LlavaLinearForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")

@@ -176,7 +176,8 @@ class TestLlava:
 
     BAD = {
         "no placeholder": (conversation(1, "What?", "A dog."), "image"),
-        "two placeholders": (conversation(1, "<image><image>", "A dog."), "image"),
+        "two placeholders": (conversation(1, "<image>", "A dog.", "<image>", "A cat."), "image"),
+        "one image for two": ({**conversation(1), "image": ["0.png", "1.png"]}, "image"),
         "number as image": (conversation(1, image=3), "image"),
         "missing file": (conversation(9), "unreadable_image"),
         "placeholder in the answer": (conversation(1, "What?", "<image>"), "entry"),

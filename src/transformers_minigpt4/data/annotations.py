@@ -38,36 +38,55 @@ def llava(path: Path, images: Path | None) -> Iterator[Entry]:
             yield _located(where, BadRow("entry", key, reason))
 
 
-def _conversation(key: str, record: Record, folder: Path) -> Entry:
-    name = record.get("image")
-    if not (name is None or (isinstance(name, str) and name)):
-        return BadRow("image", key, f"`image` must be a file name, not {brief(name)}")
+def llava_messages(conversations: list[Record], images: int | None = None) -> list[Message]:
+    """
+    The turns of a row in LLaVA's format as messages, in the order of the row and whatever this is.
+
+    The authors' training puts an image before the words of its turn, wherever its mark was, takes several marks in a
+    turn for one, and strips the text of such a turn alone.
+
+    Args:
+        conversations: The row's `[{"from": "human"|"gpt", "value"}]`.
+        images: Images of the row. If it has as many marks, several in a turn stay several.
+
+    Raises:
+        KeyError, TypeError, AttributeError: for what is not in this format.
+    """
+    marks = [turn["value"].count(_LLAVA_IMAGE) for turn in conversations]
+    several = images == sum(marks)
     messages: list[Message] = []
-    placed = 0
-    for turn in record["conversations"]:
-        role, text = _LLAVA_ROLES.get(turn["from"]), turn["value"]
-        if role != ("user", "assistant")[len(messages) % 2] or not isinstance(text, str):
-            return BadRow("entry", key, f"turn {len(messages)} is out of order or not a text: {brief(turn)}")
-        here = text.count(_LLAVA_IMAGE)
-        if role == "assistant" and here:
-            return BadRow("entry", key, f"an answer contains {_LLAVA_IMAGE}")
-        placed += here
-        text = text.replace(_LLAVA_IMAGE, "").strip()
-        # LLaVA's own training puts the image before the words, wherever its placeholder was.
-        content: list[Part] = [{"type": "image"} for _ in range(here)]
-        if text:
+    for turn, here in zip(conversations, marks):
+        text = turn["value"].replace(_LLAVA_IMAGE, "").strip() if here else turn["value"]
+        content: list[Part] = [{"type": "image"} for _ in range(here if several else min(here, 1))]
+        if text or not content:
             content.append({"type": "text", "text": text})
-        if not content:
-            return BadRow("caption" if role == "assistant" else "entry", key, f"turn {len(messages)} is empty")
-        messages.append({"role": role, "content": content})
+        messages.append({"role": _LLAVA_ROLES[turn["from"]], "content": content})
+    return messages
+
+
+def _conversation(key: str, record: Record, folder: Path) -> Entry:
+    names = record.get("image")
+    names = [names] if isinstance(names, str) else ([] if names is None else names)
+    if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
+        return BadRow("image", key, f"`image` must be a file name, or a list of them, not {brief(record['image'])}")
+    messages = llava_messages(record["conversations"], len(names))
+    if messages and messages[0]["role"] == "assistant":
+        messages = messages[1:]  # as in the authors' training
+    for place, message in enumerate(messages):
+        if message["role"] != ("user", "assistant")[place % 2]:
+            return BadRow("entry", key, f"turn {place} is out of order: {brief(message)}")
+        if message["role"] == "assistant" and message["content"][0]["type"] == "image":
+            return BadRow("entry", key, f"an answer contains {_LLAVA_IMAGE}")
+        if not any(part["type"] == "image" or part["text"].strip() for part in message["content"]):
+            return BadRow("caption" if place % 2 else "entry", key, f"turn {place} is empty")
     if not messages or len(messages) % 2:
         return BadRow("entry", key, f"{len(messages)} turns; every question needs an answer")
-    if placed != (name is not None):
-        return BadRow(
-            "image", key, f"{placed} placeholders {_LLAVA_IMAGE} for {'no' if name is None else 'one'} image"
-        )
+    placed = sum(part["type"] == "image" for message in messages for part in message["content"])
+    if placed != len(names):
+        return BadRow("image", key, f"{placed} placeholders {_LLAVA_IMAGE} for {len(names) or 'no'} image")
     caption = messages[1]["content"][0]["text"] if len(messages) == 2 else None
-    return RawRow(key, image_file(folder, name) if name is not None else [], caption, messages)
+    files = [file for name in names for file in image_file(folder, name)]
+    return RawRow(key, files, caption, messages)
 
 
 def cc_sbu_align(path: Path, images: Path | None) -> Iterator[Entry]:

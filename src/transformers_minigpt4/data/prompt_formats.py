@@ -4,10 +4,23 @@ import random
 import re
 from typing import Literal, NamedTuple, get_args
 
+from transformers_minigpt4.processing import prompt_formats_llava
+
 from .schema import IMAGE_PLACEHOLDER, DataError, Message, Row, RowImage
 
 
-PromptFormat = Literal["stage1", "stage2", "stage2_llama2", "messages"]
+PromptFormat = Literal[
+    "stage1",
+    "stage2",
+    "stage2_llama2",
+    "messages",
+    "llava_plain",
+    "llava_v0",
+    "llava_v1",
+    "llava_v0_mmtag",
+    "llava_v1_mmtag",
+    "llava_llama_2",
+]
 PROMPT_FORMATS: tuple[str, ...] = get_args(PromptFormat)
 
 # `prompts/alignment.txt` of Vision-CAIR/MiniGPT-4.
@@ -69,6 +82,28 @@ def messages_row(images: list[RowImage], caption: str, instruction: str) -> Row:
     }
 
 
+def plain_row(images: list[RowImage], caption: str) -> Row:
+    """The row of LLaVA's later stage 1: no question, then the caption as it is and a newline."""
+    return {"images": images, "prompt": IMAGE_PLACEHOLDER, "completion": caption + "\n"}
+
+
+def check_llava(prompt_format: str, messages: list[Message]) -> None:
+    """
+    Refuses a conversation that LLaVA's authors would not learn from.
+
+    Raises:
+        DataError: for one that their script masks, or fails on.
+    """
+    tagged = prompt_formats_llava.PROMPT_FORMATS[prompt_format].tagged
+    turns = [prompt_formats_llava.turn_of(message, tagged) for message in messages]
+    try:
+        fault = prompt_formats_llava.write(prompt_format, turns).fault
+    except ValueError as error:
+        raise DataError(str(error)) from error
+    if fault is not None:
+        raise DataError(fault)
+
+
 def draw_instruction(*identity: int | str) -> str:
     """One of the four instructions, always the same for the same identity, such as seed, epoch and key of a row."""
     return random.Random(repr(identity)).choice(INSTRUCTIONS)
@@ -94,7 +129,10 @@ def render(
     Raises:
         DataError: for a prompt format that the row cannot have.
     """
-    if prompt_format == "messages" and messages is not None:
+    is_llava = prompt_format in prompt_formats_llava.PROMPT_FORMATS
+    if is_llava and messages is not None:
+        check_llava(prompt_format, messages)
+    if (is_llava or prompt_format == "messages") and messages is not None:
         return {"images": images, "messages": messages}
     if caption is None:
         raise DataError(f"several turns do not fit the prompt format {prompt_format!r}; use 'messages'")
@@ -108,6 +146,8 @@ def render(
         return stage2_row(images, caption, instruction)
     if prompt_format == "stage2_llama2":
         return stage2_row(images, caption, instruction, LLAMA2)
-    if prompt_format == "messages":
+    if prompt_format == "llava_plain":
+        return plain_row(images, caption)
+    if prompt_format == "messages" or is_llava:
         return messages_row(images, caption, instruction)
     raise DataError(f"unknown prompt format {prompt_format!r}; choose one of {', '.join(PROMPT_FORMATS)}")

@@ -107,16 +107,16 @@ class AnnotationReader:
 
     def __init__(self, name: str, entries: Iterator[Entry]) -> None:
         columns: dict[str, list[str | None]] = {
-            column: [] for column in ("key", "image", "caption", "messages", "kind", "reason")
+            column: [] for column in ("key", "images", "caption", "messages", "kind", "reason")
         }
         for entry in entries:
             values: tuple[str | None, ...]
-            image = str(entry.images[0]["path"]) if entry.images else None
+            images = json.dumps([str(image["path"]) for image in entry.images]) if entry.images else None
             if isinstance(entry, BadRow):
-                values = (entry.key, image, None, None, entry.kind, entry.reason)
+                values = (entry.key, images, None, None, entry.kind, entry.reason)
             else:
                 messages = json.dumps(entry.messages) if entry.messages is not None else None
-                values = (entry.key, image, entry.caption, messages, None, None)
+                values = (entry.key, images, entry.caption, messages, None, None)
             for column, value in zip(columns.values(), values):
                 column.append(value)
         if not columns["key"]:
@@ -133,7 +133,8 @@ class AnnotationReader:
             # One order of the table, of which each shard is a slice: only the last number of a seed is the shard.
             rows = np.random.default_rng(seed[:-1]).permutation(size)[slice(*bounds)]
         for row in self.table.take(pa.array(rows)).to_pylist():
-            images: list[UndecodedImage] = [] if row["image"] is None else [{"bytes": None, "path": row["image"]}]
+            paths = [] if row["images"] is None else json.loads(row["images"])
+            images: list[UndecodedImage] = [{"bytes": None, "path": path} for path in paths]
             if row["kind"] is not None:
                 yield BadRow(row["kind"], row["key"], row["reason"], images)
                 continue

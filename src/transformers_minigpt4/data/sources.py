@@ -255,7 +255,7 @@ def open_rows(
 
     Args:
         sources: What [`parse_source`] reads, or its result. Several are mixed by weight, or equally without weights.
-        prompt_format: `"stage1"`, `"stage2"`, `"stage2_llama2"` (prompt and completion) or `"messages"`.
+        prompt_format: One of `PROMPT_FORMATS`.
         seed: Draws the orders, the source of each row and the instructions. The same seed and sources give the same
             rows.
         shuffle: Whether each epoch has another order: of all annotations of a file, and within a buffer of a shard.

@@ -16,6 +16,7 @@ AUTO_MAP = {
     "AutoModel": "modeling_llava.LlavaLinearModel",
     "AutoModelForImageTextToText": "modeling_llava.LlavaLinearForConditionalGeneration",
     "AutoModelForMultimodalLM": "modeling_llava.LlavaLinearForConditionalGeneration",
+    "AutoProcessor": "processing_llava.LlavaPromptProcessor",
 }
 
 # As for MiniGPT-4: `transformers serve` and pipelines look for the class in these tables.

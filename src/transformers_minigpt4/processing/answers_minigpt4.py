@@ -24,6 +24,10 @@ class Conversation(NamedTuple):
     answers: list[Span]
 
 
+class NoEndMarkError(ValueError):
+    """A chat template that prints nothing after an answer, so that a model would never learn to stop."""
+
+
 class _Layout(NamedTuple):
     """A rendered conversation, and where the contents of its assistant messages are."""
 
@@ -47,6 +51,7 @@ def find_answers(chat_template: str, messages: Messages, tokenizer: PreTrainedTo
 
     Raises:
         ValueError: for a conversation that the template refuses, and for answers that cannot be found in its text.
+            A `NoEndMarkError` for a template that prints nothing after an answer.
     """
     messages = [_with_text(message, message_text(message)) for message in messages]
     special_tokens: dict[str, Any] = dict(tokenizer.special_tokens_map)
@@ -201,7 +206,7 @@ def _answers(
     closed = layout if numbers[-1] == len(messages) - 1 else _lay_out(render, messages[: numbers[-1] + 1])
     end = "" if closed is None else _end_mark(closed.text[closed.contents[-1][1] :], added_tokens)
     if not end:
-        raise ValueError(
+        raise NoEndMarkError(
             "The chat template prints nothing after an answer, so a model would never learn to stop: "
             f"{_shown(messages)}. Print a mark such as eos_token after the content of assistant messages."
         )

@@ -137,3 +137,32 @@ def with_images(chat_template: str) -> str:
         + (_NO_THINKING if "enable_thinking" in chat_template else "")
         + chat_template
     )
+
+
+def with_end_marks(chat_template: str) -> str:
+    """
+    Frames a chat template so that it prints the end-of-sequence token after each answer.
+
+    For templates such as that of the `llava-hf` checkpoints, which print nothing there.
+
+    Args:
+        chat_template (`str`): A template that takes contents as texts or as lists of parts.
+    """
+    return _END_MARKS + chat_template
+
+
+_END_MARKS = """\
+{%- set ended = namespace(messages=[]) -%}
+{%- for message in messages -%}
+    {%- if message.role != 'assistant' -%}
+        {%- set ended.messages = ended.messages + [message] -%}
+    {%- elif message.content is string -%}
+        {%- set ended.messages = ended.messages + [dict(message, content=message.content + eos_token)] -%}
+    {%- else -%}
+        {%- set texts = message.content | selectattr('type', 'equalto', 'text') | map(attribute='text') | list -%}
+        {%- set part = {'type': 'text', 'text': texts | join(' ') + eos_token} -%}
+        {%- set ended.messages = ended.messages + [dict(message, content=[part])] -%}
+    {%- endif -%}
+{%- endfor -%}
+{%- set messages = ended.messages -%}
+"""

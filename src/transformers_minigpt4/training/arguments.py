@@ -34,8 +34,9 @@ class StageArguments:
         trainable_modules (`list[str]`): Modules to train, see `stages.prepare_stage`.
         sources (`list[str]`): Sources of rows as `KIND:PATH[::weight=NUMBER]…`, see `data.open_rows`; or one
             `python:MODULE:FUNCTION`, which is called with the number of rows and the seed and returns a `Dataset`.
-        prompt_format (`str`): Prompt format of the rows: `stage1`, `stage2`, `stage2_llama2`, `messages`.
+        prompt_format (`str`): Prompt format of the rows: one of `data.prompt_formats.PROMPT_FORMATS`.
         max_completion_length (`int`, *optional*): Tokens of an answer; longer ones are cut at the end.
+        max_row_length (`int`, *optional*): Positions of a row, images included, after which it is cut; for LLaVA.
         max_error_rate (`float`): Fraction of bad rows above which the run stops.
         requires_stage1 (`bool`): Refuse a model whose projector has not been trained.
         requires_qformer (`bool`, *optional*): Whether the model must have a Q-Former, or must not.
@@ -51,6 +52,7 @@ class StageArguments:
     sources: list[str] = field(default_factory=list, metadata={"help": "Sources of rows, KIND:PATH[::weight=N]."})
     prompt_format: PromptFormat = field(default="stage2", metadata={"help": "Prompt format of the rows."})
     max_completion_length: int | None = field(default=160, metadata={"help": "Tokens of an answer."})
+    max_row_length: int | None = field(default=None, metadata={"help": "Positions of a row, images included."})
     max_error_rate: float = field(default=0.05, metadata={"help": "Fraction of bad rows above which the run stops."})
     requires_stage1: bool = field(default=False, metadata={"help": "Refuse a model with an untrained projector."})
     requires_qformer: bool | None = field(default=None, metadata={"help": "Whether the model has a Q-Former."})

@@ -6,13 +6,18 @@ from typing import Any, TypeAlias, cast
 
 import torch
 from PIL import Image
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import LlavaProcessor, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.processing_utils import ProcessorMixin
 from trl import get_training_chat_template, prepare_multimodal_messages
 from trl.chat_template_utils import has_generation_markers
 
 from transformers_minigpt4.data.schema import IMAGE_PLACEHOLDER, Message, Part, Row, RowImage, message_text, row_images
 from transformers_minigpt4.processing.image_utils_minigpt4 import load_image
+from transformers_minigpt4.processing.processing_llava import (
+    LlavaPromptProcessor,
+    encode_by_template,
+    image_positions,
+)
 from transformers_minigpt4.processing.processing_minigpt4 import MiniGPT4Processor
 from transformers_minigpt4.utils.families import family_of
 
@@ -39,6 +44,8 @@ class ImageTextCollator:
         max_completion_length (`int`, *optional*):
             Tokens of an answer, including its stop string; longer ones are cut at the end. Nothing else is ever cut.
         chat_template (`str`, *optional*): For `messages`; by default the processor's own.
+        max_row_length (`int`, *optional*):
+            Positions of a row, images included; what exceeds them is cut at the end, as LLaVA's authors do. For LLaVA.
 
     Returns (per call): `input_ids`, `attention_mask`, `labels` of shape `(B, T)`, right-padded, and `pixel_values` of
     shape `(images, 3, height, width)` if the batch has any images.
@@ -50,8 +57,14 @@ class ImageTextCollator:
     processor: ProcessorMixin
     max_completion_length: int | None = None
     chat_template: str | None = None
+    max_row_length: int | None = None
 
     def __post_init__(self) -> None:
+        if self.max_row_length is not None and not isinstance(self.processor, LlavaProcessor):
+            raise ValueError(
+                f"max_row_length={self.max_row_length} is for LLaVA, whose images are cut with their row. Leave it "
+                "unset."
+            )
         if self.max_completion_length is not None and self.max_completion_length < 1:
             raise ValueError(f"max_completion_length={self.max_completion_length} leaves no answer. Take 1 or more.")
 
@@ -70,10 +83,15 @@ class ImageTextCollator:
                 found, images = tokenize(group)
                 sequences += [self._cut(*sequence) for sequence in found]
                 pixels += [] if images is None else [images]
-        for row, (_, labels) in zip([*conversations, *pairs], sequences):
-            # Position 0 has no predecessor to predict it.
-            if all(label == IGNORED for label in labels[1:]):
-                raise ValueError(nothing_to_learn(row))
+        if self.max_row_length is not None:
+            sequences, pixels = self._cut_rows(sequences, pixels)
+            if all(label == IGNORED for _, labels in sequences for label in labels[1:]):
+                raise ValueError(nothing_to_learn((conversations or pairs)[0]))
+        else:
+            for row, (_, labels) in zip([*conversations, *pairs], sequences):
+                # Position 0 has no predecessor to predict it.
+                if all(label == IGNORED for label in labels[1:]):
+                    raise ValueError(nothing_to_learn(row))
         batch = self._pad(sequences)
         if pixels:
             batch["pixel_values"] = torch.cat(pixels)
@@ -115,7 +133,7 @@ class ImageTextCollator:
         return sequences, prompts.get("pixel_values")
 
     def _tokenize_messages(self, rows: list[Row]) -> tuple[list[Tokens], torch.Tensor | None]:
-        if hasattr(self.processor, "encode_conversation"):  # MiniGPT-4's
+        if hasattr(self.processor, "encode_conversation") or isinstance(self.processor, LlavaProcessor):
             turns = [self._tokenize_turns(row) for row in rows]
             return turns, self._pixels([row["images"] for row in rows if row["images"]])
         return self._tokenize_conversations(rows, marked_template(self.processor, self.chat_template))
@@ -141,14 +159,44 @@ class ImageTextCollator:
 
     def _tokenize_turns(self, row: Row) -> Tokens:
         processor = cast(MiniGPT4Processor, self.processor)  # or the same class as remote code
-        ids, learned = processor.encode_conversation(row["messages"], self.chat_template)
-        placeholders, each = ids.count(processor.image_token_id), processor.image_seq_length
+        if isinstance(self.processor, LlavaProcessor):
+            ids, learned = self._encode_llava(self.processor, row["messages"])
+            each = image_positions(self.processor)
+        else:
+            ids, learned = processor.encode_conversation(row["messages"], self.chat_template)
+            each = processor.image_seq_length
+        placeholders = ids.count(processor.image_token_id)
         if placeholders != len(row["images"]) * each:
             raise ValueError(
                 f"A conversation has {placeholders // each} {processor.image_token} and {len(row['images'])} images: "
                 f"{_shown(row)}. Give as many images as image parts."
             )
         return ids, [id_ if learns else IGNORED for id_, learns in zip(ids, learned)]
+
+    def _encode_llava(self, processor: LlavaProcessor, messages: list[Message]) -> tuple[list[int], list[bool]]:
+        if isinstance(processor, LlavaPromptProcessor):
+            return processor.encode_conversation(messages, self.chat_template, self.max_row_length)
+        template = self.chat_template or processor.chat_template
+        if not isinstance(template, str):
+            raise ValueError("The processor has no chat template. Set processor.chat_template.")
+        return encode_by_template(processor, messages, template)
+
+    def _cut_rows(
+        self, sequences: list[Tokens], pixels: list[torch.Tensor]
+    ) -> tuple[list[Tokens], list[torch.Tensor]]:
+        """Rows of at most `max_row_length` positions, and the images that are left; one that is cut is left out."""
+        processor = cast(LlavaProcessor, self.processor)
+        each, start = image_positions(processor), 0
+        cut: list[Tokens] = []
+        kept: list[int] = []
+        for ids, labels in sequences:
+            end = min(len(ids), cast(int, self.max_row_length))
+            images, left = divmod(ids[:end].count(processor.image_token_id), each)
+            end -= left  # nothing of an image that is cut can matter: nothing after it is left
+            kept += range(start, start + images)
+            start += ids.count(processor.image_token_id) // each
+            cut.append((ids[:end], labels[:end]))
+        return cut, [torch.cat(pixels)[kept]] if kept else []
 
     def _cut(self, ids: list[int], labels: list[int]) -> Tokens:
         """Drops what exceeds `max_completion_length` from every run of learned tokens."""
@@ -229,6 +277,7 @@ def make_collator(
     processor: ProcessorMixin,
     max_completion_length: int | None = None,
     chat_template: str | None = None,
+    max_row_length: int | None = None,
 ) -> ImageTextCollator:
     """
     The collator that a model's loss needs.
@@ -236,7 +285,7 @@ def make_collator(
     Raises:
         ValueError: for BLIP-2 with a decoder-only language model, whose processor cannot separate prompt and answer.
     """
-    return collator_of(model.config, processor, max_completion_length, chat_template)
+    return collator_of(model.config, processor, max_completion_length, chat_template, max_row_length)
 
 
 def collator_of(
@@ -244,10 +293,11 @@ def collator_of(
     processor: ProcessorMixin,
     max_completion_length: int | None = None,
     chat_template: str | None = None,
+    max_row_length: int | None = None,
 ) -> ImageTextCollator:
     """As [`make_collator`], from a model's config alone."""
     if not family_of(config).encoder_decoder:
-        return ImageTextCollator(processor, max_completion_length, chat_template)
+        return ImageTextCollator(processor, max_completion_length, chat_template, max_row_length)
     if getattr(config, "use_decoder_only_language_model", False):
         raise ValueError(
             "BLIP-2 with a decoder-only language model (OPT) is not supported here. Take one with FlanT5, or compose "

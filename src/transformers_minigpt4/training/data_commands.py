@@ -62,7 +62,7 @@ def check(
     for source in parsed:
         if source.guessed is not None:
             complain(f"{source.path} is read as {source}, because it is {source.guessed}")
-    reader = RowReader(model, max_completion_length) if model is not None else None
+    reader = RowReader(model, max_completion_length, prompt_format) if model is not None else None
     empty = []
     for number, source in enumerate(parsed):
         found = check_source(

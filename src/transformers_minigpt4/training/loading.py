@@ -29,7 +29,7 @@ from .arguments import PYTHON, StageArguments, StageConfig, check_model, steps_o
 from .feature_cache import FeatureCache
 from .fingerprints import source_digest
 from .held_out import HeldOutRows, load_held_out, split_dataset
-from .prompt_check import check_prompt_format
+from .prompt_check import check_prompt_format, fit_processor
 from .towerless import load_towerless
 
 
@@ -151,6 +151,7 @@ def find_model(stage: StageArguments, config: StageConfig, model_args: ModelConf
     check_model(stage, model_config, name)
     with loading_from(name):
         processor = AutoProcessor.from_pretrained(name, **source)
+    processor = fit_processor(stage.prompt_format, model_config, processor)
     if not stage.sources[0].startswith(PYTHON):  # rows of a function are in its own format
         check_prompt_format(stage.prompt_format, model_config, processor, name)
     digest = None if stage.feature_cache is None else _digest(name, model_config, processor, model_args)

@@ -1,11 +1,16 @@
 """Compares the prompts that a recipe trains with those that a checkpoint's chat template asks."""
 
+import copy
 from typing import Any
 
-from transformers import PreTrainedConfig, ProcessorMixin
+from transformers import LlavaProcessor, PreTrainedConfig, ProcessorMixin
 
 from transformers_minigpt4.data.prompt_formats import INSTRUCTIONS, LLAMA2, VICUNA, PromptFormat, Template
 from transformers_minigpt4.data.schema import IMAGE_PLACEHOLDER
+from transformers_minigpt4.processing.answers_minigpt4 import NoEndMarkError, find_answers
+from transformers_minigpt4.processing.chat_templates_minigpt4 import with_end_marks
+from transformers_minigpt4.processing.processing_llava import LlavaPromptProcessor, check_template
+from transformers_minigpt4.processing.prompt_formats_llava import PROMPT_FORMATS as LLAVA_FORMATS
 from transformers_minigpt4.utils.families import BLIP2, LLAVA, family_of
 from transformers_minigpt4.utils.text import first_line
 
@@ -19,6 +24,40 @@ _TEMPLATES: dict[PromptFormat, tuple[Template, str]] = {
 }
 _RECIPES = {LLAVA.name: "llava_stage2", BLIP2.name: "blip2_ft"}  # for `messages`, by family
 _QUESTION, _ANSWER = INSTRUCTIONS[0], "A red circle."
+_TURN: Any = (
+    {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": _QUESTION}]},
+    {"role": "assistant", "content": [{"type": "text", "text": _ANSWER}]},
+)
+
+
+def fit_processor(prompt_format: PromptFormat, config: PreTrainedConfig, processor: ProcessorMixin) -> ProcessorMixin:
+    """
+    The processor that trains a prompt format, and that a trained checkpoint is saved with.
+
+    A prompt format of LLaVA's authors replaces the chat template of a LLaVA. A template that prints nothing after an
+    answer gets the end mark that is learned, so that later turns of a chat look as they were trained.
+
+    Args:
+        prompt_format (`str`): The recipe's.
+        config (`PreTrainedConfig`): The checkpoint's.
+        processor (`ProcessorMixin`): The checkpoint's, which is not changed.
+    """
+    if not isinstance(processor, LlavaProcessor):
+        return processor
+    if prompt_format in LLAVA_FORMATS:
+        if isinstance(processor, LlavaPromptProcessor) and processor.writes(prompt_format):
+            return processor
+        return LlavaPromptProcessor.of(processor, prompt_format, config.vision_config.patch_size)
+    template = getattr(processor, "chat_template", None)
+    if prompt_format == "messages" and isinstance(template, str):
+        try:
+            find_answers(template, _TURN, processor.tokenizer)
+        except NoEndMarkError:
+            processor = copy.copy(processor)
+            processor.chat_template = with_end_marks(template)
+        except ValueError:
+            pass  # `check_prompt_format` says what is wrong
+    return processor
 
 
 def check_prompt_format(
@@ -38,10 +77,21 @@ def check_prompt_format(
     Raises:
         ValueError: naming the recipe, or the prompt format, to take instead.
     """
+    if prompt_format.startswith("llava_") and family_of(config) is not LLAVA:
+        raise ValueError(
+            f"prompt_format: {prompt_format} is for LLaVA, and {name} is another model. Take prompt_format: messages."
+        )
+    if prompt_format == "messages" and isinstance(processor, LlavaPromptProcessor) and processor.has_own_template:
+        raise ValueError(
+            f"{name} has the prompt format {processor.prompt_format}. Set prompt_format: {processor.prompt_format}, "
+            "which skips and counts the conversations that it cannot express."
+        )
     if prompt_format == "messages" and not family_of(config).encoder_decoder:
         try:
             if hasattr(processor, "check_trainable"):
                 processor.check_trainable()
+            elif isinstance(processor, LlavaProcessor):
+                check_template(processor, str(processor.chat_template))
             else:
                 marked_template(processor)
         except ValueError as error:

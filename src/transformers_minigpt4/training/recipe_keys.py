@@ -43,6 +43,7 @@ KEYS: dict[str, tuple[Key, ...]] = {
         Key("trust_remote_code", "BOOL", _shared(TrustRemoteCode), False),
         Key("sources", "SOURCE...", "Sources of rows, KIND:PATH[::weight=NUMBER]; see docs/reference/formats.md.", []),
         Key("prompt_format", "FORMAT", _shared(PromptFormat), "stage2"),
+        Key("max_row_length", "NUMBER", "Positions of a row, images included; longer ones are cut (LLaVA).", None),
         Key("max_completion_length", "NUMBER", "Maximum length of an answer, in tokens; longer ones are cut.", 160),
         Key("max_error_rate", "NUMBER", "Fraction of unusable rows above which the run stops.", 0.05),
         Key("feature_cache", "FOLDER", "Features from `minigpt4 features`; training then needs no vision tower."),

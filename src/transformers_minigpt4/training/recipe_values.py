@@ -37,7 +37,13 @@ RANGES: dict[str, Range] = {
     **dict.fromkeys(
         (
             *("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"),
-            *("iters_per_epoch", "max_completion_length", "pack_tokens", "requires_projector_layers"),
+            *(
+                "iters_per_epoch",
+                "max_completion_length",
+                "max_row_length",
+                "pack_tokens",
+                "requires_projector_layers",
+            ),
             *("save_total_limit", "dataloader_prefetch_factor", "lora_r", "lora_alpha"),
         ),
         _AT_LEAST_1,

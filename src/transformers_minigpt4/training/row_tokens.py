@@ -5,12 +5,14 @@ from itertools import groupby, islice
 from rich.text import Text
 from transformers import AutoConfig, AutoProcessor, ProcessorMixin
 
+from transformers_minigpt4.data.prompt_formats import PromptFormat
 from transformers_minigpt4.data.schema import Row, message_text
 from transformers_minigpt4.utils.checkpoint_files import loading_from
 from transformers_minigpt4.utils.families import family_of
 
 from .collator import IGNORED, Batch, collator_of
 from .loss import POSITIONS
+from .prompt_check import fit_processor
 
 
 class RowReader:
@@ -20,15 +22,19 @@ class RowReader:
     Args:
         checkpoint (`str`): Folder or Hub id.
         max_completion_length (`int`, *optional*): Tokens of an answer; longer ones are cut.
+        prompt_format (`str`, *optional*, defaults to `"messages"`): Of the rows.
 
     Raises:
         OSError, ValueError: for a checkpoint that is not there, or cannot be trained.
     """
 
-    def __init__(self, checkpoint: str, max_completion_length: int | None) -> None:
+    def __init__(
+        self, checkpoint: str, max_completion_length: int | None, prompt_format: PromptFormat = "messages"
+    ) -> None:
         with loading_from(checkpoint, weights=False):
             self.config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=False)
             self.processor: ProcessorMixin = AutoProcessor.from_pretrained(checkpoint, trust_remote_code=False)
+        self.processor = fit_processor(prompt_format, self.config, self.processor)
         self.limit = max_completion_length
         self.collator = collator_of(self.config, self.processor)
 

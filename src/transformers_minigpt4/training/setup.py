@@ -49,7 +49,7 @@ def make_trainer(
     prepare_stage(model, stage.trainable_modules)
     if family_of(model.config) is LLAVA and not isinstance(model, LlavaLinearForConditionalGeneration):
         keep_image_token_out(model)
-    collator = _with_features(stage, model, processor, make_collator(model, processor, stage.max_completion_length))
+    collator = _with_features(stage, model, processor, _collator(stage, model, processor))
     common = {
         "model": model,
         "args": config,
@@ -77,6 +77,10 @@ def make_trainer(
         trainer.add_callback(samples)
     trainer.add_callback(RunPageCallback(info, rows.skipped, samples))
     return trainer
+
+
+def _collator(stage: StageArguments, model: PreTrainedModel, processor: ProcessorMixin) -> ImageTextCollator:
+    return make_collator(model, processor, stage.max_completion_length, max_row_length=stage.max_row_length)
 
 
 def _with_features(

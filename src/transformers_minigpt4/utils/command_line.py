@@ -66,7 +66,18 @@ Port: TypeAlias = Annotated[
     ),
 ]
 PromptFormat: TypeAlias = Annotated[
-    Literal["stage1", "stage2", "stage2_llama2", "messages"],
+    Literal[
+        "stage1",
+        "stage2",
+        "stage2_llama2",
+        "messages",
+        "llava_plain",
+        "llava_v0",
+        "llava_v1",
+        "llava_v0_mmtag",
+        "llava_v1_mmtag",
+        "llava_llama_2",
+    ],
     typer.Option("--prompt-format", help="Format of the training rows."),
 ]
 Quantization: TypeAlias = Annotated[
