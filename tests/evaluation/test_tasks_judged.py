@@ -331,7 +331,8 @@ class TestLLaVABench:
             "000000000002.jpg",
         ]
         context = "A cat.\nA cat on a mat.\n\ncat: [0.1, 0.2, 0.3, 0.4]"
-        assert questions[0].reference == {"answer": "Reference 0.", "context": context}
+        facts = {"answer": "Reference 0.", "context": context, "kind_of_context": "coco"}
+        assert questions[0].reference == facts
 
     def test_the_in_the_wild_files(self, tmp_path):
         write_lines(
@@ -342,7 +343,8 @@ class TestLLaVABench:
         )
         write_lines(tmp_path / "context.jsonl", [{"id": "001", "image": "001.jpg", "caption": "A painting."}])
         (question,) = load_task("llava_bench").questions(tmp_path)
-        assert question.reference == {"answer": "He.", "context": "A painting."}
+        facts = {"answer": "He.", "context": "A painting.", "kind_of_context": "in_the_wild"}
+        assert question.reference == facts
 
     def test_scores(self, tmp_path):
         """The judge gives the first place one point more; both orders cancel that."""
@@ -355,7 +357,7 @@ class TestLLaVABench:
                 return "Both have merits."
             answer = next(word for word in worth if word in text)
             score = worth[answer]
-            first = text.index(answer) < text.index("Reference")
+            first = text.index(answer) < text.index("Reference ")
             return f"{score + 1} 8" if first else f"9 {score}"
 
         records, metrics, asked = scored("llava_bench", questions, answers, respond)

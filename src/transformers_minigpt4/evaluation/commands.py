@@ -251,7 +251,38 @@ def chat_settings(context: typer.Context) -> "ChatSettings | None":
     return ChatSettings.from_options(context.params, "judge_", options)
 
 
-COMMANDS: dict[str, Callable[..., None]] = {"run": run, "compare": compare}
+def reviews(
+    files: Annotated[
+        list[Path], typer.Argument(metavar="REVIEWS...", help="JSON Lines of LLaVA's review scripts, with tuple.")
+    ],
+    ignore: Annotated[
+        list[int] | None, typer.Option(metavar="ID", help="Question to leave out, by question_id; may be repeated.")
+    ] = None,
+) -> None:
+    """
+    Summarize review files of LLaVA-Bench.
+
+    As the authors' script does: prints the relative score in %, and the means of reference and model times 10. Reviews that could not be read,
+    scored -1 and -1 by the authors' scripts, are in the means, as there.
+
+    Examples:
+        minigpt4 evaluate reviews review_llava-13b.jsonl
+    """
+    from .compare import markdown_table
+    from .llava_reviews import UNREADABLE, read_reviews, summarize_reviews
+
+    rows = []
+    for path in files:
+        kept = [row for row in read_reviews(path) if row["question_id"] not in (ignore or [])]
+        for name, means in summarize_reviews((row["category"], tuple(row["tuple"])) for row in kept).items():
+            rows.append([path.stem, name, *(f"{mean:.1f}" for mean in means)])
+        unreadable = sum(tuple(row["tuple"]) == UNREADABLE for row in kept)
+        if unreadable:
+            complain(f"{unreadable} of {len(kept)} reviews of {path} could not be read, and count with -1 and -1")
+    typer.echo(markdown_table(["reviews", "category", "relative score (%)", "reference × 10", "model × 10"], rows))
+
+
+COMMANDS: dict[str, Callable[..., None]] = {"run": run, "compare": compare, "reviews": reviews}
 
 
 def default_output(checkpoint: str) -> Path:

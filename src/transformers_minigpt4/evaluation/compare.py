@@ -33,7 +33,10 @@ COLUMNS = {
     "gqa": ("accuracy",),
     "chair": ("chair_i/long", "words/long", "chair_i/short", "words/short"),
     **dict.fromkeys(("scienceqa", "scienceqa_short"), _SCIENCEQA),
-    "llava_bench": ("relative_score/conv", "relative_score/detail", "relative_score/complex", "relative_score"),
+    "llava_bench": (
+        *(f"published/relative_score/{kind}" for kind in ("conv", "detail", "complex")),
+        *("published/relative_score", "relative_score"),
+    ),
     "pope": tuple(
         f"{name}/{sampling}" for sampling in ("random", "popular", "adversarial") for name in ("accuracy", "f1")
     ),

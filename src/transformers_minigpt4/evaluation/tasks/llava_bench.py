@@ -5,22 +5,59 @@ from functools import partial
 from pathlib import Path
 
 from transformers_minigpt4.llm.client import ChatModel
+from transformers_minigpt4.llm.types import Message
 from transformers_minigpt4.utils.files import JsonObject
 
-from ..evaluator import Metric, Question, Record, Task, find_file, mean, ratio, read_json_lines
-from ..judging import judge_in_both_orders, need_judge
+from ..evaluator import Metric, Question, Record, Statistic, Task, find_file, mean, of_sums, ratio, read_json_lines
+from ..judging import Verdict, judge_in_both_orders, need_judge
+from ..llava_reviews import (
+    LAYOUT,
+    RULES,
+    SYSTEM,
+    TEMPERATURE,
+    UNREADABLE,
+    context_kind,
+    context_text,
+    read_scores,
+    relative_score,
+    review_messages,
+)
 
 
 KINDS = {"conv": "conversation", "detail": "detailed description", "complex": "complex reasoning"}
 LOWEST, HIGHEST = 1.0, 10.0  # the judge's scale, LLaVA's own
-
-_JUDGE = (
-    "Two assistants answered a question about a picture. You cannot see the picture; this is what it shows:\n{context}"
-    "\n\nQuestion: {question}\n\nAnswer of assistant 1:\n{first}\n\nAnswer of assistant 2:\n{second}\n\n"
-    "Rate how helpful, relevant, accurate and detailed each answer is, with one overall score from 1 to 10 for each; "
-    "higher is better. Their order says nothing about them. Write the two scores, the one of assistant 1 first, on "
-    "the first line, with a space between them and nothing else on that line. Then explain them."
+NOTES = (
+    "published/...: the authors' setting; the reference is always first, and a review that cannot be read scores -1 "
+    "for both, as published/unreadable counts",
+    "all others: our stricter setting; each pair is judged in both orders, and one that cannot be read counts neither "
+    "for nor against",
 )
+
+
+def _published(where: tuple[str, str] | None = None) -> Statistic:
+    columns = ("published_score", "published_reference_score", "published")
+    return of_sums(relative_score, *columns, where=where)
+
+
+def _strict(where: tuple[str, str] | None = None) -> Statistic:
+    return ratio("score", "reference_score", scale=100, where=where)
+
+
+def _metrics() -> tuple[Metric, ...]:
+    kinds = {kind: ("kind", kind) for kind in KINDS}
+    return (
+        Metric("relative_score", True, "%", _strict()),
+        *(Metric(f"relative_score/{kind}", True, "%", _strict(where)) for kind, where in kinds.items()),
+        Metric("score", True, "points", mean("score")),
+        Metric("reference_score", None, "points", mean("reference_score")),
+        Metric("unreadable", None, "%", mean("unreadable", scale=100)),
+        Metric("published/relative_score", True, "%", _published()),
+        *(Metric(f"published/relative_score/{kind}", True, "%", _published(where)) for kind, where in kinds.items()),
+        Metric("published/score", True, "points", mean("published_score")),
+        Metric("published/reference_score", None, "points", mean("published_reference_score")),
+        Metric("published/unreadable", None, "%", mean("published_unreadable", scale=100)),
+        Metric("no_review", None, "%", mean("no_review", scale=100)),
+    )
 
 
 class LLaVABench(Task):
@@ -29,8 +66,12 @@ class LLaVABench(Task):
 
     The judge sees captions and, for COCO, boxes instead of the image, the question, and the two answers: the model's
     and the reference, by GPT-4 in the official files. It scores each from 1 to 10. The result is the mean of the
-    model's scores as a percentage of the mean of the reference's. Unlike LLaVA's script, which always puts the
-    reference first, each pair is judged in both orders and averaged.
+    model's scores as a percentage of the mean of the reference's.
+
+    Each pair is judged in both orders, with the authors' messages and temperature. `published/relative_score` is their
+    script's result: of the order with the reference first, with -1 for both where the scores cannot be read.
+    `relative_score` is the mean of both orders, in which a review that cannot be read counts neither for nor against.
+    A pair that the endpoint refuses to review has no score in either.
     """
 
     name = "llava_bench"
@@ -42,21 +83,12 @@ class LLaVABench(Task):
     )
     dataset = "LLaVA-Bench"
     prompts = {"question": "{text}"}
-    judge_prompts = {"score": _JUDGE}
+    judge_prompts = {"system": SYSTEM, "layout": LAYOUT, **{f"rule/{kind}": rule for kind, rule in RULES.items()}}
+    judge_temperature = TEMPERATURE
+    notes = NOTES
     generation = {"max_new_tokens": 1024}
     primary = "relative_score"
-    metrics = (
-        Metric("relative_score", True, "%", ratio("score", "reference_score", scale=100)),
-        *(
-            Metric(
-                f"relative_score/{kind}", True, "%", ratio("score", "reference_score", scale=100, where=("kind", kind))
-            )
-            for kind in KINDS
-        ),
-        Metric("score", True, "points", mean("score")),
-        Metric("reference_score", None, "points", mean("reference_score")),
-        Metric("unreadable", None, "%", mean("unreadable", scale=100)),
-    )
+    metrics = _metrics()
     needs_judge = True
 
     def questions(self, data: Path, limit: int | None = None) -> list[Question]:
@@ -81,7 +113,12 @@ class LLaVABench(Task):
                 raise ValueError(
                     f"question {key} of {str(source)!r} is of kind {row['category']!r}, not {', '.join(KINDS)}"
                 )
-            reference = {"answer": references[key]["text"], "context": _context(contexts[row["image"]])}
+            context = contexts[row["image"]]
+            reference = {
+                "answer": references[key]["text"],
+                "context": context_text(context),
+                "kind_of_context": context_kind(context),
+            }
             image = _image(folder / "images", row["image"])
             questions.append(Question(key, row["text"], (str(image),), reference, {"kind": row["category"]}))
         return questions[:limit]
@@ -90,7 +127,8 @@ class LLaVABench(Task):
         self, questions: Sequence[Question], answers: Mapping[str, str], judge: ChatModel | None = None
     ) -> list[Record]:
         """
-        `score` and `reference_score` from 1 to 10, without a value if the judge was unreadable.
+        `score` and `reference_score` from 1 to 10, without a value if the judge was unreadable; `published_score` and
+        `published_reference_score`, which are -1 then.
 
         A question without an answer gets the ends of the scale, 1 against 10.
 
@@ -105,30 +143,27 @@ class LLaVABench(Task):
             if question.id in answers
         ]
         verdicts = judge_in_both_orders(judge, pairs)
-        records: list[Record] = []
-        for question in questions:
-            verdict = verdicts.get(question.id)
-            if verdict is None:
-                records.append({"score": LOWEST, "reference_score": HIGHEST, "unreadable": None})
-                continue
-            reference_score, score = verdict.value or (None, None)
-            records.append(
-                {
-                    "score": score,
-                    "reference_score": reference_score,
-                    "unreadable": int(verdict.value is None),
-                    "judge": verdict.text,
-                }
-            )
-        return records
+        return [_record(verdicts.get(question.id)) for question in questions]
 
 
-def _writer(question: Question) -> Callable[[str, str], str]:
-    return partial(_write, question.reference["context"], question.prompt)
+def _record(verdict: Verdict[tuple[float, float]] | None) -> Record:
+    if verdict is None:  # the question has no answer
+        scores = {"score": LOWEST, "reference_score": HIGHEST}
+        published = {f"published_{name}": value for name, value in scores.items()}
+        return scores | published | {"published": 1, "unreadable": None, "published_unreadable": None}
+    record: Record = {"judge": verdict.text, "no_review": int(verdict.first.failure is not None)}
+    record["reference_score"], record["score"] = verdict.value or (None, None)
+    record["unreadable"] = int(verdict.value is None)
+    if verdict.first.failure is None:  # a failure of the endpoint is not a review
+        pair = read_scores(verdict.first.received)
+        record["published_reference_score"], record["published_score"] = pair or UNREADABLE
+        record |= {"published": 1, "published_unreadable": int(pair is None)}
+    return record
 
 
-def _write(context: str, question: str, first: str, second: str) -> str:
-    return _JUDGE.format(context=context, question=question, first=first, second=second)
+def _writer(question: Question) -> Callable[[str, str], list[Message]]:
+    facts = question.reference
+    return partial(review_messages, facts["kind_of_context"], facts["context"], question.prompt)
 
 
 def _by(path: Path, key: str, *fields: str) -> dict[str, JsonObject]:
@@ -144,14 +179,6 @@ def _by(path: Path, key: str, *fields: str) -> dict[str, JsonObject]:
             raise ValueError(f"line {number} of {str(path)!r} repeats the {key} {row[key]!r}; keep one")
         rows[str(row[key])] = row
     return rows
-
-
-def _context(row: JsonObject) -> str:
-    """The lines that describe the image: captions, then `category: [x, y, x, y]` in shares of width and height."""
-    captions = row.get("captions") or row.get("caption") or []
-    lines: list[str] = [captions] if isinstance(captions, str) else list(captions)
-    boxes = [f"{instance['category']}: {instance['bbox']}" for instance in row.get("instances", [])]
-    return "\n".join([*lines, "", *boxes] if boxes else lines)
 
 
 def _image(folder: Path, name: str) -> Path:
