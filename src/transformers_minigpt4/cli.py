@@ -11,7 +11,7 @@ import typer
 from transformers_minigpt4.bulk.commands import describe
 from transformers_minigpt4.conversion.commands import convert, merge, verify
 from transformers_minigpt4.curation.commands import COMMANDS as CURATION_COMMANDS
-from transformers_minigpt4.data.commands import scienceqa
+from transformers_minigpt4.data.commands import filter_cc3m, scienceqa
 from transformers_minigpt4.demo.commands import demo, evaluate_demo
 from transformers_minigpt4.evaluation import commands as evaluation
 from transformers_minigpt4.evaluation.human_commands import COMMANDS as JUDGING_COMMANDS
@@ -128,7 +128,7 @@ app.command(cls=RecipeCommand)(features)
 _add_group(
     "data",
     "Inspect and convert training data.\n\nExamples:\n  minigpt4 data check cc_sbu_align:/data/cc_sbu_align",
-    {"check": check, "scienceqa": scienceqa},
+    {"check": check, "scienceqa": scienceqa, "filter-cc3m": filter_cc3m},
 )
 _add_group(
     "curate",

@@ -262,8 +262,8 @@ def reviews(
     """
     Summarize review files of LLaVA-Bench.
 
-    As the authors' script does: prints the relative score in %, and the means of reference and model times 10. Reviews that could not be read,
-    scored -1 and -1 by the authors' scripts, are in the means, as there.
+    Prints what the authors' script does: the relative score in %, and the means of reference and model times 10.
+    Reviews that could not be read, scored -1 and -1 by their scripts, are in the means, as there.
 
     Examples:
         minigpt4 evaluate reviews review_llava-13b.jsonl
