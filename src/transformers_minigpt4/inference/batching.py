@@ -22,7 +22,7 @@ from transformers.cache_utils import DynamicLayer
 from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput, GenerateOutput
 
-from transformers_minigpt4.modeling.modeling_minigpt4 import StopSequenceCriteria
+from transformers_minigpt4.modeling.stop_sequences_minigpt4 import StopSequenceCriteria
 from transformers_minigpt4.utils.models import GenerativeModel
 
 from .prefix_cache import PLAIN_INPUTS

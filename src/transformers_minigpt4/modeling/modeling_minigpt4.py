@@ -16,7 +16,7 @@ from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
 from transformers.generation.configuration_utils import GenerationConfig
 from transformers.generation.logits_process import LogitsProcessorList
-from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
+from transformers.generation.stopping_criteria import StoppingCriteriaList
 from transformers.generation.utils import GenerateOutput, GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling
 from transformers.modeling_utils import PreTrainedModel, slice_logits_to_keep
@@ -27,6 +27,7 @@ from transformers.utils.generic import ModelOutput, can_return_tuple
 from .checkpoint_checks_minigpt4 import LoadingInfo
 from .checkpoint_mixin_minigpt4 import CheckpointMixin
 from .configuration_minigpt4 import PATCHES_PER_TOKEN, MiniGPT4Config
+from .stop_sequences_minigpt4 import StopSequenceCriteria, WithoutStopSequences
 from .trained_modules_minigpt4 import PathLike
 
 
@@ -113,25 +114,6 @@ class MiniGPT4MultiModalProjector(nn.Module):
         if self.linear_2 is not None and self.linear_3 is not None:
             hidden_states = self.linear_3(self.act(self.linear_2(self.act(hidden_states))))
         return hidden_states
-
-
-class StopSequenceCriteria(StoppingCriteria):
-    """
-    Ends a row whose last generated ids are one of `stop_sequences`, each row of a batch for itself.
-
-    The stop string `###` has two tokenizations (one token after a space, two after a word), and the second cannot be
-    an `eos_token_id`. transformers' `stop_strings` would need the tokenizer at every call of `generate`.
-    """
-
-    def __init__(self, stop_sequences: list[list[int]], device: torch.device | None = None):
-        self.stop_sequences = [torch.tensor(sequence, device=device) for sequence in stop_sequences]
-
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs: object) -> torch.Tensor:
-        done = torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
-        for sequence in self.stop_sequences:
-            if input_ids.shape[1] >= len(sequence):
-                done |= (input_ids[:, -len(sequence) :] == sequence.to(input_ids.device)).all(dim=1)
-        return done
 
 
 @auto_docstring
@@ -461,16 +443,30 @@ class MiniGPT4ForConditionalGeneration(MiniGPT4PreTrainedModel, GenerationMixin)
         *args: Any,
         **kwargs: Any,
     ) -> GenerateOutput | torch.LongTensor:
-        """See [`~GenerationMixin.generate`]; rows also end at the `stop_sequences` of the generation config."""
+        """
+        See [`~GenerationMixin.generate`]; rows also end at the `stop_sequences` of the generation config.
+
+        A `streamer` gets the ids of one answer without the sequence or token that ends it.
+        """
         configs = [config for config in (generation_config, self.generation_config) if config is not None]
-        known = [found for config in configs if (found := getattr(config, "stop_sequences", None)) is not None]
-        stop_sequences = kwargs.get("stop_sequences", known[0] if known else None)
+        stop_sequences = _setting("stop_sequences", kwargs, configs) or []
         if stop_sequences:
             criteria = [*(stopping_criteria or []), StopSequenceCriteria(stop_sequences, self.device)]
             stopping_criteria = StoppingCriteriaList(criteria)
+        streamer = kwargs.get("streamer")
+        if streamer is not None:
+            end_tokens = _setting("eos_token_id", kwargs, configs)
+            tokens = torch.as_tensor([] if end_tokens is None else end_tokens).reshape(-1, 1).tolist()
+            kwargs["streamer"] = WithoutStopSequences(streamer, [*stop_sequences, *tokens])
         return super().generate(  # type: ignore[misc]  # its self type exists for type checkers only
             inputs, generation_config, logits_processor, stopping_criteria, *args, **kwargs
         )
+
+
+def _setting(name: str, given: dict[str, Any], configs: list[GenerationConfig]) -> Any:
+    """A setting of `generate`: what was given, else of the first config that has it."""
+    known = [found for config in configs if (found := getattr(config, name, None)) is not None]
+    return given.get(name, known[0] if known else None)
 
 
 def _build_vision_tower(config: MiniGPT4Config) -> PreTrainedModel:
