@@ -44,6 +44,12 @@ NAMES = [
     ("transformers.models.auto.modeling_auto", "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES"),
     ("transformers.models.auto.modeling_auto", "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES"),
     ("bitsandbytes", "supported_torch_devices"),
+    ("transformers.cli.serving.chat_completion", "ChatCompletionHandler"),
+    ("transformers.cli.serving.model_manager", "ModelManager"),
+    ("transformers.cli.serving.server", "build_server"),
+    ("transformers.cli.serving.utils", "BaseGenerateManager"),
+    ("transformers.cli.serving.utils", "GenerationState"),
+    ("transformers.cli.serving.utils", "Modality"),
     ("datasets.info", "DatasetInfosDict"),
     ("datasets.table", "embed_table_storage"),
 ]

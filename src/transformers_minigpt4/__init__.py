@@ -67,6 +67,7 @@ _MODULES = (
     "modeling.modeling_llava",
     "modeling.modeling_minigpt4",
     "modeling.quantization_minigpt4",
+    "modeling.stop_sequences_minigpt4",
     "modeling.trained_modules_minigpt4",
     "processing.answers_minigpt4",
     "processing.pipeline_minigpt4",

@@ -17,7 +17,7 @@ from transformers_minigpt4.utils.models import GenerativeModel
 
 from .chat_files import Saved, from_json, to_json
 from .chat_parameters import GREEDY, check_parameters
-from .generation import DEFAULT_MAX_NEW_TOKENS, decode_answers, encode_conversations
+from .generation import DEFAULT_MAX_NEW_TOKENS, context_length, decode_answers, encode_conversations
 from .prefix_cache import PrefixCache
 from .sources import ImageSource
 from .streaming import CaptionStreamer
@@ -295,7 +295,7 @@ class Chat:
         chosen = {"num_beams": 1, "num_return_sequences": 1, **self.parameters, **settings}
         longest = chosen.get("max_new_tokens") or getattr(self.model.generation_config, "max_new_tokens", None)
         chosen["max_new_tokens"] = longest = int(str(longest or DEFAULT_MAX_NEW_TOKENS))
-        context = _context(self.model)
+        context = context_length(self.model)
         if context is not None and settings.get("max_new_tokens") is None:
             if length >= context:
                 raise ValueError(
@@ -314,14 +314,6 @@ class _Stopped(StoppingCriteria):
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs: object) -> torch.Tensor:
         return torch.full((input_ids.shape[0],), self.event.is_set(), device=input_ids.device)
-
-
-def _context(model: GenerativeModel) -> int | None:
-    """Positions that the language model was trained with, unless its positions are stretched."""
-    text_config = model.config.get_text_config(decoder=True)
-    rope_type = (getattr(text_config, "rope_parameters", None) or {}).get("rope_type", "default")
-    context = getattr(text_config, "max_position_embeddings", None)
-    return context if rope_type == "default" and isinstance(context, int) else None
 
 
 def _messages(system: str | None, turns: Sequence[Turn]) -> list[JsonObject]:

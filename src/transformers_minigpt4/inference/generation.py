@@ -119,6 +119,14 @@ def decode_answers(processor: ProcessorMixin, sequences: torch.Tensor) -> list[s
     return [text.strip() for text in processor.post_process_image_text_to_text(sequences)]
 
 
+def context_length(model: GenerativeModel) -> int | None:
+    """Positions that the language model was trained with, unless its positions are stretched."""
+    text_config = model.config.get_text_config(decoder=True)
+    rope_type = (getattr(text_config, "rope_parameters", None) or {}).get("rope_type", "default")
+    context = getattr(text_config, "max_position_embeddings", None)
+    return context if rope_type == "default" and isinstance(context, int) else None
+
+
 def _inputs(
     images: Sequence[Sequence[Image.Image]], prompts: Sequence[str], processor: ProcessorMixin
 ) -> BatchFeature:

@@ -40,7 +40,9 @@ class CaptionStreamer(BaseStreamer):
             return
         self.tokens += value.reshape(-1).tolist()
         text = self._text()
-        self._write_until(text, len(text) if _UNSPACED_SCRIPT.match(text[-1:]) else text.rfind(" ") + 1)
+        # Without the space before the last word: if that is a stop string, the answer ends before both.
+        words = text if _UNSPACED_SCRIPT.match(text[-1:]) else text[: text.rfind(" ") + 1].rstrip()
+        self._write_until(text, len(words))
 
     def end(self) -> None:
         text = self._text()

@@ -102,7 +102,9 @@ def open_image(file: str | os.PathLike[str] | BinaryIO) -> Image.Image:
     return Image.open(file, formats=[name for name in IMAGE_FORMATS if name in Image.OPEN])
 
 
-def load_image(source: object, timeout: float | None = DEFAULT_TIMEOUT) -> Image.Image:
+def load_image(
+    source: object, timeout: float | None = DEFAULT_TIMEOUT, client: httpx.AsyncClient | None = None
+) -> Image.Image:
     """
     Load one image, decode it fully and convert it with [`to_rgb`].
 
@@ -114,6 +116,8 @@ def load_image(source: object, timeout: float | None = DEFAULT_TIMEOUT) -> Image
             a path, an `http://`, `https://` or `data:` URL, a base64 string, the bytes of an image file, a file
             opened in binary mode, or an image.
         timeout (`float`, *optional*, defaults to 30): seconds that a download may take; `None` waits forever.
+        client (`httpx.AsyncClient`, *optional*): what downloads, in the event loop of all downloads; for programs that
+            do not fetch every address.
 
     Returns:
         `PIL.Image.Image`: upright RGB image held in memory, no file left open.
@@ -131,7 +135,7 @@ def load_image(source: object, timeout: float | None = DEFAULT_TIMEOUT) -> Image
         return _open(io.BytesIO(_read_stream(source, name)), name)
     if isinstance(source, str):
         if _WEB_URL.match(source):
-            content, content_type = _download(source, name, timeout)
+            content, content_type = _download(source, name, timeout, client)
             return _open(io.BytesIO(content), name, served_as=content_type)
         if source[:5].lower() == "data:":
             return _open(io.BytesIO(_read_data_url(source, name)), name)
@@ -236,13 +240,20 @@ def _open_base64(text: str, name: str) -> Image.Image:
 def _http_client(process_id: int) -> httpx.AsyncClient:
     # Kept, because making one loads the certificate store each time; it is used in the one event loop of the process.
     # One per process, because a forked data worker must not read answers from its parent's connections.
-    return httpx.AsyncClient(follow_redirects=True, max_redirects=_MAX_REDIRECTS, headers=_HEADERS)
+    return new_http_client()
 
 
-def _download(url: str, name: str, timeout: float | None) -> tuple[bytes, str]:
+def new_http_client(transport: httpx.AsyncBaseTransport | None = None) -> httpx.AsyncClient:
+    """A client as [`load_image`] uses one; each redirect, too, goes through `transport`."""
+    return httpx.AsyncClient(
+        follow_redirects=True, max_redirects=_MAX_REDIRECTS, headers=_HEADERS, transport=transport
+    )
+
+
+def _download(url: str, name: str, timeout: float | None, client: httpx.AsyncClient | None) -> tuple[bytes, str]:
     """Fetch `url` within the limits; returns the body and its content type."""
     try:
-        return run_within(timeout, _fetch(url, name, timeout))
+        return run_within(timeout, _fetch(url, name, timeout, client))
     except (httpx.TimeoutException, TimeoutError) as error:
         raise ImageLoadError(
             name, f"the server took longer than {timeout} seconds", "try again, raise the timeout or download it first"
@@ -253,9 +264,10 @@ def _download(url: str, name: str, timeout: float | None) -> tuple[bytes, str]:
         raise ImageLoadError(name, f"the download failed ({_reason(error)})", "check the URL and network") from error
 
 
-async def _fetch(url: str, name: str, timeout: float | None) -> tuple[bytes, str]:
+async def _fetch(url: str, name: str, timeout: float | None, client: httpx.AsyncClient | None) -> tuple[bytes, str]:
     content = bytearray()
-    async with _http_client(os.getpid()).stream("GET", url, timeout=timeout) as response:
+    client = client or _http_client(os.getpid())
+    async with client.stream("GET", url, timeout=timeout) as response:
         if not response.is_success:
             raise ImageLoadError(
                 name, f"the server answered {response.status_code} {response.reason_phrase}", "check the URL"

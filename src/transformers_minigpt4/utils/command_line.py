@@ -62,7 +62,7 @@ Overwrite: TypeAlias = Annotated[bool, typer.Option("--overwrite", help="Replace
 Port: TypeAlias = Annotated[
     int | None,
     typer.Option(
-        "--port", min=1, max=65535, metavar="PORT", help="Port to listen on. By default the first free one from 7860."
+        "--port", min=1, max=65535, metavar="PORT", help="Port to listen on.", show_default="first free one from 7860"
     ),
 ]
 PromptFormat: TypeAlias = Annotated[

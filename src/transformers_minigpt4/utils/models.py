@@ -13,7 +13,8 @@ from .text import first_line
 class GenerativeModel(Protocol):
     """A model that generates text; every causal or image-text-to-text model of transformers is one."""
 
-    generation_config: GenerationConfig
+    @property
+    def generation_config(self) -> GenerationConfig: ...
 
     @property
     def config(self) -> PreTrainedConfig: ...
