@@ -166,7 +166,7 @@ def download_image(url: str, timeout: float | None = DEFAULT_TIMEOUT) -> bytes:
     name = _name_of(url)
     if url[:5].lower() == "data:":
         return _read_data_url(url, name)
-    return _download(url, name, timeout)[0]
+    return _download(url, name, timeout, None)[0]
 
 
 def _name_of(source: object) -> str:
