@@ -2,7 +2,6 @@
 
 import sys
 from contextlib import ExitStack
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
@@ -20,6 +19,8 @@ from transformers_minigpt4.utils.command_line import (
     restart,
     this_command,
 )
+
+from .shard_commands import ShardSize, Workers, finish, open_place
 
 
 if TYPE_CHECKING:
@@ -49,9 +50,15 @@ def describe(
     ] = None,
     prompt: Annotated[str, typer.Option(help="What to ask about each image.")] = "Describe this image in detail.",
     output: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="JSON Lines file to append to; rerun the command to resume."),
+        str | None,
+        typer.Option(
+            metavar="OUTPUT",
+            help="JSON Lines file to append to, or KIND:FOLDER for one file per shard, with KIND jsonl, parquet or "
+            "wds; rerun the command to resume.",
+        ),
     ] = None,
+    workers: Workers = None,
+    shard_size: ShardSize = 1000,
     engine: EngineOption = "transformers",
     batch_size: BatchSize = None,
     max_new_tokens: Annotated[
@@ -87,6 +94,7 @@ def describe(
     how = restart() if output is None else f"`{this_command()}` resumes"
     if "-" in images:
         how += " with the same list on standard input"
+    place = open_place(output, workers, images, device)
     with ExitStack() as stack:
         stack.enter_context(interruptible(f"stopped before the first image; {how}"))
         from transformers_minigpt4.inference.demo_checkpoint import demo_checkpoint, knows_drawn_shapes_only
@@ -101,6 +109,19 @@ def describe(
         check_prompt(prompt)
         files, shards = _named_images(images)
         checkpoint = model or demo_checkpoint()
+        settings: dict[str, Any] = {"do_sample": sample}
+        if max_new_tokens is not None:
+            settings["max_new_tokens"] = max_new_tokens
+        if place is not None:
+            from .shard_run import EngineSettings, ShardRun
+
+            loading = EngineSettings(engine, checkpoint, batch_size, dtype, device, trust_remote_code, quantization)
+            shard_run = ShardRun(
+                place.folder, place.sink(prompt, checkpoint), files, shards, loading, prompt, shard_size, settings
+            )
+            if not finish(shard_run, place, how):
+                raise typer.Exit(1)
+            return
         captions = stack.enter_context(CaptionFile(output, prompt, checkpoint)) if output else None
         run = _Run(files, shards, captions, how)
         if not run.remaining and not shards:
@@ -117,12 +138,11 @@ def describe(
             trust_remote_code=trust_remote_code,
             quantization=quantization,
         )
-        settings: dict[str, Any] = {"max_new_tokens": max_new_tokens} if max_new_tokens is not None else {}
         streamed = False
         if alone and isinstance(loaded, TransformersEngine):
             streamed = True
             settings["streamer"] = CaptionStreamer(loaded.processor, run.show)
-        descriptions = describe_images(run.images(), loaded, prompt=prompt, do_sample=sample, **settings)
+        descriptions = describe_images(run.images(), loaded, prompt=prompt, **settings)
         stack.enter_context(interruptible(run.stopped))
         failed = _finish_one(descriptions, streamed) if alone else run.write_all(descriptions, prompt, checkpoint)
         if failed:

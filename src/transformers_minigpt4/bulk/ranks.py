@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from typing import NamedTuple
 
 from .shards import Shard, ShardFolder, ShardJob, ShardResult
@@ -47,7 +47,7 @@ def this_rank(on_cpu: bool = False) -> Rank | None:
     return Rank(number, count)
 
 
-def finish_shards(shards: Sequence[Shard], job: ShardJob, folder: ShardFolder, rank: Rank) -> Iterator[ShardResult]:
+def finish_shards(shards: Sequence[Shard], job: ShardJob, folder: ShardFolder, rank: Rank) -> Generator[ShardResult]:
     """
     Finish this process's part of the shards, then what others have not begun, until every shard is finished.
 

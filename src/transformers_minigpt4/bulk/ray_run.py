@@ -12,7 +12,7 @@ import logging
 import math
 import os
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import asdict
 from typing import Any, NamedTuple
 
@@ -57,7 +57,7 @@ class _Worker:
 
 def finish_shards(
     shards: Sequence[Shard], job: ShardJob, workers: int | None = None, on_cpu: bool = False
-) -> Iterator[ShardResult]:
+) -> Generator[ShardResult]:
     """
     Finish shards with Ray, in any order.
 
@@ -88,7 +88,7 @@ def finish_shards(
             yield ShardResult(number, error="Ray lost it; run the command again")
 
 
-def _results(shards: Sequence[Shard], job: ShardJob, pool: _Pool) -> Iterator[ShardResult]:
+def _results(shards: Sequence[Shard], job: ShardJob, pool: _Pool) -> Generator[ShardResult]:
     from ray.data import ActorPoolStrategy, DataContext, from_items
 
     for handler in logging.getLogger("ray.data").handlers:
