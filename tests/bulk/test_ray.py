@@ -102,7 +102,7 @@ def sources(tmp_path_factory) -> Path:
 def test_ctrl_c_and_a_second_run_with_two_workers(sources, tiny_checkpoint, tmp_path):
     output = tmp_path / "out"
     command = ["minigpt4", "describe", str(sources / "photos"), f"wds:{sources}/{{00000..00002}}.tar"]
-    command += ["--model", tiny_checkpoint, "--output", f"jsonl:{output}", "--workers", "2"]
+    command += ["--model", tiny_checkpoint, "--output", f"jsonl:{output}", "--ray-workers", "2"]
     command += ["--shard-size", "5", "--max-new-tokens", "8"]
     start = [sys.executable, "-m", "transformers_minigpt4.cli", *command[1:]]
     with program(start, start_new_session=True) as process:
@@ -130,7 +130,7 @@ def test_ctrl_c_and_a_second_run_with_two_workers(sources, tiny_checkpoint, tmp_
     assert addresses and addresses <= LOOPBACK
     assert printed == ""
     assert "00001.tar cannot be read to its end" in message and "; 1 shard is not finished" in message
-    failed = [json.loads(line) for path in output.glob("*.failed") for line in path.open()]
+    failed = [json.loads(line) for path in output.glob(".*.errors") for line in path.open()]
     assert [Path(record["image"]).name for record in failed] == ["33.png"]
 
     photos = [str(sources / "photos" / f"{number:02d}.png") for number in range(60) if number != 33]

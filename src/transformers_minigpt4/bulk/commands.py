@@ -20,7 +20,7 @@ from transformers_minigpt4.utils.command_line import (
     this_command,
 )
 
-from .shard_commands import ShardSize, Workers, finish, open_place
+from .shard_commands import RayWorkers, ShardSize, finish, open_place
 
 
 if TYPE_CHECKING:
@@ -52,12 +52,12 @@ def describe(
     output: Annotated[
         str | None,
         typer.Option(
-            metavar="OUTPUT",
+            metavar="FILE",
             help="JSON Lines file to append to, or KIND:FOLDER for one file per shard, with KIND jsonl, parquet or "
             "wds; rerun the command to resume.",
         ),
     ] = None,
-    workers: Workers = None,
+    ray_workers: RayWorkers = None,
     shard_size: ShardSize = 1000,
     engine: EngineOption = "transformers",
     batch_size: BatchSize = None,
@@ -87,14 +87,18 @@ def describe(
     skipped, and the exit status is then 1. Rerunning the command with the same --output tries it again; if it still
     cannot be read, a note says so and the exit status is 0.
 
+    For very many images, --output KIND:FOLDER writes one file per shard, which appears when it is complete; several
+    processes can fill the folder, and rerunning the command does the shards that are missing.
+
     Examples:
         minigpt4 describe photo.jpg
         minigpt4 describe photos --model my-checkpoint --output captions.jsonl
+        minigpt4 describe wds:shards --model my-checkpoint --output parquet:captions --ray-workers auto
     """
     how = restart() if output is None else f"`{this_command()}` resumes"
     if "-" in images:
         how += " with the same list on standard input"
-    place = open_place(output, workers, images, device)
+    place = open_place(output, ray_workers, images, device)
     with ExitStack() as stack:
         stack.enter_context(interruptible(f"stopped before the first image; {how}"))
         from transformers_minigpt4.inference.demo_checkpoint import demo_checkpoint, knows_drawn_shapes_only

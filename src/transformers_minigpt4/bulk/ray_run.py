@@ -126,7 +126,7 @@ def _import_ray() -> Any:
         import ray
     except ImportError as error:
         raise ValueError(
-            'workers need Ray, which is not installed: pip install "transformers_minigpt4[ray]"; or start the command '
+            '--ray-workers needs Ray, which is not installed: pip install "transformers_minigpt4[ray]"; or start the command '
             "with torchrun"
         ) from error
     return ray

@@ -24,10 +24,10 @@ if TYPE_CHECKING:
     from .sinks import Sink
 
 
-Workers: TypeAlias = Annotated[
+RayWorkers: TypeAlias = Annotated[
     str | None,
     typer.Option(
-        "--workers",
+        "--ray-workers",
         metavar="NUMBER",
         help="Models that Ray runs at the same time, on this machine or on the cluster at RAY_ADDRESS; auto for one "
         "per GPU. For an --output folder.",
@@ -87,7 +87,7 @@ def open_place(output: str | None, workers: str | None, images: list[str], devic
     count = _parse_workers(workers)
     rank = this_rank(on_cpu=device is not None)
     if rank is not None and workers is not None:
-        raise ValueError("torchrun and --workers both start processes; leave one of them out")
+        raise ValueError("torchrun and --ray-workers both start processes; leave one of them out")
     if rank is not None and "-" in images:
         raise ValueError(
             "processes of torchrun cannot share standard input; write the list to a file with the heading image, and "
@@ -108,7 +108,7 @@ def _parse_workers(text: str | None) -> int | None:
     if text == "auto":
         return None
     if text is not None and (not text.isdecimal() or int(text) < 1):
-        raise ValueError(f"--workers is {text!r}; give a number from 1, or auto for one per GPU")
+        raise ValueError(f"--ray-workers is {text!r}; give a number from 1, or auto for one per GPU")
     return int(text or 0)
 
 
@@ -177,7 +177,7 @@ class _Report:
                 self.bar.refresh()
         parts = [f"{self.who}{self.described} described in {folder.path}, {self.failed} failed"]
         if self.failed:
-            parts.append(f"see {folder.path / '*.failed'}")
+            parts.append("see .captions-*.errors there")
         if lost:
             parts.append("1 shard is not finished" if lost == 1 else f"{lost} shards are not finished")
         typer.echo("; ".join(parts), err=True)

@@ -31,7 +31,7 @@ from transformers_minigpt4.utils.text import first_line
 MANIFEST = ".manifest.json"
 MAX_ATTEMPTS = 3  # a shard that has taken three processes down is not given to a fourth
 _VERSION = 1
-_ATTEMPTS, _ERROR = ".attempts", ".error"
+_ATTEMPTS, _LOST = ".attempts", ".lost"
 
 
 class Shard(NamedTuple):
@@ -118,7 +118,7 @@ class ShardFolder:
         mine = {"version": _VERSION, "format": self.suffix, **settings, "shards": self.count}
         if manifest.is_file():
             self._compare(manifest, mine)
-            for kind in (_ATTEMPTS, _ERROR):
+            for kind in (_ATTEMPTS, _LOST):
                 for note in self.path.glob(f".captions-*{kind}"):
                     note.unlink(missing_ok=True)
             return
@@ -150,13 +150,13 @@ class ShardFolder:
 
     def failed(self) -> dict[int, str]:
         """The errors of the shards that [`note_failure`] was told of in this run."""
-        notes = {number: self._note(number, _ERROR) for number in range(self.count)}
+        notes = {number: self._note(number, _LOST) for number in range(self.count)}
         names = {entry.name for entry in os.scandir(self.path)}
         return {number: note.read_text("utf-8") for number, note in notes.items() if note.name in names}
 
     def note_failure(self, number: int, error: str) -> None:
         """Keeps the other processes of this run from trying a shard again."""
-        write_atomically(self._note(number, _ERROR), error)
+        write_atomically(self._note(number, _LOST), error)
 
     @contextlib.contextmanager
     def attempt(self, number: int) -> Iterator[int]:
@@ -177,7 +177,7 @@ class ShardFolder:
         The system frees the claims of a process that ends, however it ends. On a file system whose locks do not reach
         other machines two of them may do the same shard; then its file is replaced by an equal one.
         """
-        path, failure = self.file(number), self._note(number, _ERROR)
+        path, failure = self.file(number), self._note(number, _LOST)
         if path.exists() or failure.exists():
             yield False
             return
