@@ -112,7 +112,7 @@ def test_underscores_are_dashes_in_names_and_nowhere_else():
     found = parse([*words, "--output=my_file"])
     assert (found["batch_size"], found["max_new_tokens"], found["images"]) == (2, 5, ["a_b.jpg"])
     assert found["prompt"] == "--trust_remote_code" and not found["trust_remote_code"]
-    assert found["output"].name == "my_file"
+    assert found["output"] == "my_file"
     assert parse(["describe", "--trust_remote_code", "--", "--batch_size"])["images"] == ["--batch_size"]
     assert parse("minigpt4 evaluate my_model --batch_size 3 --tasks a_b --data c_d")["tasks"] == ["a_b"]
 

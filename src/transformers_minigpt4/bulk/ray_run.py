@@ -126,8 +126,8 @@ def _import_ray() -> Any:
         import ray
     except ImportError as error:
         raise ValueError(
-            '--ray-workers needs Ray, which is not installed: pip install "transformers_minigpt4[ray]"; or start the command '
-            "with torchrun"
+            'Ray is not installed: pip install "transformers_minigpt4[ray]"; or start the command with torchrun and no '
+            "--ray-workers"
         ) from error
     return ray
 
