@@ -126,8 +126,8 @@ def _import_ray() -> Any:
         import ray
     except ImportError as error:
         raise ValueError(
-            'Ray is not installed: pip install "transformers_minigpt4[ray]"; or start the command with torchrun and no '
-            "--ray-workers"
+            'Ray is not installed: pip install "transformers_minigpt4[ray]"; or leave --ray-workers '
+            "out and start the command with torchrun"
         ) from error
     return ray
 
