@@ -18,6 +18,7 @@ from transformers_minigpt4.evaluation.human_commands import COMMANDS as JUDGING_
 from transformers_minigpt4.evaluation.scienceqa_commands import COMMANDS as SCIENCEQA_COMMANDS
 from transformers_minigpt4.hub.commands import push
 from transformers_minigpt4.inference.chat_commands import chat
+from transformers_minigpt4.instruct.commands import COMMANDS as INSTRUCT_COMMANDS
 from transformers_minigpt4.serving.serve_commands import serve
 from transformers_minigpt4.training.commands import RecipeCommand, TrainCommand, features, train
 from transformers_minigpt4.training.data_commands import check
@@ -71,7 +72,7 @@ class MainGroup(Group):
     panels = {
         "Use": ("demo", "describe", "chat", "serve", "convert", "verify", "env"),
         "Train": ("train", "features", "merge"),
-        "Data": ("data", "curate"),
+        "Data": ("data", "curate", "instruct"),
         "Evaluate": ("evaluate",),
         "Publish": ("push",),
     }
@@ -140,6 +141,16 @@ _add_group(
       minigpt4 curate run my-curation
     """,
     CURATION_COMMANDS,
+)
+_add_group(
+    "instruct",
+    """Make instruction data from captions and boxes, as LLaVA's.
+
+    Examples:
+      minigpt4 instruct init my-data --captions photos.jsonl --model llama-3.1-8b --base-url http://127.0.0.1:8000/v1
+      minigpt4 instruct generate my-data --dry-run
+    """,
+    INSTRUCT_COMMANDS,
 )
 evaluate_group = _add_group(
     "evaluate",

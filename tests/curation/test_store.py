@@ -122,7 +122,7 @@ def test_without_repair_the_filter_reads_the_description(tmp_path):
 
 def test_the_funnel(tmp_path):
     project = make(tmp_path, 5)
-    project.add_skipped(CONFIG.source, "x", "image", "broken")
+    project.add_skipped(CONFIG.source, ("x", "image", "broken"))
     run(project, "generate", say=lambda work: f"raw {work.pair.id}")
     works = list(project.pending("repair", "s"))
     project.record("repair", [Result(w.pair.id, "s", w.input, "ok", text="fine") for w in works[:3]])

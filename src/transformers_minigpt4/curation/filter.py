@@ -13,7 +13,7 @@ from .duplicates import HASH_BYTES, near_duplicate_hash, similar_images, similar
 from .progress import bar
 from .records import Pair, Result, text_hash
 from .rules import RuleSet
-from .store import Project
+from .store import AnyProject, Project
 
 
 STEP = "filter"
@@ -85,7 +85,7 @@ def run_filter(project: Project, config: CurationConfig, progress: bool = True) 
             _result(pair, settings, text_hash(text), verdicts.get(place))
             for place, (pair, text) in enumerate(zip(pairs, texts))
         ]
-        written = _write(project, results, before)
+        written = write_verdicts(project, STEP, results, before)
         settle(project)
     dropped = Counter(result.reason for result in results if result.outcome == DROPPED)
     gone = [pair.key for pair, result in zip(pairs, results) if result.reason == NO_IMAGE]
@@ -181,17 +181,17 @@ def _result(pair: Pair, settings: str, digest: str, verdict: JsonObject | None) 
     return Result(pair.id, settings, digest, DROPPED, verdict["reason"], details=details)
 
 
-def _write(project: Project, results: list[Result], before: Mapping[int, Result]) -> int:
-    """Records new and changed verdicts; marks the others as valid for the current settings."""
+def write_verdicts(project: AnyProject, step: str, results: list[Result], before: Mapping[int, Result]) -> int:
+    """Records new and changed results of a step; marks the others as valid for the current settings."""
     changed, same = [], []
     for result in results:
         known = before.get(result.pair_id)
         if known is None or replace(known, settings=result.settings, at="") != result:
             changed.append(result)
         elif known.settings != result.settings:
-            same.append((result.settings, result.pair_id, STEP))
+            same.append((result.settings, result.pair_id, step))
     for start in range(0, len(changed), _BATCH):
-        project.record(STEP, changed[start : start + _BATCH])
+        project.record(step, changed[start : start + _BATCH])
     if same:
         with project.transaction() as connection:
             connection.executemany("UPDATE results SET settings = ? WHERE pair_id = ? AND step = ?", same)

@@ -149,7 +149,7 @@ class _Sampling:
         self.waiting = []
 
     def _skip(self, key: str, kind: str, reason: str) -> int:
-        self.project.add_skipped(self.source, key, kind, reason)
+        self.project.add_skipped(self.source, (key, kind, reason))
         return 0
 
 

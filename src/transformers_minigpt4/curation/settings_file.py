@@ -104,8 +104,8 @@ class SettingsFile(Generic[Config]):
 
 
 def _line(name: str, value: object) -> str:
-    # `None`: a list on one line, so that it can be a comment.
-    flow = None if isinstance(value, list) else False
+    # `None`: a list or a flat object on one line, so that it can be a comment.
+    flow = None if isinstance(value, (list, dict)) else False
     text = yaml.safe_dump({name: value}, allow_unicode=True, width=10_000, sort_keys=False, default_flow_style=flow)
     return str(text).strip()
 

@@ -1,10 +1,13 @@
 """What a project's requests to a language model use: counted by run, kept through a kill, within one budget."""
 
+import contextlib
 import json
 import sqlite3
 
+from transformers_minigpt4.llm.cache import AnswerCache
 from transformers_minigpt4.llm.client import ChatModel
 from transformers_minigpt4.llm.types import BudgetExhausted, ChatError, Usage, prefixed
+from transformers_minigpt4.utils.files import JsonObject
 
 from .records import now
 from .store import AnyProject
@@ -28,12 +31,18 @@ def used_so_far(project: AnyProject) -> Usage:
 
 
 def spent_before(project: AnyProject) -> Usage:
-    """As [`used_so_far`], with what was in flight when the last run was killed: its answers may be billed."""
+    """
+    As [`used_so_far`], with what the last run used and could not write before it was killed: the answers that the
+    cache has since, and what was in flight, which may be billed.
+    """
     if left := project.meta(_IN_FLIGHT):
+        lost = json.loads(left)
+        used = Usage(lost["requests"], 0, lost["prompt_tokens"], lost["completion_tokens"], lost["cost"])
+        with contextlib.closing(AnswerCache(project.folder / ANSWERS)) as cache:
+            used += cache.since(lost.get("position", 0))
+        row = now(), lost["model"], used.requests, used.prompt_tokens, used.completion_tokens, used.cost
         with project.transaction() as connection:
-            lost = json.loads(left)
-            used = lost["requests"], lost["prompt_tokens"], lost["completion_tokens"], lost["cost"]
-            connection.execute(_INSERT, (now(), lost["model"], *used))
+            connection.execute(_INSERT, row)
             connection.execute("DELETE FROM meta WHERE key = ?", (_IN_FLIGHT,))
     return used_so_far(project)
 
@@ -54,7 +63,7 @@ class PaidRun:
         settings = model.settings
         most = min(settings.concurrency, requests)
         prompt, answer = most * (longest + _TEMPLATE_TOKENS), most * settings.max_tokens
-        in_flight = {
+        self._in_flight: JsonObject = {
             "model": model.name,
             "requests": most,
             "prompt_tokens": prompt,
@@ -63,11 +72,15 @@ class PaidRun:
         }
         with project.transaction() as connection:
             self._row = connection.execute(_INSERT, (now(), model.name, 0, 0, 0, 0.0)).lastrowid
-            connection.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (_IN_FLIGHT, json.dumps(in_flight)))
+            self.write(connection)
 
     def write(self, connection: sqlite3.Connection) -> None:
         """Writes what the run has used so far, within the caller's transaction."""
+        # Before the usage, which counts a request before its answer is stored: nothing is missed between the two.
+        position = self._model.cache.position() if self._model.cache is not None else 0
         usage = self._model.usage
+        in_flight = json.dumps({**self._in_flight, "position": position})
+        connection.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (_IN_FLIGHT, in_flight))
         connection.execute(
             "UPDATE requests SET requests = ?, cached = ?, prompt_tokens = ?, completion_tokens = ?, cost = ? "
             "WHERE id = ?",

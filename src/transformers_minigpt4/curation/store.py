@@ -244,12 +244,12 @@ class ProjectStore(Generic[Config]):
                 ],
             )
 
-    def add_skipped(self, source: str, source_key: str, kind: str, reason: str) -> None:
-        """Notes a sampled row that cannot be used; `kind` is counted, `reason` is for people."""
+    def add_skipped(self, source: str, *rows: tuple[str, str, str]) -> None:
+        """Notes rows of the source that cannot be used: key, kind (which is counted), and the reason, for people."""
         with self.transaction() as connection:
-            connection.execute(
+            connection.executemany(
                 "INSERT OR IGNORE INTO skipped VALUES (?, ?, ?, ?, ?)",
-                (file_name(source), file_name(source_key), kind, file_name(reason), now()),
+                [(file_name(source), file_name(key), kind, file_name(why), now()) for key, kind, why in rows],
             )
 
     def meta(self, key: str) -> str | None:

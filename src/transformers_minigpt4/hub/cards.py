@@ -246,13 +246,12 @@ def dataset_card(
     rows = {split: len(dataset) for split, dataset in splits.items()}
     features = next(iter(splits.values())).features
     total = sum(rows.values())
-    size = next((name for limit, name in _SIZE_CATEGORIES.items() if total < limit), "1M<n<10M")
     card_data = DatasetCardData(
         **(license.metadata if license is not None else {}),
         language=list(language),
         pretty_name=repo_id.split("/")[-1] if repo_id is not None else local,
         task_categories=["image-to-text", PIPELINE_TAG],
-        size_categories=[size],
+        size_categories=[size_category(total)],
         tags=["minigpt4", "image-captioning", f"arxiv:{PAPER}"],
     )
     if repo_id is not None and num_bytes is not None:
@@ -280,6 +279,11 @@ def dataset_card(
         run=run_facts(record),
     )
     return card
+
+
+def size_category(rows: int) -> str:
+    """The Hub's tag for a number of rows."""
+    return next((name for limit, name in _SIZE_CATEGORIES.items() if rows < limit), "1M<n<10M")
 
 
 def _feature_name(feature: object) -> str:

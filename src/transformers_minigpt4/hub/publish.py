@@ -19,6 +19,7 @@ from transformers_minigpt4.utils.files import JsonObject
 from .cards import License, dataset_card
 from .cc_sbu_align import image_file, read_cc_sbu_align
 from .checkpoints import check_repo_id, is_adapter, prepare_adapter, prepare_model
+from .instructions import is_instructions, prepare_instructions
 from .records import read_facts
 from .upload import CARD_FILE, WEIGHTS, Content, Publication, Published, publish
 
@@ -119,7 +120,9 @@ def prepare(
     folder = Path(source) if isinstance(source, (str, os.PathLike)) else None
     if folder is not None and not folder.is_dir():
         raise ValueError(f"there is no folder {str(folder)!r}; name a checkpoint or a dataset on this computer")
-    if folder is not None and not is_dataset(folder):
+    if folder is not None and is_instructions(folder):
+        publication = prepare_instructions(folder, repo_id, license, language)
+    elif folder is not None and not is_dataset(folder):
         if merge:
             folder = _merged(folder, base, scratch)
         prepare_files = prepare_adapter if is_adapter(folder) else prepare_model

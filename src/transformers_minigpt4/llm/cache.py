@@ -5,7 +5,7 @@ import threading
 from datetime import UTC, datetime
 from pathlib import Path
 
-from .types import ChatAnswer
+from .types import ChatAnswer, Usage
 
 
 _SCHEMA_VERSION = 1
@@ -106,6 +106,19 @@ class AnswerCache:
                 raise OSError(
                     f"cannot store an answer in {str(self.path)!r}: {error}; free some space and run again"
                 ) from error
+
+    def position(self) -> int:
+        """Where the cache ends now, for [`since`]."""
+        with self._lock:
+            (last,) = self._connection.execute("SELECT coalesce(max(rowid), 0) FROM answers").fetchone()
+        return int(last)
+
+    def since(self, position: int) -> Usage:
+        """What the answers that were stored after a [`position`] have used, by whichever process."""
+        columns = "count(*), total(prompt_tokens), total(completion_tokens), total(cost)"
+        with self._lock:
+            row = self._connection.execute(f"SELECT {columns} FROM answers WHERE rowid > ?", (position,)).fetchone()
+        return Usage(int(row[0]), 0, int(row[1]), int(row[2]), row[3])
 
     def close(self) -> None:
         with self._lock:

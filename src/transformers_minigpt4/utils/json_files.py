@@ -5,6 +5,7 @@ import json
 import os
 import re
 import reprlib
+from codecs import getincrementaldecoder
 from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO, NamedTuple
 
@@ -20,6 +21,7 @@ _ESCAPED_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _STRUCTURE = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+"|[\[\]{},]', re.DOTALL)
 _SPACE = re.compile(r"[ \t\n\r]*+")
 _DECODER = json.JSONDecoder()
+_PIECE = 1 << 20  # bytes that are read at a time
 
 
 def parse_json(content: str | bytes, read_object: Callable[[list[tuple[str, Any]]], object] | None = None) -> Any:
@@ -201,6 +203,107 @@ class JsonText:
 
     def _at(self, place: int) -> str:
         return self._text[place] if 0 <= place < len(self._text) else ""
+
+
+def list_entries(path: PathLike) -> Iterator[tuple[str, Any]]:
+    """
+    The entries of all lists that a JSON file's object holds, read piece by piece, so that a file may be larger than
+    the memory. Other values of the object are left out.
+
+    Yields:
+        The key of a list, and one of its entries, in the file's order.
+
+    Raises:
+        OSError: if it cannot be read, or is not a regular file.
+        ValueError: if it is not such a file, or an entry is broken; the message begins with its path.
+    """
+    with open_regular(path) as file:
+        text = _Pieces(file)
+        try:
+            text.expect("{")
+            while text.next() == '"':
+                key = text.value()
+                text.expect(":")
+                if text.next() != "[":
+                    text.value()
+                else:
+                    text.expect("[")
+                    while text.next() != "]":
+                        yield str(key), text.value()
+                        if text.next() != "]":
+                            text.expect(",")
+                    text.expect("]")
+                if text.next() != "}":
+                    text.expect(",")
+            text.expect("}")
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{os.fspath(path)} cannot be read: {_words(error)}") from error
+
+
+class _Pieces:
+    """JSON text of which only a piece is in memory."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self._decode = file, getincrementaldecoder("utf-8-sig")().decode
+        self._text, self._place, self._line, self._ended = "", 0, 1, False
+
+    def next(self) -> str:
+        """The next character that is not a space, or nothing at the end."""
+        while True:
+            found = _SPACE.match(self._text, self._place)
+            self._place = self._place if found is None else found.end()
+            if self._place < len(self._text) or not self._more():
+                return self._text[self._place : self._place + 1]
+
+    def expect(self, character: str) -> None:
+        """
+        Goes past a character.
+
+        Raises:
+            ValueError: if another one is next.
+        """
+        found = self.next()
+        if found != character:
+            what = repr(found) if found else "the end of the file"
+            raise ValueError(f"not JSON, or cut short: line {self._at_line()} has {what} in place of {character!r}")
+        self._place += 1
+
+    def value(self) -> Any:
+        """
+        Goes past a value, and returns it.
+
+        Raises:
+            ValueError: if there is none.
+        """
+        self.next()
+        while True:
+            try:
+                value, end = _DECODER.raw_decode(self._text, self._place)
+                # A number may go on in the next piece.
+                if end < len(self._text) or not self._more():
+                    break
+            except json.JSONDecodeError as error:
+                if len(self._text) - self._place > MAX_RECORD_BYTES or not self._more():
+                    line = self._at_line()
+                    raise ValueError(f"not JSON, or cut short: {error.msg}, in what begins in line {line}") from error
+        if _ESCAPED_SURROGATE.search(self._text, self._place, end):
+            refuse_surrogates(value)
+        self._place = end
+        return value
+
+    def _more(self) -> bool:
+        """Reads another piece; `False` at the end of the file."""
+        if self._ended:
+            return False
+        piece = self._file.read(_PIECE)
+        self._ended = not piece
+        self._line = self._at_line()
+        self._text = self._text[self._place :] + self._decode(piece, self._ended)
+        self._place = 0
+        return True
+
+    def _at_line(self) -> int:
+        return self._line + self._text.count("\n", 0, self._place)
 
 
 def open_regular(path: PathLike) -> BinaryIO:
