@@ -17,6 +17,7 @@ from .project_commands import (
     NewProject,
     ProjectPath,
     Reviewer,
+    Unreviewed,
     absolute,
     check_review_options,
     opened,
@@ -149,12 +150,7 @@ def review(
 
 def build(
     project: ProjectPath,
-    unreviewed: Annotated[
-        bool | None,
-        typer.Option(
-            "--unreviewed/--reviewed", help="Whether to include unreviewed pairs. By default as in curation.yaml."
-        ),
-    ] = None,
+    unreviewed: Unreviewed = None,
 ) -> None:
     """
     Write the accepted pairs as a dataset with a card.

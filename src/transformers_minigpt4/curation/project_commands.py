@@ -41,6 +41,14 @@ Reviewer: TypeAlias = Annotated[
     ),
 ]
 
+Unreviewed: TypeAlias = Annotated[
+    bool | None,
+    typer.Option(
+        "--unreviewed/--reviewed",
+        help="Whether to include what nobody has reviewed. By default as in the settings file.",
+    ),
+]
+
 
 @contextlib.contextmanager
 def opened(kind: "type[ProjectT]", where: Path, create: bool = False) -> "Iterator[ProjectT]":

@@ -14,6 +14,7 @@ from transformers_minigpt4.curation.project_commands import (
     NewProject,
     ProjectPath,
     Reviewer,
+    Unreviewed,
     absolute,
     check_review_options,
     opened,
@@ -49,12 +50,13 @@ def init(
     kind: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="KIND=SHARE",
-            help="conversation, detail_description or complex_reasoning; can be repeated. By default 58, 23 and 77.",
+            metavar="SHARE",
+            help="Such as conversation=1, detail_description=1 or complex_reasoning=1; can be repeated.",
         ),
     ] = None,
     limit: Annotated[
-        int | None, typer.Option(min=1, help="Rows of all kinds. By default as many as there are images for.")
+        int | None,
+        typer.Option(min=1, metavar="NUMBER", help="Rows of all kinds. By default as many as there are images for."),
     ] = None,
     seed: Seed = 42,
 ) -> None:
@@ -89,17 +91,17 @@ def init(
 def generate(
     project: ProjectPath,
     limit: Annotated[
-        int | None, typer.Option(min=1, help="Rows of all kinds, in place of the setting; more can follow later.")
+        int | None,
+        typer.Option(min=1, metavar="NUMBER", help="Rows of all kinds. By default as in instruct.yaml."),
     ] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show the first three requests and the tokens of all, and send nothing.")
-    ] = False,
+    dry_run: DryRun = False,
 ) -> None:
     """
-    Have the language model write, and ask once more where its answer cannot be used.
+    Have the language model write; ask again where needed.
 
-    An estimate comes before the first request. If interrupted, rerun the same command to resume: no answer that
-    arrived is paid for again. The exit status is 1 if every row failed.
+    Where an answer cannot be used, it is asked for once more. An estimate comes before the first request; --dry-run
+    shows the first three requests and the tokens of all. If interrupted, rerun the same command to resume: no answer
+    that arrived is paid for again. The exit status is 1 if every row failed.
 
     Examples:
         minigpt4 instruct generate my-data --dry-run
@@ -119,7 +121,9 @@ def generate(
 
 def check(project: ProjectPath) -> None:
     """
-    Refuse answers that cannot be used, with counted reasons, and write the report.
+    Refuse unusable answers, and count the reasons.
+
+    Writes report.html, with samples of what was kept and of every reason.
 
     Examples:
         minigpt4 instruct check my-data
@@ -157,12 +161,7 @@ def review(
 
 def build(
     project: ProjectPath,
-    unreviewed: Annotated[
-        bool | None,
-        typer.Option(
-            "--unreviewed/--reviewed", help="Whether to include unreviewed rows. By default as in instruct.yaml."
-        ),
-    ] = None,
+    unreviewed: Unreviewed = None,
 ) -> None:
     """
     Write the rows in LLaVA's format and as a dataset, with a card.
@@ -214,7 +213,7 @@ def push(
 
 def status(project: ProjectPath) -> None:
     """
-    Show how many rows reached each step, why others did not, and what was used.
+    Show the counts at every step, with reasons, and what was used.
 
     Examples:
         minigpt4 instruct status my-data
