@@ -67,17 +67,17 @@ SIZES = {
 IMAGE = {"image_size": 224, "patch_size": 14}
 
 
-def build_config(name: str, size: Size) -> PreTrainedConfig:
-    """Config of the model called `name` (one of `MODELS`) with the modules of `size`."""
+def build_config(name: str, size: Size, image_token_id: int = IMAGE_TOKEN_ID) -> PreTrainedConfig:
+    """Config of the model called `name` (one of `MODELS`) with the modules of `size`; the image token is the last."""
     # No end token, so that every model decodes as many tokens as it is asked for.
-    text = LlamaConfig(**size.text, vocab_size=IMAGE_TOKEN_ID + 1, eos_token_id=None, pad_token_id=0)
+    text = LlamaConfig(**size.text, vocab_size=image_token_id + 1, eos_token_id=None, pad_token_id=0)
     # The towers' default of 1e-10 makes random weights that compute nothing, and slowly: denormal numbers.
     vision = {**size.vision, **IMAGE, "initializer_range": 0.02}
     if name == "LLaVA":
         tower = CLIPVisionConfig(**vision, hidden_act="gelu")
         patches = (IMAGE["image_size"] // IMAGE["patch_size"]) ** 2
         return LlavaConfig(
-            vision_config=tower, text_config=text, image_token_index=IMAGE_TOKEN_ID, image_seq_length=patches
+            vision_config=tower, text_config=text, image_token_index=image_token_id, image_seq_length=patches
         )
     modules = {
         "vision_config": vision,
@@ -87,9 +87,9 @@ def build_config(name: str, size: Size) -> PreTrainedConfig:
     }
     if name == OURS:
         # BLIP-2's epsilon, for the check of equal tokens; it costs the same as our own.
-        return MiniGPT4Config(**modules, image_token_id=IMAGE_TOKEN_ID, vision_post_layernorm_eps=1e-6)
+        return MiniGPT4Config(**modules, image_token_id=image_token_id, vision_post_layernorm_eps=1e-6)
     return {"BLIP-2": Blip2Config, "InstructBLIP": InstructBlipConfig}[name](
-        **modules, image_token_index=IMAGE_TOKEN_ID
+        **modules, image_token_index=image_token_id
     )
 
 

@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,6 +27,8 @@ from transformers import (
 )
 
 from transformers_minigpt4 import MiniGPT4Config, MiniGPT4ForConditionalGeneration, MiniGPT4Processor
+from transformers_minigpt4.inference.engines import Request
+from transformers_minigpt4.inference.loading import load_engine
 
 
 PYTHON = os.environ.get("MINIGPT4_VLLM_PYTHON")
@@ -110,11 +113,21 @@ def answers(request, tmp_path_factory):
     stop, end = tokenizer.decode(ours[1]["ids"][8:10]).strip(), ours[2]["ids"][10]
     settings = json.loads((checkpoint / "generation_config.json").read_text())
     (checkpoint / "generation_config.json").write_text(json.dumps({**settings, "stop": [stop], "eos_token_id": [end]}))
+    return run_in_vllm("vllm_answers.py", folder, rows), ours, stop, end
+
+
+def run_in_vllm(script: str, folder: Path, rows: list[dict], **variables: str) -> Any:
+    """What a script writes that is run with vLLM's Python, for rows and the checkpoint in a folder."""
     (folder / "rows.json").write_text(json.dumps(rows))
-    environment = {**os.environ, "PYTHONPATH": "", "HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
-    script = Path(__file__).with_name("vllm_answers.py")
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", **variables}
     done = subprocess.run(
-        [PYTHON, script, checkpoint, folder / "rows.json", folder / "answers.json"],
+        [
+            PYTHON,
+            Path(__file__).with_name(script),
+            folder / "checkpoint",
+            folder / "rows.json",
+            folder / "answers.json",
+        ],
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
@@ -122,7 +135,7 @@ def answers(request, tmp_path_factory):
         cwd=folder,
     )
     assert done.returncode == 0, (done.stdout + done.stderr)[-5000:]
-    return json.loads((folder / "answers.json").read_text()), ours, stop, end
+    return json.loads((folder / "answers.json").read_text())
 
 
 def test_same_ids_for_text_one_image_two_images_and_a_batch(answers):
@@ -141,3 +154,24 @@ def test_answers_end_at_both_forms_of_the_end_mark(answers):
     for found in ended:
         assert stop not in found["text"]
         assert end not in found["ids"][:-1]
+
+
+def test_the_engine_gives_the_answers_of_transformers(tmp_path):
+    save(tmp_path / "checkpoint", authors_parts())
+    paths = [str(tmp_path / f"{number}.png") for number in range(3)]
+    for number, path in enumerate(paths):
+        drawn_image(number).save(path)
+    rows = [{"images": [path], "prompt": f"What is this, {n}?"} for path in paths for n in range(4)]
+    rows += [{"images": [], "prompt": "Who are you?"}, {"images": paths[:2], "prompt": "Which is larger?"}]
+    # In one process, where calls of the model can be counted.
+    found = run_in_vllm("vllm_engine_answers.py", tmp_path, rows, VLLM_ENABLE_V1_MULTIPROCESSING="0")
+    engine = load_engine("transformers", str(tmp_path / "checkpoint"), dtype="float32", device="cpu", batch_size=2)
+    pictures = {path: drawn_image(number) for number, path in enumerate(paths)}
+    requests = [Request([pictures[path] for path in row["images"]], row["prompt"]) for row in rows]
+    expected = list(engine.answers(requests, do_sample=False, max_new_tokens=12))
+    assert found["answers"] == expected
+    assert len(set(expected)) > 4
+    assert (found["batch_size"], found["device"], found["dtype"]) == (3, "cpu", "torch.float32")
+    assert found["encoded"] == 3  # each image once, for five prompts
+    assert found["first"] == next(engine.answers([Request([], "What is this?")], do_sample=False, max_new_tokens=2))
+    assert found["left"] == 0

@@ -10,7 +10,7 @@ from PIL import Image
 
 from transformers_minigpt4.evaluation import run as running
 from transformers_minigpt4.evaluation.evaluator import Metric, Question, Task, find_file, mean, ratio, read_json
-from transformers_minigpt4.inference.loading import load_model_and_processor
+from transformers_minigpt4.inference.loading import load_engine
 
 
 class Letters(Task):
@@ -80,9 +80,9 @@ def killed_in_batch(number: int, checkpoint: str, data: Path, output: Path) -> N
     torch.set_num_threads(1)
     calls = []
 
-    def load(*arguments):
-        model, processor = load_model_and_processor(*arguments)
-        generate = model.generate
+    def load(*arguments, **options):
+        engine = load_engine(*arguments, **options)
+        generate = engine.model.generate
 
         def until_then(**inputs):
             calls.append(inputs)
@@ -90,10 +90,10 @@ def killed_in_batch(number: int, checkpoint: str, data: Path, output: Path) -> N
                 os.kill(os.getpid(), signal.SIGKILL)
             return generate(**inputs)
 
-        model.generate = until_then
-        return model, processor
+        engine.model.generate = until_then
+        return engine
 
-    running.load_model_and_processor = load  # this process dies with it
+    running.load_engine = load  # this process dies with it
     running.evaluate(checkpoint, [Letters()], data, output, batch_size=2)
 
 

@@ -38,7 +38,7 @@ from transformers_minigpt4.evaluation.run import evaluate
 from transformers_minigpt4.evaluation.tasks import load_task
 from transformers_minigpt4.hub.cards import License
 from transformers_minigpt4.hub.publish import prepare
-from transformers_minigpt4.inference.loading import load_model_and_processor
+from transformers_minigpt4.inference.loading import load_engine
 from transformers_minigpt4.llm.opening import open_chat_model
 from transformers_minigpt4.llm.types import ChatSettings
 
@@ -198,12 +198,12 @@ def test_a_killed_run_loses_one_batch(tiny_checkpoint, data, tmp_path, monkeypat
 def test_an_error_while_answering_raises(tiny_checkpoint, data, tmp_path, monkeypatch):
     """No answer comes of it, and none is written."""
 
-    def broken(*arguments):
-        model, processor = load_model_and_processor(*arguments)
-        monkeypatch.setattr(model, "generate", lambda **_: 1 / 0)
-        return model, processor
+    def broken(*arguments, **options):
+        engine = load_engine(*arguments, **options)
+        monkeypatch.setattr(engine.model, "generate", lambda **_: 1 / 0)
+        return engine
 
-    monkeypatch.setattr(running, "load_model_and_processor", broken)
+    monkeypatch.setattr(running, "load_engine", broken)
     with pytest.raises(ZeroDivisionError):
         evaluate(tiny_checkpoint, [Letters()], data, tmp_path / "out")
     assert not (tmp_path / "out" / "results.json").exists()
@@ -216,7 +216,7 @@ def test_finished_answers_are_not_asked_again(tiny_checkpoint, data, tmp_path, m
     evaluate(tiny_checkpoint, [Letters()], data, tmp_path / "out")
     assert sorted(id_ for batch in asked for id_ in batch) == ["4", "5", "6", "7", "8", "9"]
     asked.clear()
-    monkeypatch.setattr(running, "load_model_and_processor", None)  # no need for the model either
+    monkeypatch.setattr(running, "load_engine", None)  # no need for the model either
     evaluate(tiny_checkpoint, [Letters()], data, tmp_path / "out")
     assert asked == []
 

@@ -6,26 +6,20 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
+from itertools import chain, groupby, islice
 from pathlib import Path
 
 from PIL import Image
-from transformers import ProcessorMixin
 
-from transformers_minigpt4.inference.generation import answer_prompts
+from transformers_minigpt4.inference.engines import Engine, Request, answer_items
 from transformers_minigpt4.inference.sources import ImageSource
 from transformers_minigpt4.processing.image_utils_minigpt4 import ImageLoadError, load_image
 from transformers_minigpt4.utils.files import JsonLinesWriter, JsonObject, atomic_file, to_json
-from transformers_minigpt4.utils.loading import load_ahead
-from transformers_minigpt4.utils.models import GenerativeModel
 
 from .evaluator import Question
 
 
-_LOADING_THREADS = 8
-
-
-def make_batches(questions: Iterable[Question], batch_size: int) -> list[list[Question]]:
+def make_batches(questions: Iterable[Question], batch_size: int, by_image: bool = False) -> list[list[Question]]:
     """
     Batches of questions with the same number of images, the longest prompts first.
 
@@ -34,13 +28,20 @@ def make_batches(questions: Iterable[Question], batch_size: int) -> list[list[Qu
     Args:
         questions: In any order; the batches do not depend on it.
         batch_size: Largest number of questions in a batch.
+        by_image: Whether questions about the same images are put together instead, for an engine that pads nothing
+            and computes features once for requests about an image that are near each other.
 
     Raises:
         ValueError: if `batch_size` is below 1.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}, but a batch needs at least one question; set it to 1 or more")
-    ordered = sorted(questions, key=lambda question: (-len(question.images), -len(question.prompt), question.id))
+
+    def order(question: Question) -> tuple[int, list[str], int, str]:
+        images = [image_digest(image) for image in question.images] if by_image else []
+        return -len(question.images), images, -len(question.prompt), question.id
+
+    ordered = sorted(questions, key=order)
     batches = []
     for _, group in groupby(ordered, key=lambda question: len(question.images)):
         rows = list(group)
@@ -175,41 +176,27 @@ def _parse(line: bytes) -> JsonObject | None:
 
 
 def answer_batches(
-    batches: Iterable[list[Question]],
-    model: GenerativeModel,
-    processor: ProcessorMixin,
-    generation: Mapping[str, object],
+    batches: Sequence[list[Question]], engine: Engine, generation: Mapping[str, object]
 ) -> Iterator[list[dict[str, str]]]:
     """
-    Answer batch by batch, while threads load the images of the next one.
+    Answer batch by batch, while threads load the images of the next questions.
 
     Args:
         batches: Questions with the same number of images within a batch.
-        model: Any image-text-to-text model with `generate`.
-        processor: The model's processor.
+        engine: Answers.
         generation: Arguments of `generate`.
 
     Yields:
         One list per batch: `{"id", "answer"}`, or `{"id", "error"}` for a question one of whose images cannot be
         loaded. Any other error is raised.
     """
-    for loaded in load_ahead(batches, _load_all, _LOADING_THREADS):
-        ready = [(question, images) for question, images in loaded if isinstance(images, list)]
-        answers: dict[str, str] = {}
-        if ready:
-            prompts = [question.prompt for question, _ in ready]
-            texts = answer_prompts([images for _, images in ready], prompts, model, processor, **generation)
-            answers = {question.id: text for (question, _), text in zip(ready, texts)}
+    answered = answer_items(chain.from_iterable(batches), _request, engine, **generation)
+    for batch in batches:
         yield [
-            {"id": question.id, "error": str(images)}
-            if isinstance(images, ImageLoadError)
-            else {"id": question.id, "answer": answers[question.id]}
-            for question, images in loaded
+            {"id": question.id, "error" if isinstance(answer, ImageLoadError) else "answer": str(answer)}
+            for question, answer in islice(answered, len(batch))
         ]
 
 
-def _load_all(question: Question) -> list[Image.Image] | ImageLoadError:
-    try:
-        return [load_image(image) for image in question.images]
-    except ImageLoadError as error:
-        return error
+def _request(question: Question) -> Request:
+    return Request([load_image(image) for image in question.images], question.prompt)

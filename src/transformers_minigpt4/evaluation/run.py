@@ -10,21 +10,22 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import PartialState
 from tqdm.auto import tqdm
-from transformers import AutoConfig, ProcessorMixin
+from transformers import AutoConfig
 
-from transformers_minigpt4.inference.engines import DEFAULT_BATCH_SIZE
-from transformers_minigpt4.inference.loading import load_model_and_processor
+from transformers_minigpt4.inference.engines import DEFAULT_BATCH_SIZE, Engine, EngineName
+from transformers_minigpt4.inference.loading import load_engine
 from transformers_minigpt4.inference.sources import ImageSource
 from transformers_minigpt4.llm.client import ChatModel
 from transformers_minigpt4.llm.opening import open_chat_model
 from transformers_minigpt4.llm.types import ChatSettings
 from transformers_minigpt4.processing.image_utils_minigpt4 import ImageLoadError, load_image
 from transformers_minigpt4.utils.checkpoint_files import loading_from
-from transformers_minigpt4.utils.models import GenerativeModel, check_is_folder
+from transformers_minigpt4.utils.models import check_is_folder
 from transformers_minigpt4.utils.text import first_line
 
 from .answering import AnswerStore, answer_batches, image_digest, make_batches, question_key
@@ -71,6 +72,7 @@ def evaluate(
     *,
     judge: ChatSettings | ChatModel | None = None,
     judge_cache: str | Path | None = None,
+    engine: EngineName = "transformers",
     batch_size: int | None = None,
     limit: int | None = None,
     max_new_tokens: int | Mapping[str, int] | None = None,
@@ -94,10 +96,11 @@ def evaluate(
         output: Folder for `results.json` and `answers/TASK.jsonl`; results of other tasks in it are kept.
         judge: Settings of a chat model, or an open one, for the tasks that need one.
         judge_cache: Cache of the judge's replies; by default `output/judge.sqlite`.
-        batch_size: Questions that go through the model at once; 8 by default.
+        engine: What runs the model, `"transformers"` or `"vllm"`.
+        batch_size: Questions that go through the model at once; 8 by default, with vLLM as many as it chooses.
         limit: Questions of each task, the first ones; all by default.
         max_new_tokens: Longest answer, of every task or by a task's name; by default the tasks' own.
-        dtype, device, trust_remote_code: As of [`~inference.loading.load_model_and_processor`].
+        dtype, device, trust_remote_code: As of [`~inference.loading.load_engine`].
         seed: Seed of the bootstrap intervals.
 
     Returns:
@@ -109,7 +112,7 @@ def evaluate(
     """
     chosen = [load_task(task) if isinstance(task, str) else task for task in tasks]
     _check_request(chosen, judge, limit)
-    batch_size = DEFAULT_BATCH_SIZE if batch_size is None else batch_size
+    together = DEFAULT_BATCH_SIZE if batch_size is None else batch_size  # of which answers are written together
     chosen = _with_lengths(chosen, max_new_tokens)
     output = Path(output)
     loaded = [(task, *load_questions(task, data, limit)) for task in chosen]
@@ -118,28 +121,43 @@ def evaluate(
     # accelerate joins processes without an accelerator only when told that they run on the CPU.
     on_cpu = device == "cpu" or torch.accelerator.current_accelerator(check_available=True) is None
     state = PartialState(cpu=on_cpu, timeout=_WAIT)
+    if engine == "vllm" and state.num_processes > 1:
+        raise ValueError(
+            "the engine vllm shares the work among GPUs by itself; start the command without accelerate or torchrun, "
+            "and give --device auto"
+        )
     if device is None and state.num_processes > 1:
         device = str(state.device)
-    model = _LazyModel(checkpoint, dtype, device, trust_remote_code)
+    lazy = _LazyEngine(
+        engine,
+        checkpoint,
+        batch_size=batch_size,
+        dtype=dtype,
+        device=device,
+        trust_remote_code=trust_remote_code,
+        images_per_prompt=max(
+            (len(question.images) for _, questions, _ in loaded for question in questions), default=1
+        ),
+    )
     jobs = [
         _Job(
             task,
             questions,
             source,
-            _keys(task, questions, facts),
+            _keys(task, questions, facts, engine),
             AnswerStore(output / ANSWERS, task.name, state.process_index),
         )
         for task, questions, source in loaded
     ]
     for job in jobs:
         start = time.perf_counter()
-        _ask(job, model, batch_size, state)
+        _ask(job, lazy, together, state)
         job.seconds = time.perf_counter() - start
     state.wait_for_everyone()
     if not state.is_main_process:
         return {}
-    run: dict[str, object] = {**environment(), **model.placement, "processes": state.num_processes}
-    run |= {"batch_size": batch_size, "limit": limit}
+    run: dict[str, object] = {**environment(), "engine": engine, **lazy.placement, "processes": state.num_processes}
+    run |= {"batch_size": batch_size if engine == "vllm" else together, "limit": limit}
     results: Results = {}
     with _open_judge(judge, judge_cache or output / JUDGE_CACHE) as open_judge:
         for job in jobs:
@@ -210,23 +228,24 @@ def checkpoint_facts(checkpoint: str, dtype: str = "auto", trust_remote_code: bo
     }
 
 
-class _LazyModel:
-    """Loads model and processor when the first question is asked: a run that only scores again needs neither."""
+class _LazyEngine:
+    """Loads the model when the first question is asked: a run that only scores again does not need it."""
 
-    def __init__(self, checkpoint: str, dtype: str, device: str | None, trust_remote_code: bool) -> None:
-        self.arguments = (checkpoint, dtype, device, trust_remote_code)
-        self._loaded: tuple[GenerativeModel, ProcessorMixin] | None = None
+    def __init__(self, name: EngineName, checkpoint: str, **options: Any) -> None:
+        self.name, self.checkpoint, self.options = name, checkpoint, options
+        self._loaded: Engine | None = None
 
-    def __call__(self) -> tuple[GenerativeModel, ProcessorMixin]:
+    def __call__(self) -> Engine:
         if self._loaded is None:
-            model, processor = load_model_and_processor(*self.arguments)
+            engine = load_engine(self.name, self.checkpoint, **self.options)
             # AutoProcessor returns a bare tokenizer or image processor if a folder holds nothing else.
+            processor = engine.processor
             if getattr(processor, "tokenizer", None) is None or getattr(processor, "image_processor", None) is None:
                 raise ValueError(
-                    f"{self.arguments[0]!r} has no processor (found only {type(processor).__name__}); save the "
+                    f"{self.checkpoint!r} has no processor (found only {type(processor).__name__}); save the "
                     "model's processor in its folder with processor.save_pretrained"
                 )
-            self._loaded = model, processor
+            self._loaded = engine
         return self._loaded
 
     @property
@@ -234,11 +253,12 @@ class _LazyModel:
         """Device and dtype of the model; without values if the run did not load it, since all answers were saved."""
         if self._loaded is None:
             return {"device": None, "dtype": None}
-        return {"device": str(self._loaded[0].device), "dtype": str(self._loaded[0].dtype)}
+        return {"device": self._loaded.device, "dtype": self._loaded.dtype}
 
 
-def _keys(task: Task, questions: Sequence[Question], facts: CheckpointFacts) -> dict[str, str]:
-    model = f"{facts['fingerprint']} {facts['dtype']}"
+def _keys(task: Task, questions: Sequence[Question], facts: CheckpointFacts, engine: EngineName) -> dict[str, str]:
+    # Rounding differs between engines.
+    model = f"{facts['fingerprint']} {facts['dtype']}" + (f" {engine}" if engine != "transformers" else "")
     return {question.id: question_key(question, _generation(task), model) for question in questions}
 
 
@@ -246,7 +266,7 @@ def _generation(task: Task) -> dict[str, object]:
     return {**GREEDY, **task.generation}
 
 
-def _ask(job: _Job, model: _LazyModel, batch_size: int, state: PartialState) -> None:
+def _ask(job: _Job, engine: _LazyEngine, batch_size: int, state: PartialState) -> None:
     """Answer this process's share of the questions without an answer."""
     with job.store.writing():
         answered = {key for key, line in job.store.read().items() if "answer" in line}
@@ -254,15 +274,16 @@ def _ask(job: _Job, model: _LazyModel, batch_size: int, state: PartialState) -> 
         state.wait_for_everyone()
         # Of questions that differ only in their id (POPE's three sets share theirs), one is asked.
         asked = {job.keys[q.id]: q for q in job.questions if job.keys[q.id] not in answered}
-        mine = make_batches(asked.values(), batch_size)[state.process_index :: state.num_processes]
+        batches = make_batches(asked.values(), batch_size, by_image=engine.name == "vllm")
+        mine = batches[state.process_index :: state.num_processes]
         if not mine:
             return
-        loaded = model()
+        loaded = engine()
         total = sum(map(len, mine))
         # disable=None: no bar where stderr is a file.
         hidden = None if state.is_main_process else True
         with tqdm(total=total, unit="question", desc=job.task.name, file=sys.stderr, disable=hidden) as bar:
-            for records in answer_batches(mine, *loaded, _generation(job.task)):
+            for records in answer_batches(mine, loaded, _generation(job.task)):
                 job.store.append([{**record, "key": job.keys[record["id"]]} for record in records])
                 bar.update(len(records))
 

@@ -34,8 +34,12 @@ class Engine(Protocol):
     """
     Answers requests with a loaded image-text-to-text model.
 
-    `batch_size` says how many are worked on at once, `device` and `dtype` where and how the model runs.
+    `processor` is the model's; `batch_size` says how many requests are worked on at once, `device` and `dtype` where
+    and how the model runs.
     """
+
+    @property
+    def processor(self) -> ProcessorMixin: ...
 
     @property
     def batch_size(self) -> int: ...
