@@ -2,7 +2,7 @@
 
     python benchmarks/captioning.py --vllm-python vllm-env/bin/python
 
-Random weights, JPEG files on the disk to captions in memory, each model in its own process; they take turns within every
+Random weights, from JPEG files to captions, each model in its own process; they take turns within every
 repeat. docs/benchmarks.md explains the rows.
 """
 
@@ -34,7 +34,7 @@ TEMPLATE = (
 
 
 class Subject(NamedTuple):
-    """A row of the table: which process describes, how many images at once, its settings, and what it is compared to."""
+    """A row of the table: which process describes, how many images at once, how, and what it is compared to."""
 
     process: str
     batch_size: int | None
@@ -271,8 +271,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, processes(args, Path(folder)) as running:
         seconds = measure(rows, running, args)
     print(
-        f"\nSize {args.size}, CPU, float32, {args.threads} threads, {args.images} images, {args.repeats} repeats; the run "
-        f"took {(time.perf_counter() - start) / 60:.1f} minutes.\n"
+        f"\nSize {args.size}, CPU, float32, {args.threads} threads, {args.images} images, {args.repeats} repeats; "
+        f"the run took {(time.perf_counter() - start) / 60:.1f} minutes.\n"
     )
     print("\n".join(table(rows, seconds, args.images)))
     if args.json is not None:

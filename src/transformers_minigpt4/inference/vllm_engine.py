@@ -14,7 +14,7 @@ from transformers_minigpt4.utils.models import check_is_folder
 from transformers_minigpt4.utils.text import first_line
 
 from .engines import Request
-from .generation import DEFAULT_MAX_NEW_TOKENS, conversation
+from .generation import DEFAULT_MAX_NEW_TOKENS, conversation, decode_answers
 
 
 # Arguments of `generate` with vLLM's names for them.
@@ -120,7 +120,9 @@ class VllmEngine:
                     taken += 1
                 for output in engine.step() if running else ():
                     if output.finished:
-                        finished[running.pop(output.request_id)] = output.outputs[0].text.strip()
+                        # Its own text differs where the tokens of a character's bytes do not make one.
+                        ids = torch.tensor([list(output.outputs[0].token_ids)])
+                        finished[running.pop(output.request_id)] = decode_answers(self.processor, ids)[0]
                 while given in finished:
                     yield finished.pop(given)
                     given += 1
