@@ -31,9 +31,9 @@ def scienceqa(
     overwrite: Overwrite = False,
 ) -> None:
     """
-    Convert ScienceQA's release to training rows of LLaVA.
+    Convert ScienceQA to training rows.
 
-    Texts are exactly those of the authors' converter. Rows whose image is missing are left out and counted.
+    The rows are in LLaVA's format, from the official release. Texts are exactly those of the authors' converter. Rows whose image is missing are left out and counted.
 
     Examples:
         minigpt4 data scienceqa /data/scienceqa --output scienceqa_train.json
@@ -77,9 +77,9 @@ def filter_cc3m(
     overwrite: Overwrite = False,
 ) -> None:
     """
-    Choose captions by their noun phrases, as LLaVA's authors did with CC3M.
+    Choose captions by their noun phrases.
 
-    Rare phrases keep all captions, frequent ones a random 100. If interrupted, rerun the same command: phrases that
+    As LLaVA's authors did with CC3M: rare phrases keep all captions, frequent ones a random 100. If interrupted, rerun the same command: phrases that
     were found are kept.
 
     Examples:
