@@ -33,7 +33,8 @@ def scienceqa(
     """
     Convert ScienceQA to training rows.
 
-    The rows are in LLaVA's format, from the official release. Texts are exactly those of the authors' converter. Rows whose image is missing are left out and counted.
+    The rows are in LLaVA's format, and their texts exactly those of the authors' converter. Rows whose image is
+    missing are left out and counted.
 
     Examples:
         minigpt4 data scienceqa /data/scienceqa --output scienceqa_train.json
@@ -79,8 +80,8 @@ def filter_cc3m(
     """
     Choose captions by their noun phrases.
 
-    As LLaVA's authors did with CC3M: rare phrases keep all captions, frequent ones a random 100. If interrupted, rerun the same command: phrases that
-    were found are kept.
+    As LLaVA's authors did with CC3M: rare phrases keep all captions, frequent ones a random 100. If interrupted, rerun
+    the same command: phrases that were found are kept.
 
     Examples:
         minigpt4 data filter-cc3m Train_GCC-training.tsv --output pool.tsv --extractor spacy:en_core_web_sm
