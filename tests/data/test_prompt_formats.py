@@ -9,6 +9,7 @@ from golden_model import GOLDEN
 from transformers_minigpt4.data.prompt_formats import (
     INSTRUCTIONS,
     LLAMA2,
+    LLAVA_INSTRUCTIONS,
     draw_instruction,
     normalize_caption,
     render,
@@ -59,11 +60,18 @@ def test_the_llama_2_format(pictures):
 
 
 def test_instructions_are_drawn_evenly_and_again_the_same():
-    drawn = [draw_instruction(7, "source", number) for number in range(2000)]
-    assert drawn == [draw_instruction(7, "source", number) for number in range(2000)]
-    assert drawn != [draw_instruction(8, "source", number) for number in range(2000)]
+    drawn = [draw_instruction("stage2", 7, "source", number) for number in range(2000)]
+    assert drawn == [draw_instruction("stage2", 7, "source", number) for number in range(2000)]
+    assert drawn != [draw_instruction("stage2", 8, "source", number) for number in range(2000)]
     # Four standard deviations of a binomial with n = 2000, p = 1/4.
     assert all(abs(Counter(drawn)[text] - 500) < 80 for text in INSTRUCTIONS)
+
+
+def test_llavas_stage_1_asks_one_of_its_eleven_questions():
+    drawn = Counter(draw_instruction("llava_v0", 7, "source", number) for number in range(2200))
+    assert set(drawn) == set(LLAVA_INSTRUCTIONS) and len(drawn) == 11
+    # Four standard deviations of a binomial with n = 2200, p = 1/11.
+    assert all(abs(count - 200) < 54 for count in drawn.values())
 
 
 def test_formats_that_a_row_cannot_have(pictures):

@@ -27,9 +27,11 @@ from transformers_minigpt4.training.recipe_files import find_recipe, recipe_name
 def model_of(name: str) -> str | None:
     if name.startswith("tiny"):
         return None
-    for variant in ("no_qformer", "three_layers", "llama2", "modern", "llava_", "blip2"):
+    if name.startswith("llava"):
+        return "llava"
+    for variant in ("no_qformer", "three_layers", "llama2", "modern", "blip2"):
         if variant in name:
-            return variant.rstrip("_")
+            return variant
     return "minigpt4"
 
 
@@ -349,7 +351,7 @@ def test_a_llava_template_without_images_is_refused_before_any_weights(tmp_path)
     (base / "model.safetensors").unlink()
     (base / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content[0].text }}{% endfor %}")
     with pytest.raises(ValueError, match=r"messages cannot be trained on .*prints 0 image tokens"):
-        run("llava_stage1", tmp_path / "out", base, sources()["llava"])
+        run("llava_stage1", tmp_path / "out", base, sources()["llava"], "--prompt-format", "messages")
 
 
 def test_stage_2_takes_the_chat_template_when_asked_to(chatml, tmp_path):
@@ -369,7 +371,36 @@ def test_llava_stage_2_has_the_articles_numbers():
     assert (config.learning_rate, config.warmup_steps, config.weight_decay) == (2e-3, 0.03, 0.0)
 
 
-@pytest.mark.parametrize("name", ["llava_stage1", "llava_stage2"])
+@pytest.mark.parametrize(
+    ("name", "rate", "batch", "epochs", "prompt_format"),
+    [
+        ("llava_scienceqa", 2e-5, 128, 12, "llava_v0"),
+        ("llava15_stage1", 1e-3, 256, 1, "llava_plain"),
+        ("llava15_stage2", 2e-5, 128, 1, "llava_v1"),
+    ],
+)
+def test_llavas_later_recipes(name, rate, batch, epochs, prompt_format):
+    stage, config, _ = parse_recipe(["--config", name, "--bf16", "false", "--use_cpu", "true"])
+    assert (config.learning_rate, 8 * config.per_device_train_batch_size) == (rate, batch)
+    assert (config.num_train_epochs, config.max_steps, config.warmup_steps) == (epochs, -1, 0.03)
+    assert (stage.prompt_format, stage.max_row_length) == (prompt_format, 2048)
+
+
+@pytest.mark.parametrize(
+    ("first", "second"), [("llava_stage1", "llava_stage1_plain"), ("llava_stage2", "llava_stage2_by_kind")]
+)
+def test_llavas_variants_change_one_thing(first, second):
+    a, b = (yaml.safe_load(Path(find_recipe(name)).read_text()) for name in (first, second))
+    changed = {key for key in a if a[key] != b[key]} - {"output_dir"}
+    assert a.keys() == b.keys() and changed == {"prompt_format" if "plain" in second else "sources"}
+
+
+def test_the_three_kinds_are_equally_likely():
+    stage, _, _ = parse_recipe(["--config", "llava_stage2_by_kind", "--bf16", "false", "--use_cpu", "true"])
+    assert len(stage.sources) == 3 and all(source.endswith("::weight=1") for source in stage.sources)
+
+
+@pytest.mark.parametrize("name", [name for name in recipe_names() if name.startswith("llava")])
 def test_llavas_headers_do_not_call_the_articles_numbers_choices(name):
     header = Path(find_recipe(name)).read_text().split("\n\n")[0]
     assert "choices" not in header and "uniformly" not in header

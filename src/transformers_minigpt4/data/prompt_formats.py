@@ -31,6 +31,21 @@ INSTRUCTIONS = (
     "Could you describe the contents of this image for me?",
 )
 
+# Table 11 of LLaVA's article (arXiv 2304.08485), the questions of its stage 1; apostrophe as in the released data.
+LLAVA_INSTRUCTIONS = (
+    "Describe the image concisely.",
+    "Provide a brief description of the given image.",
+    "Offer a succinct explanation of the picture presented.",
+    "Summarize the visual content of the image.",
+    "Give a short and clear explanation of the subsequent image.",
+    "Share a concise interpretation of the image provided.",
+    "Present a compact description of the photo's key features.",
+    "Relay a brief, clear account of the picture shown.",
+    "Render a clear and concise summary of the photo.",
+    "Write a terse but informative summary of the picture.",
+    "Create a compact narrative representing the image presented.",
+)
+
 
 class Template(NamedTuple):
     """How stage 2 frames an instruction, and what ends the answer."""
@@ -104,9 +119,14 @@ def check_llava(prompt_format: str, messages: list[Message]) -> None:
         raise DataError(fault)
 
 
-def draw_instruction(*identity: int | str) -> str:
-    """One of the four instructions, always the same for the same identity, such as seed, epoch and key of a row."""
-    return random.Random(repr(identity)).choice(INSTRUCTIONS)
+def draw_instruction(prompt_format: str, *identity: int | str) -> str:
+    """
+    One of the instructions for captions: MiniGPT-4's four, or LLaVA's eleven in LLaVA's prompt formats.
+
+    It is always the same for the same identity, such as seed, epoch and key of a row.
+    """
+    is_llava = prompt_format in prompt_formats_llava.PROMPT_FORMATS
+    return random.Random(repr(identity)).choice(LLAVA_INSTRUCTIONS if is_llava else INSTRUCTIONS)
 
 
 def render(

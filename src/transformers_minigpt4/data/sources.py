@@ -208,7 +208,7 @@ class _Renderer:
         except (OSError, ValueError) as error:
             self.skipped.add(source, "unreadable_image", key, str(error))
             return None
-        instruction = draw_instruction(self.seed, source, raw["epoch"], key)
+        instruction = draw_instruction(self.prompt_format, self.seed, source, raw["epoch"], key)
         try:
             row = render(self.prompt_format, images, raw["caption"], raw["messages"], instruction)
             validate_row(row)
