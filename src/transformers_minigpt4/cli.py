@@ -20,6 +20,7 @@ from transformers_minigpt4.hub.commands import push
 from transformers_minigpt4.inference.chat_commands import chat
 from transformers_minigpt4.instruct.commands import COMMANDS as INSTRUCT_COMMANDS
 from transformers_minigpt4.serving.serve_commands import serve
+from transformers_minigpt4.serving.web_commands import web
 from transformers_minigpt4.training.commands import RecipeCommand, TrainCommand, features, train
 from transformers_minigpt4.training.data_commands import check
 from transformers_minigpt4.utils.command_line import Command, Group, to_stdout_in_utf8
@@ -70,7 +71,7 @@ class MainGroup(Group):
     """The subcommands by what they are for."""
 
     panels = {
-        "Use": ("demo", "describe", "chat", "serve", "convert", "verify", "env"),
+        "Use": ("demo", "describe", "chat", "web", "serve", "convert", "verify", "env"),
         "Train": ("train", "features", "merge"),
         "Data": ("data", "curate", "instruct"),
         "Evaluate": ("evaluate",),
@@ -123,7 +124,7 @@ def _add_group(
     return group
 
 
-for command in (demo, describe, chat, serve, convert, verify, env, merge, push):
+for command in (demo, describe, chat, web, serve, convert, verify, env, merge, push):
     app.command(cls=Command)(command)
 app.command(cls=TrainCommand)(train)
 app.command(cls=RecipeCommand)(features)

@@ -53,16 +53,13 @@ class BatchedModel:
 
     def __init__(self, model: GenerativeModel, processor: ProcessorMixin, batch_size: int = 8) -> None:
         self.model, self.batch_size = model, batch_size
+        self.generation_config = model.generation_config
         # Not every call shows what a model needs: a question without images looks the same for all.
         inputs = set(processor.model_input_names) - {"token_type_ids"}
         self._together = inputs <= PLAIN_INPUTS and not model.config.is_encoder_decoder
         self._waiting: deque[_Row] = deque()
         self._changed = threading.Lock()
         self._running = False
-
-    @property
-    def generation_config(self) -> GenerationConfig:
-        return self.model.generation_config
 
     @property
     def config(self) -> PreTrainedConfig:

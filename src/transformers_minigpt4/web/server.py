@@ -7,7 +7,7 @@ A Gradio server for the local web pages, which stays on this machine and answers
 
 Every event of a page needs `queue=False`: one request, one answer, and no session in memory. What people did must be
 on disk before the handler returns; what a page shows travels with each request (a hidden text box), so that a
-reload, a second tab or a restarted server loses nothing.
+reload, a second tab or a restarted server loses nothing. Pages with `uploads` may use Gradio's queue.
 """
 
 import contextlib
@@ -20,6 +20,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from .html import FILES, keys_script
+from .uploads import UPLOAD_PREFIXES, Password, UploadGuard, Uploads, refuse
 
 
 if TYPE_CHECKING:
@@ -102,6 +103,8 @@ def serve(
     submit: str | None = None,
     focus: Mapping[str, str] | None = None,
     css: str = "",
+    uploads: Uploads | None = None,
+    credentials: str | None = None,
     host: str = LOCAL_HOSTS[0],
     port: int | None = None,
 ) -> PageServer:
@@ -115,6 +118,8 @@ def serve(
         submit: See [`~web.html.keys_script`].
         focus: See [`~web.html.keys_script`].
         css: Added to the page's style sheet.
+        uploads: Lets people upload files, and answers be streamed through Gradio's queue.
+        credentials: `USER:PASSWORD` that the page asks for.
         host: Address to listen at. With the default only this machine can see the page.
         port: Port; by default the first free one from 7860 on.
 
@@ -133,6 +138,12 @@ def serve(
     hosts = LOCAL_HOSTS if host in LOCAL_HOSTS else None
     fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}  # none to download
     script = keys_script(keys or {}, submit, focus)
+    prefixes = (*_PREFIXES, *(UPLOAD_PREFIXES if uploads else ()))
+    middleware = [Middleware(_OnlyThePage, images=images, hosts=hosts, prefixes=prefixes)]
+    if credentials is not None:
+        middleware.insert(0, Middleware(Password, credentials=credentials))
+    if uploads is not None:
+        middleware.append(Middleware(UploadGuard, uploads=uploads))
     _, url, _ = page.launch(
         server_name=host,
         server_port=port,
@@ -147,11 +158,11 @@ def serve(
         mcp_server=False,
         pwa=False,
         show_error=True,
-        max_file_size=1,
+        max_file_size=uploads.max_bytes if uploads else 1,
         theme=gradio.themes.Base(**fonts),
         css=_CSS + css,
         head=f"<script>{script}</script>",
-        app_kwargs={"middleware": [Middleware(_OnlyThePage, images=images, hosts=hosts)]},
+        app_kwargs={"middleware": middleware},
     )
     return PageServer(page, url)
 
@@ -175,10 +186,17 @@ class _OnlyThePage:
         images: Serves the files below `/files/`.
         hosts: Host names that the page answers to, or `None` for any. A page elsewhere whose name has been pointed
             at this machine (DNS rebinding) is refused, as are requests that another page makes.
+        prefixes: What the paths begin with that the page asks for.
     """
 
-    def __init__(self, app: "ASGIApp", images: "ASGIApp | None", hosts: tuple[str, ...] | None) -> None:
-        self.app, self.images, self.hosts = app, images, hosts
+    def __init__(
+        self,
+        app: "ASGIApp",
+        images: "ASGIApp | None",
+        hosts: tuple[str, ...] | None,
+        prefixes: tuple[str, ...],
+    ) -> None:
+        self.app, self.images, self.hosts, self.prefixes = app, images, hosts, prefixes
 
     async def __call__(self, scope: "Scope", receive: "Receive", send: "Send") -> None:
         if scope["type"] != "http":  # the start and the end of the server
@@ -197,13 +215,13 @@ class _OnlyThePage:
 
         path, prefix = scope["path"], f"/{FILES}/"
         if not self._comes_from_its_page(scope):
-            await _refuse(send_with_policy)
+            await refuse(send_with_policy)
         elif path.startswith(prefix) and self.images is not None:
             await self._send_image(self.images, scope, receive, send_with_policy)
-        elif path in _PATHS or path.startswith(_PREFIXES):
+        elif path in _PATHS or path.startswith(self.prefixes):
             await self.app(scope, receive, send_with_policy)
         else:
-            await _refuse(send_with_policy)
+            await refuse(send_with_policy)
 
     def _comes_from_its_page(self, scope: "Scope") -> bool:
         headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
@@ -220,9 +238,4 @@ class _OnlyThePage:
         try:
             await images(inner, receive, send)
         except HTTPException as error:  # no such file, or a path that leaves the folder
-            await _refuse(send, error.status_code)
-
-
-async def _refuse(send: "Send", status: int = 404) -> None:
-    await send({"type": "http.response.start", "status": status, "headers": [(b"content-type", b"text/plain")]})
-    await send({"type": "http.response.body", "body": b"not here"})
+            await refuse(send, error.status_code)
