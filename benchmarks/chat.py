@@ -9,6 +9,7 @@ give the same tokens. Weights are random (see inference.py), answers greedy in f
 
 import json
 import statistics
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -80,6 +81,7 @@ def main() -> None:
         for name in list(WAYS) if repeat % 2 else list(WAYS)[::-1]:
             start, cpu = time.perf_counter(), time.process_time()
             answers = WAYS[name](model, inputs, args.people, args.tokens)
+            print(f"repeat {repeat}, {name}: {time.process_time() - cpu:.1f} CPU s", file=sys.stderr, flush=True)
             if repeat >= 0:
                 results[name]["seconds"].append(time.perf_counter() - start)
                 results[name]["cpu"].append(time.process_time() - cpu)

@@ -40,19 +40,20 @@ def web(
     auth: Annotated[
         str | None,
         typer.Option(
-            metavar="USER:PASSWORD",
+            metavar="LOGIN",
             envvar="MINIGPT4_WEB_AUTH",
-            help="What the page asks for. Other users of this machine can see options, but not environment variables.",
+            help="USER:PASSWORD that the page asks for. Other users of this machine see options, but not variables.",
         ),
     ] = None,
     port: Port = None,
     output: Annotated[
         Path, typer.Option(metavar="FOLDER", help="Folder for votes and flags, with their conversations and images.")
-    ] = Path("web-feedback"),
+    ] = Path("feedback"),
     greedy: Annotated[
-        bool, typer.Option("--greedy", help="Begin with the settings that always take the likeliest token.")
+        bool,
+        typer.Option("--greedy", help="Always take the likeliest token. By default sample as the authors' chat does."),
     ] = False,
-    batch_size: BatchSize = 8,
+    batch_size: BatchSize = None,
     cache_memory: Annotated[
         float,
         typer.Option(min=0, metavar="GIB", help="Memory for what conversations have read; the oldest read it again."),
@@ -76,8 +77,9 @@ def web(
     with interruptible("stopped before the page was ready"):
         from transformers_minigpt4.inference.demo_checkpoint import demo_checkpoint
 
-        from .web_server import WebSettings, load_served, serve_chats
+        from .web_server import BATCH_SIZE, WebSettings, load_served, serve_chats
 
+        batch_size = batch_size or BATCH_SIZE
         settings = WebSettings(output, blind, greedy, batch_size, cache_memory, max_upload, listen, port, auth)
         found = checkpoints or [demo_checkpoint()]
         with usage_errors(context):

@@ -21,6 +21,7 @@ from .web_page import CSS, ChatPage, Example, build_page
 
 _TITLE = "Chat about images"
 _DEMO_NOTE = "This is the demo's model, which knows drawn shapes only."
+BATCH_SIZE = 8
 # In times of what one message may bring.
 _ROOM_FOR_UPLOADS = 50
 _EXAMPLES = {
@@ -49,7 +50,7 @@ class WebSettings:
     output: Path
     blind: bool = False
     greedy: bool = False
-    batch_size: int = 8
+    batch_size: int = BATCH_SIZE
     cache_memory: float = 4
     max_upload: int = 32
     everywhere: bool = False
