@@ -7,12 +7,16 @@ Runs where MINIGPT4_VLLM_PYTHON names the Python of an environment that has vLLM
 import json
 import os
 import subprocess
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import openai
 import pytest
 import torch
 from golden_model import GOLDEN
+from peft import LoraConfig, get_peft_model
+from served import free_port, served, user
 from tiny_models import SIZE, drawn_image
 from transformers import (
     AutoModelForImageTextToText,
@@ -27,6 +31,7 @@ from transformers import (
 )
 
 from transformers_minigpt4 import MiniGPT4Config, MiniGPT4ForConditionalGeneration, MiniGPT4Processor
+from transformers_minigpt4.inference.chat import Chat
 from transformers_minigpt4.inference.engines import Request
 from transformers_minigpt4.inference.loading import load_engine
 
@@ -175,3 +180,45 @@ def test_the_engine_gives_the_answers_of_transformers(tmp_path):
     assert found["encoded"] == 3  # each image once, for five prompts
     assert found["first"] == next(engine.answers([Request([], "What is this?")], do_sample=False, max_new_tokens=2))
     assert found["left"] == 0
+
+
+def test_server_with_an_adapter(tmp_path):
+    """`minigpt4 serve --engine vllm`: greedy answers equal ours, ended by the stop string, streamed, and adapted."""
+    folder, adapter = tmp_path / "checkpoint", tmp_path / "adapter"
+    save(folder, authors_parts())
+    model, processor = AutoModelForImageTextToText.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
+    question, picture = user("What is this?", drawn_image(1)), drawn_image(1)
+    options = {"do_sample": False, "repetition_penalty": 1.0, "max_new_tokens": 16}
+
+    def ours(model):
+        chat = Chat(model, processor, parameters=options)
+        return chat.ask("What is this?", [picture])
+
+    free = ours(model)
+    ids = processor.tokenizer.encode(free, add_special_tokens=False)
+    stop = processor.tokenizer.decode(ids[6:8]).strip()
+    settings = json.loads((folder / "generation_config.json").read_text())
+    (folder / "generation_config.json").write_text(json.dumps({**settings, "stop": [stop]}))
+    config = LoraConfig(r=4, target_modules=r".*language_model.*\.(q_proj|v_proj)", init_lora_weights=False)
+    torch.manual_seed(0)
+    get_peft_model(model, config).save_pretrained(str(adapter))
+    adapted = ours(AutoModelForImageTextToText.from_pretrained(adapter))
+
+    port = free_port()
+    command = [PYTHON, "-m", "transformers_minigpt4.cli", "serve", folder, "--engine", "vllm", "--port", port]
+    command += ["--dtype", "float32", "--", "--enforce-eager", "--enable-lora", "--lora-modules", f"tuned={adapter}"]
+    environment = {"PYTHONPATH": "", "VLLM_CPU_KVCACHE_SPACE": "1"}
+    with served([str(word) for word in command], port, tmp_path / "log.txt", 900, **environment) as url:
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="any", max_retries=0, timeout=300)
+        ask = partial(client.chat.completions.create, messages=[question], temperature=0, max_tokens=16)
+        ask = partial(ask, frequency_penalty=0, extra_body={"repetition_penalty": 1.0})
+        assert [model.id for model in client.models.list().data] == ["checkpoint", str(folder), "tuned"]
+        answer = ask(model="checkpoint").choices[0]
+        expected = free.split(stop)[0].strip()
+        assert (answer.message.content.strip(), answer.finish_reason) == (expected, "stop")
+        chunks = ask(model="checkpoint", stream=True)
+        assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks).strip() == expected
+        tuned = ask(model="tuned").choices[0].message.content
+        assert tuned.strip() == adapted.split(stop)[0].strip() != expected
+        with pytest.raises(openai.APIStatusError, match="must be from one of the allowed domains"):
+            ask(model="checkpoint", messages=[user("What?", "http://127.0.0.1:9/x.png")])

@@ -1,6 +1,7 @@
 """`minigpt4 serve` as a process of its own, asked by OpenAI's client."""
 
 import json
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -205,3 +206,34 @@ def test_the_same_seed_gives_the_same_answer(server):
     settings = {"temperature": 1.5, "top_p": 0.99, "stop": []}
     first, again, other = (server.text(TEXT, seed=seed, **settings) for seed in (1, 1, 2))
     assert first == again != other
+
+
+WITHOUT_THE_PACKAGE = """
+import sys
+
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "transformers_minigpt4":
+            raise ModuleNotFoundError(name)
+
+sys.meta_path.insert(0, Blocked())
+from transformers.cli.transformers import main
+main()
+"""
+
+
+@pytest.mark.slow
+def test_transformers_serve_without_the_package(checkpoint, tmp_path):
+    """The checkpoint's own code ends answers before the stop string, also where the server decodes token by token."""
+    folder, stop, free = checkpoint
+    script, port = tmp_path / "serve.py", free_port()
+    script.write_text(WITHOUT_THE_PACKAGE)
+    command = [sys.executable, script, "serve", folder, "--trust-remote-code", "--port", port, "--device", "cpu"]
+    environment = {"PYTHONPATH": "", "HF_HOME": str(tmp_path), "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    with served([str(word) for word in command], port, tmp_path / "log.txt", **environment) as url:
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="any", max_retries=0)
+        settings = {"model": str(folder), "messages": [user(QUESTION, drawn_image(1))], "temperature": 0}
+        answer = client.chat.completions.create(**settings, max_tokens=16).choices[0].message.content
+        chunks = client.chat.completions.create(**settings, max_tokens=16, stream=True)
+        streamed = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+        assert answer.strip() == streamed.strip() == free.split(stop)[0].strip()
