@@ -182,6 +182,11 @@ def test_the_engine_gives_the_answers_of_transformers(tmp_path):
     assert found["left"] == 0
 
 
+def complete(text: str) -> str:
+    """An answer without half a character at its end, which vLLM leaves out."""
+    return text.strip().rstrip("\ufffd")
+
+
 def test_server_with_an_adapter(tmp_path):
     """`minigpt4 serve --engine vllm`: greedy answers equal ours, ended by the stop string, streamed, and adapted."""
     folder, adapter = tmp_path / "checkpoint", tmp_path / "adapter"
@@ -214,11 +219,11 @@ def test_server_with_an_adapter(tmp_path):
         ask = partial(ask, frequency_penalty=0, extra_body={"repetition_penalty": 1.0})
         assert [model.id for model in client.models.list().data] == ["checkpoint", str(folder), "tuned"]
         answer = ask(model="checkpoint").choices[0]
-        expected = free.split(stop)[0].strip()
-        assert (answer.message.content.strip(), answer.finish_reason) == (expected, "stop")
+        expected = complete(free.split(stop)[0])
+        assert (complete(answer.message.content), answer.finish_reason) == (expected, "stop")
         chunks = ask(model="checkpoint", stream=True)
-        assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks).strip() == expected
+        assert complete("".join(chunk.choices[0].delta.content or "" for chunk in chunks)) == expected
         tuned = ask(model="tuned").choices[0].message.content
-        assert tuned.strip() == adapted.split(stop)[0].strip() != expected
+        assert complete(tuned) == complete(adapted.split(stop)[0]) != expected
         with pytest.raises(openai.APIStatusError, match="must be from one of the allowed domains"):
             ask(model="checkpoint", messages=[user("What?", "http://127.0.0.1:9/x.png")])
