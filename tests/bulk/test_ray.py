@@ -152,7 +152,8 @@ def test_killed_workers_and_a_killed_command(tmp_path):
         worker.kill()
         killed_at = len(list(output.glob("*.jsonl")))
         wait_for_files(output, killed_at + 6, process)
-        left = ray_processes(process.pid)
+        left = [one for one in ray_processes(process.pid) if "MapWorker" in " ".join(one.cmdline())]
+        assert left
         process.kill()
     wait_for_end(left)
     begun = captions(output)
