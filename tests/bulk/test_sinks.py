@@ -77,7 +77,7 @@ def test_datasets_reads_it(sink, written, tmp_path):
         row = {**row, **(row.get("json") or {})}
         expected = {"caption": f"a dog, {number}", "prompt": "What is it?", "model": "my-model"}
         assert {name: row[name] for name in expected} == expected
-        assert (row.get("image_id") or row["image"]) == f"{tmp_path}/{number} ü.img"
+        assert (row.get("key") or row["image"]) == f"{tmp_path}/{number} ü.img"
         image = row.get("jpg", row["image"])
         assert (image.size == (60, 48)) if isinstance(image, Image.Image) else isinstance(sink, JsonLinesSink)
 

@@ -11,6 +11,10 @@ from hub_server import Fault
 from PIL import Image
 from test_publish import contents, hub, minigpt4_push, run_elsewhere  # noqa: F401  hub is a fixture
 
+from transformers_minigpt4.bulk.images import BulkImage, Description
+from transformers_minigpt4.bulk.parquet_sink import ParquetSink
+from transformers_minigpt4.bulk.sinks import write_shard
+from transformers_minigpt4.bulk.webdataset_sink import WebdatasetSink
 from transformers_minigpt4.hub import publish as publish_module
 from transformers_minigpt4.hub.cards import License
 from transformers_minigpt4.hub.cc_sbu_align import read_cc_sbu_align, write_cc_sbu_align
@@ -178,3 +182,31 @@ class TestPush:
             prepare(Dataset.from_dict({"caption": ["a"]}), REPO, tmp_path, license=CC_BY)
         with pytest.raises(ValueError, match="0 rows"):
             prepare(read_cc_sbu_align(align).select([]), REPO, tmp_path, license=CC_BY)
+
+    @pytest.mark.parametrize("sink", [ParquetSink, WebdatasetSink])
+    def test_captions_of_describe(self, hub, align, tmp_path, sink):  # noqa: F811
+        folder = tmp_path / "captions"
+        folder.mkdir()
+        images = sorted((align / "image").iterdir())[:3]
+        for number in range(2):
+            rows = [
+                Description(
+                    BulkImage(str(path), str(path), content=path.read_bytes()), caption=f"a dog in {path.name}"
+                )
+                for path in images[number * 2 : number * 2 + 2]
+            ]
+            name = f"captions-{number:05d}-of-00002{sink.suffix}"
+            write_shard(folder / name, sink("What is it?", "/home/alice/models/my-model"), rows)
+        push_to_hub(folder, REPO, license=CC_BY)
+        files = contents(hub, REPO, "datasets")
+        assert set(files) == {"README.md", "data/train-00000-of-00001.parquet"}
+        card = files["README.md"].decode()
+        assert "my-model" in card and "`What is it?`" in card and "alice" not in card
+        (tmp_path / "a.parquet").write_bytes(files["data/train-00000-of-00001.parquet"])
+        rows = Dataset.from_parquet(str(tmp_path / "a.parquet"), cache_dir=str(tmp_path / "cache"))
+        assert rows["key"] == [path.name for path in images]
+        assert rows["caption"] == [f"a dog in {path.name}" for path in images]
+        assert set(rows["model"]) == {"my-model"}
+        (folder / f"captions-00001-of-00002{sink.suffix}").unlink()
+        with pytest.raises(ValueError, match=r"1 shards of captions are missing .* to finish them"):
+            prepare(folder, REPO, tmp_path, license=CC_BY)

@@ -14,12 +14,12 @@ from .sinks import unicode_record
 
 _ROWS = 100  # of a row group: what `datasets` recommends for images, so that one row can be read without many others
 _TEXT = Value("string")
-_FEATURES = Features({"image": Image(), "image_id": _TEXT, "caption": _TEXT, "prompt": _TEXT, "model": _TEXT})
+_FEATURES = Features({"image": Image(), "key": _TEXT, "caption": _TEXT, "prompt": _TEXT, "model": _TEXT})
 
 
 class ParquetSink:
     """
-    Parquet files with the columns `image` (the file's content), `image_id`, `caption`, `prompt` and `model`.
+    Parquet files with the columns `image` (the file's content), `key`, `caption`, `prompt` and `model`.
 
     Args:
         prompt, model (`str`): of all captions.
@@ -39,7 +39,7 @@ class ParquetSink:
         def write(one: Description) -> None:
             record = unicode_record(one, self.prompt, self.model)
             image = {"bytes": one.image.content, "path": None}
-            rows.append({**record, "image_id": record["image"], "image": image})
+            rows.append({**record, "key": record["image"], "image": image})
             if len(rows) == _ROWS:
                 flush()
 

@@ -16,6 +16,7 @@ from transformers_minigpt4.conversion.merge import merge_checkpoint
 from transformers_minigpt4.utils.file_names import RESULTS_FILE, RUN_FILE
 from transformers_minigpt4.utils.files import JsonObject
 
+from .captions import caption_shards, read_captions
 from .cards import License, dataset_card
 from .cc_sbu_align import image_file, read_cc_sbu_align
 from .checkpoints import check_repo_id, is_adapter, prepare_adapter, prepare_model
@@ -37,8 +38,9 @@ _SECRETS = {
 
 
 def is_dataset(folder: str | os.PathLike[str]) -> bool:
-    """Whether a folder contains a dataset: the authors' `cc_sbu_align`, or what `save_to_disk` writes."""
-    return any(Path(folder, name).is_file() for name in ("filter_cap.json", "dataset_dict.json", "state.json"))
+    """Whether a folder contains a dataset: `cc_sbu_align`, captions of `describe`, or what `save_to_disk` writes."""
+    saved = any(Path(folder, name).is_file() for name in ("filter_cap.json", "dataset_dict.json", "state.json"))
+    return saved or bool(caption_shards(Path(folder)))
 
 
 def push_to_hub(
@@ -130,8 +132,11 @@ def prepare(
     else:
         if base is not None or merge:
             raise ValueError("a dataset has no base; leave out --base and --merge")
-        data = _load_dataset(folder) if folder is not None else source
         record = read_facts(folder, RUN_FILE) if folder is not None else {}
+        if folder is not None and caption_shards(folder):
+            data, record = read_captions(folder, scratch / "cache")
+        else:
+            data = _load_dataset(folder) if folder is not None else source
         publication = _prepare_dataset(data, repo_id, license, language, record, scratch)
     if card is not None:
         publication.files[CARD_FILE] = card.encode("utf-8")
