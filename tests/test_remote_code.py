@@ -38,6 +38,10 @@ except ValueError:
 trust = {"trust_remote_code": True}
 processor = AutoProcessor.from_pretrained(folder, **trust)
 model = AutoModelForImageTextToText.from_pretrained(folder, **trust)
+try:
+    image_processor = AutoImageProcessor.from_pretrained(folder, **trust)
+except ImportError:  # before transformers 5.19 this class wants torchvision
+    image_processor = processor.image_processor
 prompt = "###Human: <Img><ImageHere></Img> Describe this image in detail. ###Assistant: "
 inputs = processor(images=Image.open(picture), text=prompt, return_tensors="pt")
 greedy = {"do_sample": False, "max_new_tokens": 8, "min_new_tokens": 8}
@@ -45,7 +49,7 @@ result = {
     "ids": model.generate(**inputs, **greedy).tolist(),
     "classes": [type(x).__name__ for x in (
         AutoConfig.from_pretrained(folder, **trust), AutoModel.from_pretrained(folder, **trust), model, processor,
-        AutoTokenizer.from_pretrained(folder, **trust), AutoImageProcessor.from_pretrained(folder, **trust))],
+        AutoTokenizer.from_pretrained(folder, **trust), image_processor)],
 }
 for task in ("image-to-text", "image-text-to-text"):
     pipe = pipeline(task, model=folder, **trust)
@@ -70,8 +74,20 @@ print("RESULT" + json.dumps(result))
 """
 
 
-@pytest.fixture(scope="module")
-def remote(tiny_checkpoint, tmp_path_factory):
+# Python of an environment with other versions of transformers and the rest (docs/versions.md), which loads what this
+# one has saved, and saves what this one loads.
+OTHER_PYTHON = os.environ.get("MINIGPT4_LOWEST_PYTHON")
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        sys.executable,
+        pytest.param(OTHER_PYTHON, marks=pytest.mark.skipif(not OTHER_PYTHON, reason="no MINIGPT4_LOWEST_PYTHON")),
+    ],
+    ids=["this environment", "the lowest versions"],
+)
+def remote(request, tiny_checkpoint, tmp_path_factory):
     folder = tmp_path_factory.mktemp("remote")
     from PIL import Image
 
@@ -79,7 +95,7 @@ def remote(tiny_checkpoint, tmp_path_factory):
     Image.new("RGB", (70, 50), (200, 40, 40)).save(picture)
     environment = {**os.environ, "HF_HOME": str(folder / "hf"), "HF_HUB_OFFLINE": "1", "PYTHONPATH": ""}
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, tiny_checkpoint, str(picture), str(folder / "again")],
+        [request.param, "-c", SCRIPT, tiny_checkpoint, str(picture), str(folder / "again")],
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,

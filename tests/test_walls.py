@@ -18,7 +18,7 @@ SHIPPED = sorted(
 )
 MODULES = sorted(PACKAGE.rglob("*.py"))
 # What a process that loads the remote code has anyway: transformers, torch, and what these install.
-OUTSIDE = {"torch", "safetensors", "transformers", "tokenizers", "huggingface_hub", "PIL", "numpy"} | set(
+OUTSIDE = {"torch", "packaging", "safetensors", "transformers", "tokenizers", "huggingface_hub", "PIL", "numpy"} | set(
     sys.stdlib_module_names
 )
 

@@ -74,8 +74,9 @@ def register() -> None:
     LlavaLinearModel.register_for_auto_class("AutoModel")
     LlavaLinearForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")
 
-    # transformers 5 reads "image-to-text" as this task, whose pipeline refuses a call without text. Ours takes one,
-    # and gives every other model the stock pipeline.
+    # transformers reads "image-to-text" as this task (5.16 to 5.18 only with an alias), whose pipeline refuses a call
+    # without text. Ours takes one, and gives every other model the stock pipeline.
+    PIPELINE_REGISTRY.task_aliases.setdefault("image-to-text", "image-text-to-text")
     PIPELINE_REGISTRY.supported_tasks["image-text-to-text"]["impl"] = MiniGPT4ImageToTextPipeline
     logging.getLogger("transformers.pipelines").addFilter(_TASK_NAME_WARNING)
     MiniGPT4ImageToTextPipeline.before_stock = _TASK_NAME_WARNING.release

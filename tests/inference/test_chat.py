@@ -12,6 +12,7 @@ import torch
 from chat_processors import chat_processor
 from PIL import Image
 from tiny_models import drawn_image, save_blip2, save_chat_model, save_llava, save_minigpt4
+from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from transformers_minigpt4.inference.chat import PRESETS, Chat
 from transformers_minigpt4.inference.generation import decode_answers
@@ -134,7 +135,7 @@ def test_a_new_turn_reads_only_what_is_new(loaded):
 
 
 def test_a_cache_that_cannot_be_cut_is_not_kept(tiny, monkeypatch):
-    monkeypatch.setattr("transformers.DynamicCache.is_croppable", False)
+    monkeypatch.setattr("transformers_minigpt4.inference.prefix_cache.DynamicLayer", DynamicSlidingWindowLayer)
     chat = Chat(*tiny, parameters=GREEDY)
     given = ids_of_answers(chat, monkeypatch)
     for question, images in TURNS[:2]:

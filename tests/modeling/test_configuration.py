@@ -125,7 +125,7 @@ DAMAGED = [
     ("vision_config", None, "vision_config is null"),
     ("text_config", [], r"text_config is \[\]"),
     ("vision_config", 3, "vision_config is 3"),
-    ("text_config.model_type", "foo", "text_config: Unrecognized model type for subconfig: foo"),
+    ("text_config.model_type", "foo", "text_config: Unrecognized model identifier: foo"),
     ("text_config.num_hidden_layers", 10**7, "text_config.num_hidden_layers is 10000000; .* from 1 to 1,000"),
     ("vision_config.num_hidden_layers", 10**7, "vision_config.num_hidden_layers is 10000000"),
     ("qformer_config.num_hidden_layers", 10**7, "qformer_config.num_hidden_layers is 10000000"),

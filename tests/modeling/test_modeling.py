@@ -15,6 +15,7 @@ from transformers import (
     SiglipVisionConfig,
 )
 from transformers.cache_utils import StaticCache
+from versions import enable_gradient_checkpointing, needs_transformers
 
 from transformers_minigpt4 import MiniGPT4Config, MiniGPT4ForConditionalGeneration, MiniGPT4Model
 
@@ -88,7 +89,8 @@ def test_ways_to_generate_agree(model, mixed, processor, pictures, use):
     elif use == "static":
         assert new_ids(model, mixed, cache_implementation="static") == expected
     elif use == "chunked":
-        assert new_ids(model, mixed, prefill_chunk_size=7) == expected
+        with needs_transformers("5.23"):
+            assert new_ids(model, mixed, prefill_chunk_size=7) == expected
     elif use == "beam":
         assert new_ids(model, mixed, num_beams=1) == expected
         best = model.generate(
@@ -181,8 +183,8 @@ def test_gradient_checkpointing_gives_the_same_gradients(model, mixed):
         if hasattr(module, "attention_dropout"):
             module.attention_dropout = 0.0
     plain = gradient()
-    model.activation_checkpointing_enable()
-    assert model.is_activation_checkpointing
+    enable_gradient_checkpointing(model)
+    assert any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
     torch.testing.assert_close(gradient(), plain)
     assert plain.abs().sum() > 0
 

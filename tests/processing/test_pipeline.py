@@ -19,6 +19,7 @@ from transformers import (
     pipeline,
 )
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
+from versions import transformers_before
 
 
 GREEDY = {"do_sample": False, "max_new_tokens": 6, "min_new_tokens": 6}
@@ -122,6 +123,7 @@ for task in ("image-text-to-text", "image-to-text"):
 """
 
 
+@pytest.mark.skipif(transformers_before("5.22"), reason="older ones warn about the options of their own pipelines")
 def test_silent_under_both_names(tiny_checkpoint, pictures, tmp_path):
     pictures[0].save(tmp_path / "a.png")
     words = [sys.executable, "-c", SCRIPT, tiny_checkpoint, str(tmp_path / "a.png")]
@@ -158,7 +160,8 @@ def test_other_models_keep_the_stock_pipeline_and_its_warning(pictures, caplog):
         logger.removeHandler(caplog.handler)
     assert type(pipe) is ImageTextToTextPipeline
     messages = {record.getMessage() for record in caplog.records}
-    assert any("`image-to-text` has been removed" in message for message in messages)
+    # Before 5.19 transformers did not know the name any more.
+    assert transformers_before("5.19") or any("`image-to-text` has been removed" in message for message in messages)
     with pytest.raises(ValueError, match="You must provide text"):
         pipe(pictures[0])
     assert pipe(pictures[0], text="<image> a", max_new_tokens=3)[0]["generated_text"].startswith("<image> a")

@@ -8,6 +8,7 @@ from test_collator import golden_rows
 from tiny_models import save_blip2, save_llava
 from torch import nn
 from transformers import AutoModelForImageTextToText
+from versions import enable_gradient_checkpointing
 
 from transformers_minigpt4.training.collator import ImageTextCollator
 from transformers_minigpt4.training.stages import prepare_stage, touch_trainable
@@ -74,7 +75,7 @@ def test_activation_checkpointing_works_in_frozen_layers(model, batch):
     model(**batch).loss.backward()
     plain = model.model.multi_modal_projector.linear_1.weight.grad.clone()
     model.zero_grad()
-    model.activation_checkpointing_enable()
+    enable_gradient_checkpointing(model)
     model.train()
     layer = model.model.language_model.layers[0]
     assert layer.training and not layer.self_attn.training

@@ -6,6 +6,7 @@ from itertools import takewhile
 import torch
 from PIL import Image
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 from transformers.generation.utils import GenerateOutput
 
 
@@ -93,7 +94,7 @@ class PrefixCache:
         ids = output.sequences[0].tolist()
         # A sliding window or a state without positions (linear attention) cannot be put back. The last token has been
         # chosen, but not read.
-        if not isinstance(cache, DynamicCache) or not cache.is_croppable or any(cache.is_sliding):
+        if not isinstance(cache, DynamicCache) or any(type(layer) is not DynamicLayer for layer in cache.layers):
             return
         if ids[: len(prompt)] == list(prompt) and cache.get_seq_length() == len(ids) - 1:
             self._cache, self._ids, self._images = cache, ids[:-1], list(images)

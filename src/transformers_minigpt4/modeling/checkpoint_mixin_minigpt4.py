@@ -70,8 +70,7 @@ class CheckpointMixin(PreTrainedModel):
             model, info = cls._load(name, *model_args, **kwargs)
         check_complete(cls, pretrained_model_name_or_path, info)
         if name is not None and not os.path.isdir(name):
-            revision = kwargs.get("revision")
-            model._base_revision = getattr(revision, "resolved", None) or commit_of(str(name), revision)
+            model._base_revision = commit_of(str(name), **hub_options)
         if wants_info:
             return model, info  # type: ignore[return-value]  # transformers' own annotation leaves this out
         return model

@@ -9,7 +9,6 @@ import torch
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, Blip2QFormerConfig, PreTrainedConfig
 from transformers.activations import ACT2FN
-from transformers.configuration_utils import SubConfigSpec
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
@@ -46,6 +45,15 @@ OLD_KEYS = {
     "projection_layers": "projector_layers",
     "projection_hidden_act": "projector_hidden_act",
     "base_parts": "base_checkpoints",
+}
+
+DEFAULT_TOWER = {"model_type": "blip_2_vision_model"}
+# LLaMA-7B has 32000 tokens; Vicuna v0 was released with the same vocabulary. One row more for the image token.
+DEFAULT_LANGUAGE_MODEL = {
+    "model_type": "llama",
+    "vocab_size": 32001,
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-6,
 }
 
 PATCHES_PER_TOKEN = 4  # without Q-Former, patches concatenated into one token (authors' `has_qformer=False`)
@@ -127,16 +135,7 @@ class MiniGPT4Config(PreTrainedConfig):
     ```"""
 
     model_type = "minigpt4"
-    sub_configs_defaults = {
-        "vision_config": SubConfigSpec(config_class=AutoConfig, model_type="blip_2_vision_model"),
-        "qformer_config": SubConfigSpec(config_class=Blip2QFormerConfig, optional=True),
-        # LLaMA-7B has 32000 tokens; Vicuna v0 was released with the same vocabulary. One row more for the image token.
-        "text_config": SubConfigSpec(
-            config_class=AutoConfig,
-            model_type="llama",
-            init_kwargs={"vocab_size": 32001, "max_position_embeddings": 2048, "rms_norm_eps": 1e-6},
-        ),
-    }
+    sub_configs = {"vision_config": AutoConfig, "qformer_config": Blip2QFormerConfig, "text_config": AutoConfig}
 
     # Of the tower's, the Q-Former's and the language model's own classes; `dict` and `None` only as arguments.
     vision_config: Any = None
@@ -224,8 +223,9 @@ class MiniGPT4Config(PreTrainedConfig):
             width = getattr(self.vision_config, "hidden_size", width)
             if width is not None:
                 self.qformer_config.setdefault("encoder_hidden_size", width)
-        for name in self.sub_configs_defaults:
-            self._build_sub_config(name)
+        self.vision_config = _sub_config("vision_config", self.vision_config, DEFAULT_TOWER)
+        self.qformer_config = _sub_config("qformer_config", self.qformer_config, None)
+        self.text_config = _sub_config("text_config", self.text_config, DEFAULT_LANGUAGE_MODEL)
         super().__post_init__(**kwargs)
         self._check_sub_configs()
         # Tying is a property of the language model, but transformers reads it from the outer config.
@@ -233,26 +233,11 @@ class MiniGPT4Config(PreTrainedConfig):
             getattr(self.text_config, "tie_word_embeddings", False)
         )
 
-    def _build_sub_config(self, name: str) -> None:
-        """Makes a config of a dict, after a look at its sizes; `super` would not say which of them is wrong."""
-        given = getattr(self, name)
-        if isinstance(given, dict):
-            check_sizes(name, given)
-            try:
-                given, _ = self.sub_configs_defaults[name].create_subconfig(name, given)
-            except CONFIG_ERRORS as error:
-                raise ValueError(f"{name}: {reason(error)}") from error
-            setattr(self, name, given)
-        elif given is not None and not isinstance(given, PreTrainedConfig):
-            raise ValueError(f"{name} is {given!r}; it must be the config of a model.")
-        if given is not None:
-            check_sizes(name, sizes_of(given))  # under whatever names the class has them
-
     def _check_sub_configs(self) -> None:
         self._check_language_model()
         self._check_vision_tower()
         self._check_projector()
-        for name in self.sub_configs_defaults:
+        for name in self.sub_configs:
             sub = getattr(self, name)
             act = getattr(sub, "hidden_act", None)
             if isinstance(act, str) and act not in ACT2FN:
@@ -364,10 +349,47 @@ class MiniGPT4Config(PreTrainedConfig):
         """Positions that one image takes in the language model: queries, or patches / 4 without Q-Former."""
         return self.num_query_tokens if self.qformer_config is not None else self.num_patches // PATCHES_PER_TOKEN
 
+    @classmethod
+    def default_config_fields(cls) -> JsonObject:
+        """From transformers 5.20: defaults that `to_diff_dict` may leave out; of the sub-configs, none."""
+        return {**super().default_config_fields(), **{name: {} for name in cls.sub_configs}}
+
     def to_dict(self) -> JsonObject:
         output = super().to_dict()
         output["custom_pipelines"] = CUSTOM_PIPELINES
         return output
+
+
+def _sub_config(
+    name: str, given: PreTrainedConfig | JsonObject | None, default: JsonObject | None
+) -> PreTrainedConfig | None:
+    """
+    Makes a config of a dict, after a look at its sizes; transformers would not say which of them is wrong.
+
+    Args:
+        name (`str`): Its key in the outer config.
+        given (`PreTrainedConfig`, `dict` or `None`): What was passed.
+        default (`dict`): What `None` means, and the model type of a dict that names none; `None` if it means none.
+
+    Raises:
+        ValueError: for a config that cannot be made, naming key and value.
+    """
+    if given is None:
+        given = default
+    if isinstance(given, dict):
+        check_sizes(name, given)
+        try:
+            if default is None:
+                given = Blip2QFormerConfig(**given)
+            else:
+                given = AutoConfig.for_model(**{"model_type": default["model_type"], **given})
+        except CONFIG_ERRORS as error:
+            raise ValueError(f"{name}: {reason(error)}") from error
+    elif given is not None and not isinstance(given, PreTrainedConfig):
+        raise ValueError(f"{name} is {given!r}; it must be the config of a model.")
+    if given is not None:
+        check_sizes(name, sizes_of(given))  # under whatever names the class has them
+    return given
 
 
 def _check_base_checkpoints(records: list[BaseCheckpoint] | None) -> None:

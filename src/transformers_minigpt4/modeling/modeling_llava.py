@@ -5,13 +5,13 @@ from torch import nn
 from transformers import LlavaForConditionalGeneration, LlavaModel, LlavaPreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.modeling_utils import slice_logits_to_keep
 from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_llava import LlavaLinearConfig
+from .kept_positions_minigpt4 import kept_positions
 
 
 _NEVER = -10_000.0  # a logit that takes no share of any softmax and fits into float16
@@ -86,7 +86,7 @@ class LlavaLinearForConditionalGeneration(LlavaForConditionalGeneration):
             mm_encoder_outputs=mm_encoder_outputs,
             **kwargs,
         )
-        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))  # (B, T or kept, V)
+        logits = self.lm_head(kept_positions(outputs.last_hidden_state, logits_to_keep))  # (B, T or kept, V)
         logits[..., self.config.image_token_id] = _NEVER
         loss = None
         if labels is not None:

@@ -6,9 +6,12 @@ K tokens per image, C tower width, D language-model width, V vocabulary.
 """
 
 from dataclasses import dataclass
+from functools import wraps
 from typing import Any, Self, TypeVar, cast
 
 import torch
+import transformers
+from packaging import version
 from torch import nn
 from transformers import AutoModel, Blip2QFormerModel, Blip2VisionConfig, Blip2VisionModel, PreTrainedConfig
 from transformers import initialization as init
@@ -19,7 +22,7 @@ from transformers.generation.logits_process import LogitsProcessorList
 from transformers.generation.stopping_criteria import StoppingCriteriaList
 from transformers.generation.utils import GenerateOutput, GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling
-from transformers.modeling_utils import PreTrainedModel, slice_logits_to_keep
+from transformers.modeling_utils import PreTrainedModel
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, auto_docstring, torch_compilable_check
 from transformers.utils.generic import ModelOutput, can_return_tuple
@@ -27,10 +30,12 @@ from transformers.utils.generic import ModelOutput, can_return_tuple
 from .checkpoint_checks_minigpt4 import LoadingInfo
 from .checkpoint_mixin_minigpt4 import CheckpointMixin
 from .configuration_minigpt4 import PATCHES_PER_TOKEN, MiniGPT4Config
+from .kept_positions_minigpt4 import kept_positions
 from .stop_sequences_minigpt4 import StopSequenceCriteria, WithoutStopSequences
 from .trained_modules_minigpt4 import PathLike
 
 
+_CHUNKS_WITH_IMAGES = version.parse("5.23")  # before, a prompt read in chunks was read without its images
 _NEVER = -1e4  # a logit whose share is 0 in every dtype, and finite where all are summed (label smoothing)
 AnyModel = TypeVar("AnyModel", bound=PreTrainedModel)
 
@@ -414,7 +419,7 @@ class MiniGPT4ForConditionalGeneration(MiniGPT4PreTrainedModel, GenerationMixin)
             mm_encoder_outputs=mm_encoder_outputs,
             **kwargs,
         )
-        hidden_states = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
+        hidden_states = kept_positions(outputs.last_hidden_state, logits_to_keep)
         logits = self.lm_head(hidden_states)  # (B, T or kept, V)
         # The authors' vocabulary has no image token: it must take no share of the softmax and never be said.
         logits[..., self.config.image_token_id] = _NEVER
@@ -434,6 +439,16 @@ class MiniGPT4ForConditionalGeneration(MiniGPT4PreTrainedModel, GenerationMixin)
             image_hidden_states=outputs.image_hidden_states,
         )
 
+    @wraps(GenerationMixin.prepare_inputs_for_generation)  # its signature says which arguments `generate` accepts
+    def prepare_inputs_for_generation(  # type: ignore[override]
+        self, *args: Any, **kwargs: Any
+    ) -> dict[str, Any]:
+        """See [`~GenerationMixin.prepare_inputs_for_generation`]; image features are for the first step."""
+        if not kwargs.get("is_first_iteration") and kwargs.get("use_cache", True):
+            kwargs.pop("mm_encoder_outputs", None)  # transformers 5.16 and 5.17 would keep them
+        inputs: dict[str, Any] = super().prepare_inputs_for_generation(*args, **kwargs)  # type: ignore[misc]
+        return inputs
+
     def generate(
         self,
         inputs: torch.Tensor | None = None,
@@ -447,6 +462,9 @@ class MiniGPT4ForConditionalGeneration(MiniGPT4PreTrainedModel, GenerationMixin)
         See [`~GenerationMixin.generate`]; rows also end at the `stop_sequences` of the generation config.
 
         A `streamer` gets the ids of one answer without the sequence or token that ends it.
+
+        Raises:
+            ValueError: for `prefill_chunk_size` with images, where the installed transformers would not see these.
         """
         configs = [config for config in (generation_config, self.generation_config) if config is not None]
         stop_sequences = _setting("stop_sequences", kwargs, configs) or []
@@ -458,6 +476,13 @@ class MiniGPT4ForConditionalGeneration(MiniGPT4PreTrainedModel, GenerationMixin)
             end_tokens = _setting("eos_token_id", kwargs, configs)
             tokens = torch.as_tensor([] if end_tokens is None else end_tokens).reshape(-1, 1).tolist()
             kwargs["streamer"] = WithoutStopSequences(streamer, [*stop_sequences, *tokens])
+        chunk_size = _setting("prefill_chunk_size", kwargs, configs)
+        images = kwargs.get("pixel_values") is not None or kwargs.get("mm_encoder_outputs") is not None
+        if chunk_size is not None and images and version.parse(transformers.__version__) < _CHUNKS_WITH_IMAGES:
+            raise ValueError(
+                f"prefill_chunk_size={chunk_size} with images needs transformers {_CHUNKS_WITH_IMAGES} or later, and "
+                f"{transformers.__version__} is installed. Leave prefill_chunk_size out, or update transformers."
+            )
         return super().generate(  # type: ignore[misc]  # its self type exists for type checkers only
             inputs, generation_config, logits_processor, stopping_criteria, *args, **kwargs
         )

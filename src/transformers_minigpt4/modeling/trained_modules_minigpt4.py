@@ -26,8 +26,8 @@ from huggingface_hub.errors import HFValidationError, SafetensorsParsingError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
-from transformers.utils.hub import get_checkpoint_shard_files, resolve_revision
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+from transformers.utils.hub import extract_commit_hash, get_checkpoint_shard_files
 
 from .configuration_minigpt4 import BaseCheckpoint
 
@@ -194,13 +194,20 @@ def target_name(name: str, prefixes: Mapping[str, str]) -> str | None:
     return None
 
 
-def commit_of(name_or_path: str, revision: str | None = None) -> str | None:
-    """The commit that a revision of a Hub repository refers to, or the revision itself if that cannot be found out."""
-    for local in (False, True):
-        resolved = resolve_revision(name_or_path, revision, local_files_only=local)
-        if (commit := getattr(resolved, "resolved", None)) is not None:
-            return str(commit)
-    return revision
+def commit_of(name_or_path: str, **hub_options: Unpack[HubOptions]) -> str | None:
+    """
+    The commit of a Hub repository that its config comes from, or the revision itself if that cannot be found out.
+
+    Args:
+        name_or_path (`str`): A Hub id.
+        hub_options: See [`checkpoint_files`].
+    """
+    try:
+        config = find_file(name_or_path, CONFIG_NAME, **hub_options)
+    except (HFValidationError, OSError):
+        config = None
+    commit = None if config is None else extract_commit_hash(str(config), None)
+    return commit or hub_options.get("revision")
 
 
 def base_checkpoint_record(
@@ -215,7 +222,7 @@ def base_checkpoint_record(
         hub_options: See [`checkpoint_files`].
     """
     is_local = os.path.isdir(name_or_path)
-    revision = None if is_local else commit_of(name_or_path, hub_options.get("revision"))
+    revision = None if is_local else commit_of(name_or_path, **hub_options)
     hub_options["revision"] = revision
     files = checkpoint_files(name_or_path, **hub_options)
     return {

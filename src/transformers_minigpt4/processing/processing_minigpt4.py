@@ -4,11 +4,14 @@ import os
 from typing import Any
 
 import torch
+import transformers
+from packaging import version
 from PIL.Image import Image
 from tokenizers import AddedToken, normalizers, pre_tokenizers
 from transformers import GenerationConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.image_processing_utils import BaseImageProcessor
+from transformers.image_utils import make_flat_list_of_images
 from transformers.processing_utils import MultiModalData, ProcessorMixin
 from transformers.utils import auto_docstring
 
@@ -105,7 +108,8 @@ class MiniGPT4Processor(ProcessorMixin):
 
     def validate_inputs(self, images: Any = None, text: Any = None, *args: Any, **kwargs: Any) -> None:
         super().validate_inputs(images, text, *args, **kwargs)
-        # The base class compares totals; a row with one image too many would pass it on to the next row.
+        self._check_totals(images, text)
+        # A row with one image too many would pass it on to the next row.
         nested = isinstance(images, (list, tuple)) and images and isinstance(images[0], (list, tuple))
         if text is None or not nested:
             return
@@ -120,6 +124,23 @@ class MiniGPT4Processor(ProcessorMixin):
                     f"Prompt {row} has {placeholders} {self.image_token} and {len(row_images)} images. "
                     "Give each prompt as many images as placeholders."
                 )
+
+    def _check_totals(self, images: Any, text: Any) -> None:
+        """What `super` checks from transformers 5.23 on; before, a prompt could keep a bare placeholder."""
+        if text is None:
+            return
+        prompts = [text] if isinstance(text, str) else text
+        if not isinstance(prompts, list) or not all(isinstance(prompt, str) for prompt in prompts):
+            raise ValueError("`text` must be a string or list of strings.")
+        placeholders = sum(prompt.count(self.image_token) for prompt in prompts)
+        if images is None and placeholders:
+            raise ValueError(f"Found {placeholders} {self.image_token} tokens in the text but no images were passed.")
+        flat: Any = [] if images is None else make_flat_list_of_images(images)
+        count = len(flat)
+        if placeholders != count:
+            raise ValueError(
+                f"The prompts contain {placeholders} {self.image_token} tokens and {count} images were passed."
+            )
 
     def replace_image_token(self, image_inputs: object, image_idx: int, **kwargs: object) -> str:
         return self.image_token * self.image_seq_length
@@ -147,7 +168,8 @@ class MiniGPT4Processor(ProcessorMixin):
 
         Raises:
             ValueError: for a text that contains the image placeholder (pass images as parts of type `"image"`, or
-                `sanitize_control_tokens=True` to read it as plain text), and for a message without content.
+                `sanitize_control_tokens=True` to read it as plain text), for a message without content, and for an
+                option that the installed transformers is too old for.
         """
         batched = (
             isinstance(conversation, (list, tuple)) and conversation and isinstance(conversation[0], (list, tuple))
@@ -159,12 +181,16 @@ class MiniGPT4Processor(ProcessorMixin):
                 )
             for message in chat:
                 self._check_message(message, sanitize_control_tokens)
-        kwargs["sanitize_control_tokens"] = sanitize_control_tokens
+        if sanitize_control_tokens:
+            _require("5.23", "sanitize_control_tokens")
+            kwargs["sanitize_control_tokens"] = True
         template = chat_template or self.chat_template
         if isinstance(template, str) and "{" in template:  # otherwise it is the name of one of several
             chat_template = with_images(template)
         masked = kwargs.get("tokenize") and kwargs.get("return_dict") and kwargs.get("return_assistant_tokens_mask")
         if not masked or is_authors(self.chat_template) or sanitize_control_tokens:
+            if masked:
+                _require("5.18", "return_assistant_tokens_mask")  # before, images moved the mask off the answers
             return super().apply_chat_template(conversation, chat_template, *args, **kwargs)
         inputs = super().apply_chat_template(
             conversation, chat_template, *args, **{**kwargs, "return_assistant_tokens_mask": False}
@@ -368,6 +394,12 @@ class MiniGPT4Processor(ProcessorMixin):
         custom_object_save(MiniGPT4ImageToTextPipeline, save_directory)
         files: list[str] = super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
         return files
+
+
+def _require(minimum: str, option: str) -> None:
+    """Raises ValueError where the installed transformers is older than an option needs."""
+    if version.parse(transformers.__version__) < version.parse(minimum):
+        raise ValueError(f"{option} needs transformers {minimum} or later; {transformers.__version__} is installed.")
 
 
 def _upright_rgb(images: Any) -> Any:
