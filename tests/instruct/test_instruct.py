@@ -98,7 +98,7 @@ def test_from_captions_to_llavas_format(tmp_path):
     card = (built.folder / "README.md").read_text()
     for words in (
         "| conversation | 11 |",
-        "check: dropped, refusal | 1",
+        "check, dropped, refusal | 1",
         "41 requests",
         "answers: m",
         "You are an AI visual",

@@ -21,10 +21,10 @@ from transformers_minigpt4.utils.versions import package_versions
 from .config import CurationConfig
 from .filter import project_rules
 from .progress import bar
-from .records import PASSING, Pair, now
+from .records import Pair, now
 from .review import ReviewQueue
 from .settings_file import CurationError
-from .status import passed_on
+from .status import lost_pairs, passed_on
 from .store import Project
 
 
@@ -210,13 +210,7 @@ def run_info(project: Project, config: CurationConfig, pairs: int, unreviewed: i
     counts = {"images sampled": funnel.sampled}
     counts |= {project.step_words[step.step]: passed_on(step) for step in funnel.steps}
     counts["in this dataset"] = pairs
-    lost = {
-        f"{step.step}, {outcome}{', ' if reason else ''}{reason}": count
-        for step in funnel.steps
-        for outcome, total in step.outcomes.items()
-        if outcome not in PASSING[step.step]
-        for reason, count in (step.reasons.get(outcome) or {"": total}).items()
-    }
+    lost = lost_pairs(funnel)
     if without_image:
         lost["build, image missing or changed"] = without_image
     models = {"description": public_name(config.checkpoint)}

@@ -15,7 +15,7 @@ from .progress import bar
 from .records import Result, Work
 from .repair_checks import VERSION, flags
 from .settings_file import CurationError
-from .spending import ANSWERS, PaidRun, explained, spent_before, usage_line
+from .spending import ANSWERS, PaidRun, answer_details, explained, spent_before, usage_line
 from .store import Project
 
 
@@ -178,15 +178,7 @@ class _Run:
             answer = answer.answer
         text = _unquoted(answer.text, work.text)
         found |= flags(work.text, text, self.config.repair_prompt)
-        details = {
-            "model": self.model.name,
-            "max_tokens": self.model.settings.max_tokens,
-            "prompt_tokens": answer.prompt_tokens,
-            "completion_tokens": answer.completion_tokens,
-            "cost": answer.cost,
-            "cached": answer.cached,
-            "flags": found,
-        }
+        details = {**answer_details(self.model, answer), "flags": found}
         outcome = FLAGGED if found else OK
         return Result(work.pair.id, self.digest, work.input, outcome, ", ".join(found), text, details)
 

@@ -6,7 +6,7 @@ import sqlite3
 
 from transformers_minigpt4.llm.cache import AnswerCache
 from transformers_minigpt4.llm.client import ChatModel
-from transformers_minigpt4.llm.types import BudgetExhausted, ChatError, Usage, prefixed
+from transformers_minigpt4.llm.types import BudgetExhausted, ChatAnswer, ChatError, Usage, prefixed
 from transformers_minigpt4.utils.files import JsonObject
 
 from .records import now
@@ -92,6 +92,18 @@ class PaidRun:
         with self._project.transaction() as connection:
             self.write(connection)
             connection.execute("DELETE FROM meta WHERE key = ?", (_IN_FLIGHT,))
+
+
+def answer_details(model: ChatModel, answer: ChatAnswer) -> JsonObject:
+    """What the history keeps of an answer: who gave it, and what it used."""
+    return {
+        "model": model.name,
+        "max_tokens": model.settings.max_tokens,
+        "prompt_tokens": answer.prompt_tokens,
+        "completion_tokens": answer.completion_tokens,
+        "cost": answer.cost,
+        "cached": answer.cached,
+    }
 
 
 def usage_line(usage: Usage, total: Usage) -> str:

@@ -1,7 +1,7 @@
 """Shows the progress of a project: the funnel of counts and shares, with every reason, as text and as an image."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from transformers_minigpt4.utils.files import atomic_file
@@ -46,6 +46,17 @@ def funnel_rows(project: AnyProject, funnel: Funnel) -> list[FunnelRow]:
 def passed_on(step: StepCount) -> int:
     """Pairs that a step passes on to the next one."""
     return sum(step.outcomes.get(outcome, 0) for outcome in PASSING[step.step])
+
+
+def lost_pairs(funnel: Funnel, steps: Mapping[str, str] | None = None) -> dict[str, int]:
+    """How many pairs each step did not pass on, by step (or its name in `steps`), outcome and reason."""
+    return {
+        f"{(steps or {}).get(step.step, step.step)}, {outcome}{', ' if reason else ''}{reason}": count
+        for step in funnel.steps
+        for outcome, total in step.outcomes.items()
+        if outcome not in PASSING[step.step]
+        for reason, count in (step.reasons.get(outcome) or {"": total}).items()
+    }
 
 
 def _step_rows(step: StepCount, words: str) -> Iterator[FunnelRow]:

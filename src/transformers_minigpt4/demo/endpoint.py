@@ -3,7 +3,7 @@
 import argparse
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, TypedDict
 
@@ -92,6 +92,9 @@ def _finished(words: list[str], bare: list[str]) -> str:
     return sentence[0].upper() + sentence[1:]
 
 
+Write = Callable[[Sequence[str]], str | None]
+
+
 class Completion(TypedDict):
     """A chat completion in OpenAI's format, as far as clients read it."""
 
@@ -103,12 +106,13 @@ class Completion(TypedDict):
     usage: dict[str, int]
 
 
-def answer(request: Any) -> Completion:
+def answer(request: Any, write: Write | None = None) -> Completion:
     """
     A chat completion for a request to repair.
 
     Args:
         request: `{"messages": …}` whose last message is a prompt, an empty line, and the paragraph.
+        write: Answers other requests, given the contents of their messages, or returns `None`.
 
     Returns:
         `dict`: in OpenAI's format. A token is a word here.
@@ -117,13 +121,15 @@ def answer(request: Any) -> Completion:
         ValueError: for any other request.
     """
     try:
-        content = request["messages"][-1]["content"]
+        texts = [str(message["content"]) for message in request["messages"]]
+        content = texts[-1]
+        written = write(texts) if write is not None else None
         prompt, line, paragraph = content.partition("\n\n")
     except (KeyError, IndexError, TypeError, AttributeError):
-        content, line = "", ""
-    if not line or not prompt.strip():
+        content, line, written = "", "", None
+    if written is None and (not line or not prompt.strip()):
         raise ValueError("this server only repairs: send a prompt, an empty line, and the paragraph as one message")
-    words = repair(paragraph).split(" ")
+    words = (written if written is not None else repair(paragraph)).split(" ")
     limit = request.get("max_tokens") or len(words)
     kept = words[:limit]
     usage = {"prompt_tokens": len(content.split()), "completion_tokens": len(kept)}
@@ -140,6 +146,7 @@ def answer(request: Any) -> Completion:
 
 
 class _Handler(BaseHTTPRequestHandler):
+    server: "_Server"
     protocol_version = "HTTP/1.1"
 
     def log_message(self, format: str, *args: object) -> None:
@@ -162,7 +169,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(404, _error(f"nothing is served at {self.path}; post to /v1/chat/completions"))
             return
         try:
-            self._send(200, answer(json.loads(body)))
+            self._send(200, answer(json.loads(body), self.server.write))
         except ValueError as error:  # JSON's own errors are such
             self._send(400, _error(str(error)))
 
@@ -182,32 +189,36 @@ def _error(message: str) -> dict[str, dict[str, str]]:
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 64
+    write: Write | None = None
 
 
-def make_server(port: int = DEFAULT_PORT) -> ThreadingHTTPServer:
+def make_server(port: int = DEFAULT_PORT, write: Write | None = None) -> ThreadingHTTPServer:
     """
     The server, on 127.0.0.1 only; `serve_forever` starts it.
 
     Args:
         port: 0 for any free one; see `server_address`.
+        write: As for [`answer`].
 
     Raises:
         OSError: if the port is taken.
     """
     try:
-        return _Server(("127.0.0.1", port), _Handler)
+        server = _Server(("127.0.0.1", port), _Handler)
     except (OSError, OverflowError) as error:
         raise OSError(f"cannot listen on port {port} of 127.0.0.1: {error}; choose another one with --port") from error
+    server.write = write
+    return server
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main(arguments: list[str] | None = None, write: Write | None = None) -> None:
     """Serves until Ctrl-C; its first line of output is the address for `repair_base_url`."""
     parser = argparse.ArgumentParser(prog="python -m transformers_minigpt4.demo.endpoint", description=NOTICE)
     parser.add_argument(
         "--port", type=int, default=DEFAULT_PORT, help=f"0 for any free one; {DEFAULT_PORT} by default"
     )
     try:
-        server = make_server(parser.parse_args(arguments).port)
+        server = make_server(parser.parse_args(arguments).port, write)
     except OSError as error:
         parser.exit(1, f"{error}\n")
     with server:

@@ -92,6 +92,11 @@ def draw(scene: Scene, rng: random.Random) -> Image.Image:
     Returns:
         `PIL.Image.Image`: RGB, 64 x 64 pixels.
     """
+    return draw_with_box(scene, rng)[0]
+
+
+def draw_with_box(scene: Scene, rng: random.Random) -> tuple[Image.Image, tuple[float, float, float, float]]:
+    """As [`draw`], with the shape's box: x1, y1, x2, y2 as shares of the image, from its center and radius."""
     side = IMAGE_SIZE * _OVERSAMPLING
     image = Image.new("RGB", (side, side), _tinted(rng.choice(_BACKGROUNDS), rng, 14))
     radius = SIZES[scene.size] * rng.uniform(0.93, 1.07) * _OVERSAMPLING
@@ -100,7 +105,9 @@ def draw(scene: Scene, rng: random.Random) -> Image.Image:
     _draw_shape(ImageDraw.Draw(image), scene, (x, y), radius, _tinted(COLOURS[scene.colour], rng, 10), rng)
     image = image.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BOX)
     noise = np.random.default_rng(rng.getrandbits(32)).normal(0.0, rng.uniform(0.0, 6.0), (IMAGE_SIZE, IMAGE_SIZE, 3))
-    return Image.fromarray(np.clip(np.asarray(image) + noise, 0, 255).astype(np.uint8))
+    drawn = Image.fromarray(np.clip(np.asarray(image) + noise, 0, 255).astype(np.uint8))
+    x1, y1, x2, y2 = (corner / side for corner in (x - radius, y - radius, x + radius, y + radius))
+    return drawn, (x1, y1, x2, y2)
 
 
 def _tinted(colour: tuple[int, int, int], rng: random.Random, spread: int) -> tuple[int, int, int]:

@@ -9,10 +9,10 @@ from pathlib import Path
 from datasets import Dataset, Features, Value
 from datasets import Image as ImageFeature
 
-from transformers_minigpt4.curation.records import PASSING, Pair, now
+from transformers_minigpt4.curation.records import Pair, now
 from transformers_minigpt4.curation.settings_file import CurationError
 from transformers_minigpt4.curation.spending import used_so_far
-from transformers_minigpt4.curation.status import passed_on
+from transformers_minigpt4.curation.status import lost_pairs, passed_on
 from transformers_minigpt4.hub.instructions import INSTRUCTIONS_FILE, instructions_card
 from transformers_minigpt4.hub.records import public_name
 from transformers_minigpt4.hub.upload import CARD_FILE
@@ -158,13 +158,7 @@ def run_info(project: InstructProject, config: InstructConfig, kinds: dict[str, 
     rows = sum(kinds.values())
     counts = {project.sampled: funnel.sampled}
     counts |= {project.step_words[step.step]: passed_on(step) for step in funnel.steps}
-    lost = {
-        f"{_STEPS[step.step]}: {outcome}{', ' if reason else ''}{reason}": count
-        for step in funnel.steps
-        for outcome, total in step.outcomes.items()
-        if outcome not in PASSING[step.step]
-        for reason, count in (step.reasons.get(outcome) or {"": total}).items()
-    }
+    lost = lost_pairs(funnel, _STEPS)
     used, settings = used_so_far(project), config.chat_settings()
     priced = settings.price_in is not None and settings.price_out is not None
     asked = [message for kind in config.shares for message in messages(kind, (), (), config.language)[:1]]

@@ -11,7 +11,14 @@ from transformers_minigpt4.curation.database import write_results
 from transformers_minigpt4.curation.progress import bar
 from transformers_minigpt4.curation.records import FAILED, Result, Work
 from transformers_minigpt4.curation.settings_file import CurationError
-from transformers_minigpt4.curation.spending import ANSWERS, PaidRun, explained, spent_before, usage_line
+from transformers_minigpt4.curation.spending import (
+    ANSWERS,
+    PaidRun,
+    answer_details,
+    explained,
+    spent_before,
+    usage_line,
+)
 from transformers_minigpt4.llm.client import ChatModel
 from transformers_minigpt4.llm.opening import open_chat_model
 from transformers_minigpt4.llm.types import ChatAnswer, ChatError, Message, Usage
@@ -214,14 +221,7 @@ class _Run:
                 why = {"model": self.model.name, "error": str(answer)}
                 return Result(work.pair.id, digest, work.input, FAILED, answer.kind, None, why)
             answer = answer.answer
-        details = {
-            "model": self.model.name,
-            "max_tokens": self.model.settings.max_tokens,
-            "prompt_tokens": answer.prompt_tokens,
-            "completion_tokens": answer.completion_tokens,
-            "cost": answer.cost,
-            "cached": answer.cached,
-        }
+        details = answer_details(self.model, answer)
         if cut_off:
             details[CUT_OFF] = True
         return Result(work.pair.id, digest, work.input, OK, text=answer.text, details=details)
