@@ -58,7 +58,7 @@ def write_scienceqa(folder: Path) -> None:
         **{"hint": "Read the  poem.", "image": None, "subject": "language science", "grade": "grade11"},
     }
     write_json(folder / "problems.json", {"4": with_image, "11": text_alone})
-    write_json(folder / "pid_splits.json", {"test": ["4", "11"]})
+    write_json(folder / "pid_splits.json", {"train": ["11", "4"], "test": ["4", "11"]})
     write_image(folder / "test" / "4" / "image.png")
 
 
