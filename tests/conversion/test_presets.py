@@ -18,12 +18,12 @@ from safetensors.torch import load_file
 
 from transformers_minigpt4.conversion.commands import PresetName
 from transformers_minigpt4.conversion.convert import convert_checkpoint
-from transformers_minigpt4.conversion.presets import PRESETS, PROJECTORS, fill_in
+from transformers_minigpt4.conversion.presets import LLAVA_PRESETS, PRESETS, PROJECTORS, fill_in
 from transformers_minigpt4.training.recipe_files import find_recipe, recipe_names
 
 
 def test_the_command_offers_every_preset():
-    assert get_args(PresetName) == tuple(PRESETS)
+    assert get_args(PresetName) == (*PRESETS, *LLAVA_PRESETS)
 
 
 def test_recipes_and_presets_name_the_same_bases():

@@ -18,7 +18,11 @@ PresetName: TypeAlias = Literal[
     "llama2-7b-base",
     "siglip2-qwen3-base",
     "siglip2-smollm3-base",
+    "llava-vicuna-7b-base",
+    "llava15-vicuna-7b-base",
+    "llava15-7b",
 ]
+Architecture: TypeAlias = Literal["minigpt4", "llava"]
 
 
 def convert(
@@ -31,22 +35,30 @@ def convert(
             "base have an untrained projector, for the recipes."
         ),
     ] = None,
+    architecture: Annotated[
+        Architecture, typer.Option(help="Model to compose; a preset of LLaVA implies llava.")
+    ] = "minigpt4",
     vision: Annotated[
         str | None,
         typer.Option(
             metavar="SOURCE",
-            help="A BLIP-2 in transformers format, eva_vit_g.pth, or a tower such as SigLIP-2.",
+            help="A BLIP-2 in transformers format, eva_vit_g.pth, or a tower such as SigLIP-2. For LLaVA, a CLIP.",
         ),
     ] = None,
     language_model: Annotated[
         str | None,
         typer.Option(
             metavar="SOURCE",
-            help="Language model with its tokenizer; with --delta, the LLaMA that the delta is for.",
+            help="Language model with its tokenizer; with --delta, the LLaMA that the delta is for. For LLaVA also a "
+            "complete checkpoint of its authors.",
         ),
     ] = None,
     projector: Annotated[
-        str, typer.Option(metavar="SOURCE", help="An authors' checkpoint, or fresh for an untrained projector.")
+        str,
+        typer.Option(
+            metavar="SOURCE",
+            help="An authors' checkpoint (for LLaVA, mm_projector.bin), or fresh for an untrained projector.",
+        ),
     ] = "fresh",
     qformer: Annotated[
         str | None,
@@ -62,15 +74,20 @@ def convert(
         str | None,
         typer.Option(
             metavar="TEMPLATE",
-            help="vicuna_v0, llama_2, or a Jinja file. By default the tokenizer's own, else vicuna_v0.",
+            help="vicuna_v0, llama_2, or a Jinja file. By default the tokenizer's own, else vicuna_v0. For LLaVA its "
+            "prompt format: llava_v0, llava_v1 (default), llava_llama_2 …",
         ),
     ] = None,
     dtype: DType = "auto",
     projector_layers: Annotated[
-        int, typer.Option(help="Linear layers of a fresh projector: 1, or 3 as in the paper's variant.")
+        int,
+        typer.Option(help="Linear layers of a fresh projector: 1, or 3 as in the paper's variant. For LLaVA 1 or 2."),
     ] = 1,
     projector_hidden_act: Annotated[
         str | None, typer.Option(metavar="NAME", help="Activation between 3 layers, such as gelu. By default none.")
+    ] = None,
+    pad_images: Annotated[
+        bool | None, typer.Option(help="LLaVA: pad images to squares, as version 1.5. By default as its config says.")
     ] = None,
     seed: Seed = 0,
     max_shard_size: Annotated[str, typer.Option(metavar="SIZE", help="Maximum size of a weights file.")] = "5GB",
@@ -84,17 +101,28 @@ def convert(
 
     Examples:
         minigpt4 convert --preset vicuna-7b --output minigpt4-vicuna-7b
+        minigpt4 convert --preset llava-vicuna-7b-base --output llava-vicuna-7b-base
         minigpt4 convert --output minigpt4-vicuna-7b --vision Salesforce/blip2-flan-t5-xxl \\
             --language-model path/to/vicuna-7b-v0 --projector pretrained_minigpt4_7b.pth
     """
-    from .presets import fill_in
+    from .presets import LLAVA_PRESETS, fill_in, fill_in_llava
 
     # The rest keeps the defaults of `convert_checkpoint`, which are those above.
     given = {
         name: value
         for name, value in context.params.items()
-        if name not in ("output", "preset") and getattr(context.get_parameter_source(name), "name", None) != "DEFAULT"
+        if name not in ("output", "preset", "architecture")
+        and getattr(context.get_parameter_source(name), "name", None) != "DEFAULT"
     }
+    if architecture == "llava" or preset in LLAVA_PRESETS:
+        llava_options: dict[str, Any] = fill_in_llava(preset, given)
+
+        from .llava import convert_llava
+
+        typer.echo(convert_llava(output, show_progress=True, **llava_options))
+        return
+    if "pad_images" in given:
+        raise ValueError("--pad-images is for LLaVA; add --architecture llava, or leave it out")
     options: dict[str, Any] = fill_in(preset, given)
     if chat_template is not None and Path(chat_template).is_file():
         options["chat_template"] = Path(chat_template).read_text(encoding="utf-8")
@@ -102,6 +130,22 @@ def convert(
     from .convert import convert_checkpoint
 
     typer.echo(convert_checkpoint(output, show_progress=True, **options))
+
+
+def export_projector(
+    checkpoint: Annotated[str, typer.Argument(metavar="CHECKPOINT", help="Folder or Hub id of a LLaVA.")],
+    output: Annotated[Path, typer.Option(metavar="FILE", help="File to write, such as mm_projector.bin.")],
+    overwrite: Overwrite = False,
+) -> None:
+    """
+    Write the projector of a LLaVA in its authors' format.
+
+    Examples:
+        minigpt4 export-projector output/llava_stage1 --output mm_projector.bin
+    """
+    from .llava import export_projector
+
+    typer.echo(export_projector(checkpoint, output, overwrite))
 
 
 def verify(

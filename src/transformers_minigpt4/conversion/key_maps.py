@@ -205,3 +205,37 @@ TIED_LANGUAGE_MODEL = KeyMap(
     {"model.{rest}": LANGUAGE + "{rest}"},
     (*_LANGUAGE_IGNORED, HEAD),
 )
+
+# LLaVA's authors: `mm_projector.bin` of stage 1, and complete checkpoints, some with their tower.
+_LLAVA_PROJECTOR_USED = {
+    "model.mm_projector.{part}": PROJECTOR + "{part}",
+    "model.mm_projector.0.{part}": PROJECTOR + "linear_1.{part}",
+    "model.mm_projector.2.{part}": PROJECTOR + "linear_2.{part}",
+}
+LLAVA_PROJECTOR = KeyMap("the authors' mm_projector.bin of LLaVA", _LLAVA_PROJECTOR_USED)
+_LLAVA_TOWER = "model.vision_tower.vision_tower.vision_model."
+LLAVA_LLAMA = KeyMap(
+    "the authors' checkpoints of LLaVA",
+    {
+        **_LLAVA_PROJECTOR_USED,
+        _LLAVA_TOWER + "{rest}": TOWER + "{rest}",
+        "model.embed_tokens.weight": EMBEDDING,
+        "model.layers.{rest}": LANGUAGE + "layers.{rest}",
+        "model.norm.weight": LANGUAGE + "norm.weight",
+        HEAD: HEAD,
+    },
+    (*_LANGUAGE_IGNORED, _LLAVA_TOWER + "embeddings.position_ids"),
+)
+# Ours and transformers', by today's names and those that transformers wrote before.
+OUR_LLAVA_PROJECTOR = KeyMap(
+    "LLaVA in transformers",
+    {
+        prefix + ours: theirs
+        for prefix in (PROJECTOR, PROJECTOR.removeprefix("model."))
+        for ours, theirs in (
+            ("{part}", "model.mm_projector.{part}"),
+            ("linear_1.{part}", "model.mm_projector.0.{part}"),
+            ("linear_2.{part}", "model.mm_projector.2.{part}"),
+        )
+    },
+)

@@ -9,10 +9,9 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, ProcessorMixin
 from transformers.dynamic_module_utils import custom_object_save
 
-from transformers_minigpt4.processing.processing_minigpt4 import MiniGPT4Processor
 from transformers_minigpt4.utils.file_names import SOURCES_FILE
 from transformers_minigpt4.utils.files import atomic_folder, flush_folder
 from transformers_minigpt4.utils.text import first_line
@@ -64,7 +63,7 @@ def output_folder(output: Path, overwrite: bool) -> Iterator[Path]:
 def save_checkpoint(
     folder: Path,
     model: PreTrainedModel,
-    processor: MiniGPT4Processor,
+    processor: ProcessorMixin,
     pieces: Mapping[str, Piece],
     dtypes: Mapping[str, torch.dtype],
     max_shard_size: str | int,
@@ -98,7 +97,8 @@ def save_checkpoint(
     config = model.config
     config.dtype = str(config.dtype).removeprefix("torch.")
     config.architectures = [type(model).__name__]
-    custom_object_save(model, folder)
+    if type(model)._auto_class is not None:  # transformers has the code of its own models
+        custom_object_save(model, folder)
     config.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)
     processor.tokenizer.name_or_path = ""

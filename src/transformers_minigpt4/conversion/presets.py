@@ -53,6 +53,61 @@ PRESETS = {
 }
 
 
+@dataclass(frozen=True)
+class LlavaPreset:
+    """
+    Values for options of `convert --architecture llava`; `None` for what its default finds.
+
+    Args:
+        language_model, vision, projector: Sources.
+        projector_layers: Of a fresh projector.
+        chat_template: The authors' prompt format.
+        pad_images: Whether images are padded to squares.
+    """
+
+    language_model: str
+    vision: str | None = None
+    projector: str = "fresh"
+    projector_layers: int = 1
+    chat_template: str = "llava_v1"
+    pad_images: bool | None = None
+
+
+# The article's base (Vicuna v0, CLIP at 224 pixels), that of version 1.5, and its released checkpoint.
+LLAVA_PRESETS = {
+    "llava-vicuna-7b-base": LlavaPreset(_VICUNA_7B, "openai/clip-vit-large-patch14", chat_template="llava_v0"),
+    "llava15-vicuna-7b-base": LlavaPreset(
+        "lmsys/vicuna-7b-v1.5", "openai/clip-vit-large-patch14-336", projector_layers=2, pad_images=True
+    ),
+    "llava15-7b": LlavaPreset("liuhaotian/llava-v1.5-7b"),
+}
+
+
+def fill_in_llava(name: str | None, given: dict[str, object]) -> dict[str, object]:
+    """
+    Options of `convert_llava`: those given, and a preset's for all others.
+
+    Args:
+        name: A key of [`LLAVA_PRESETS`], or `None` for no preset.
+        given: The options of `convert` that somebody has chosen.
+
+    Raises:
+        ValueError: without a language model, for options of MiniGPT-4, and for one of its presets.
+    """
+    if name is not None and name not in LLAVA_PRESETS:
+        raise ValueError(f"the preset {name} is a MiniGPT-4; those of LLaVA are {', '.join(LLAVA_PRESETS)}")
+    foreign = sorted({"qformer", "delta", "projector_hidden_act"} & given.keys())
+    if foreign:
+        named = " and ".join(f"--{key.replace('_', '-')}" for key in foreign)
+        raise ValueError(f"{named} is for MiniGPT-4; leave it out for LLaVA")
+    options = {**(asdict(LLAVA_PRESETS[name]) if name is not None else {}), **given}
+    if options.get("language_model") is None:
+        raise ValueError("give --language-model, or --preset, which names the released parts of a model")
+    if "chat_template" in options:
+        options["prompt_format"] = options.pop("chat_template")
+    return options
+
+
 def fill_in(name: str | None, given: dict[str, object]) -> dict[str, object]:
     """
     Options of `convert`: those given, and a preset's for all others.
