@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from transformers_minigpt4.bulk.commands import describe
-from transformers_minigpt4.conversion.commands import convert, export_projector, merge, verify
+from transformers_minigpt4.conversion.commands import convert, export, merge, verify
 from transformers_minigpt4.curation.commands import COMMANDS as CURATION_COMMANDS
 from transformers_minigpt4.data.commands import filter_cc3m, scienceqa
 from transformers_minigpt4.demo.commands import demo, evaluate_demo
@@ -71,7 +71,7 @@ class MainGroup(Group):
     """The subcommands by what they are for."""
 
     panels = {
-        "Use": ("demo", "describe", "chat", "web", "serve", "convert", "verify", "export-projector", "env"),
+        "Use": ("demo", "describe", "chat", "web", "serve", "convert", "verify", "export", "env"),
         "Train": ("train", "features", "merge"),
         "Data": ("data", "curate", "instruct"),
         "Evaluate": ("evaluate",),
@@ -124,7 +124,7 @@ def _add_group(
     return group
 
 
-for command in (demo, describe, chat, web, serve, convert, verify, export_projector, env, merge, push):
+for command in (demo, describe, chat, web, serve, convert, verify, export, env, merge, push):
     app.command(cls=Command)(command)
 app.command(cls=TrainCommand)(train)
 app.command(cls=RecipeCommand)(features)

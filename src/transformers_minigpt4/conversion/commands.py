@@ -132,7 +132,7 @@ def convert(
     typer.echo(convert_checkpoint(output, show_progress=True, **options))
 
 
-def export_projector(
+def export(
     checkpoint: Annotated[str, typer.Argument(metavar="CHECKPOINT", help="Folder or Hub id of a LLaVA.")],
     output: Annotated[Path, typer.Option(metavar="FILE", help="File to write, such as mm_projector.bin.")],
     overwrite: Overwrite = False,
@@ -141,7 +141,7 @@ def export_projector(
     Write the projector of a LLaVA in its authors' format.
 
     Examples:
-        minigpt4 export-projector output/llava_stage1 --output mm_projector.bin
+        minigpt4 export output/llava_stage1 --output mm_projector.bin
     """
     from .llava import export_projector
 
