@@ -45,9 +45,9 @@ def url(loaded, output):
         yield server.url
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def blind_url(loaded, output):
-    """The page with two models, whose names are hidden."""
+    """The page with two models, whose names are hidden; only one page of a process can take uploads at a time."""
     served = [served_model(loaded, "one"), served_model(loaded, "two")]
     with serve_chats(served, WebSettings(output, greedy=True, blind=True)) as server:
         yield server.url

@@ -52,7 +52,11 @@ class Uploads:
 
 @contextlib.contextmanager
 def upload_folder() -> Iterator[Path]:
-    """A new folder that only this user can read, and that Gradio puts uploads into; it is deleted at the end."""
+    """
+    A new folder that only this user can read, and that Gradio puts uploads into; it is deleted at the end.
+
+    Gradio has one such folder for all pages of a process: while a second is open, the first page refuses its uploads.
+    """
     before = os.environ.get(_FOLDER_VARIABLE)
     with tempfile.TemporaryDirectory(prefix="minigpt4-web-", ignore_cleanup_errors=True) as name:
         folder = Path(name).resolve()
