@@ -73,6 +73,7 @@ def main() -> None:
     parser.add_argument("--people", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=64, help="length of each answer")
     args = parsed(parser)
+    torch.set_num_threads(args.threads)
     model = build_model(OURS, SIZES[args.size], torch.float32, args.device)
     inputs = build_inputs(model, args.people)
     results = {name: {"seconds": [], "cpu": [], "first": []} for name in WAYS}
