@@ -7,11 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from tiny_models import save_linear_llava
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 
-SCRIPT = """
-import importlib.util, json, logging, sys
+BLOCKED = """
+import json, sys
 from PIL import Image
 folder, picture = sys.argv[1:3]
 
@@ -26,7 +27,10 @@ try:
     sys.exit("the package can be seen")
 except ModuleNotFoundError:
     pass
-
+"""
+SCRIPT = (
+    BLOCKED
+    + """
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageTextToText, AutoProcessor
 from transformers import AutoTokenizer, pipeline
 
@@ -72,6 +76,38 @@ AutoModelForImageTextToText.from_pretrained(again, **trust)
 AutoProcessor.from_pretrained(again, **trust)
 print("RESULT" + json.dumps(result))
 """
+)
+LLAVA_SCRIPT = (
+    BLOCKED
+    + """
+from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor
+
+try:
+    AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=False)
+    sys.exit("loaded without trust")
+except ValueError:
+    pass
+trust = {"trust_remote_code": True}
+model = AutoModelForImageTextToText.from_pretrained(folder, **trust)
+processor = AutoProcessor.from_pretrained(folder, **trust)
+question = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is this?"}]}
+answer = {"role": "assistant", "content": [{"type": "text", "text": "A red circle."}]}
+prompt = processor.apply_chat_template([question], add_generation_prompt=True)
+inputs = processor(images=Image.open(picture), text=prompt, return_tensors="pt")
+result = {
+    "classes": [type(x).__name__ for x in (AutoModel.from_pretrained(folder, **trust), model, processor)],
+    "prompt": prompt,
+    "ids": model.generate(**inputs, do_sample=False, max_new_tokens=8, min_new_tokens=8).tolist(),
+    "row": processor.encode_conversation([question, answer]),
+}
+again = sys.argv[3]
+model.save_pretrained(again)
+processor.save_pretrained(again)
+AutoModelForImageTextToText.from_pretrained(again, **trust)
+AutoProcessor.from_pretrained(again, **trust)
+print("RESULT" + json.dumps(result))
+"""
+)
 
 
 # Python of an environment with other versions of transformers and the rest (docs/versions.md), which loads what this
@@ -93,9 +129,15 @@ def remote(request, tiny_checkpoint, tmp_path_factory):
 
     picture = folder / "picture.png"
     Image.new("RGB", (70, 50), (200, 40, 40)).save(picture)
+    result, logged = without_the_package(request.param, SCRIPT, tiny_checkpoint, picture, folder)
+    return result, picture, folder / "again", logged
+
+
+def without_the_package(python, script, checkpoint, picture, folder):
+    """What a script prints as its result, and what it logs."""
     environment = {**os.environ, "HF_HOME": str(folder / "hf"), "HF_HUB_OFFLINE": "1", "PYTHONPATH": ""}
     done = subprocess.run(
-        [request.param, "-c", SCRIPT, tiny_checkpoint, str(picture), str(folder / "again")],
+        [python, "-c", script, str(checkpoint), str(picture), str(folder / "again")],
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
@@ -104,7 +146,7 @@ def remote(request, tiny_checkpoint, tmp_path_factory):
     )
     assert done.returncode == 0, done.stderr
     line = next(line for line in done.stdout.splitlines() if line.startswith("RESULT"))
-    return json.loads(line.removeprefix("RESULT")), picture, folder / "again", done.stderr
+    return json.loads(line.removeprefix("RESULT")), done.stderr
 
 
 def test_same_classes(remote):
@@ -148,3 +190,27 @@ def test_a_folder_saved_there_loads_here(remote, tiny_checkpoint):
     config = json.loads((remote[2] / "config.json").read_text())
     assert config["auto_map"] == json.loads(Path(tiny_checkpoint, "config.json").read_text())["auto_map"]
     assert type(AutoModelForImageTextToText.from_pretrained(remote[2])).__module__.startswith("transformers_minigpt4")
+
+
+@pytest.mark.slow
+def test_llava_with_a_linear_projector(tmp_path):
+    from PIL import Image
+
+    checkpoint = tmp_path / "llava"
+    save_linear_llava(checkpoint)
+    picture = tmp_path / "picture.png"
+    Image.new("RGB", (70, 50), (200, 40, 40)).save(picture)
+    found, _ = without_the_package(sys.executable, LLAVA_SCRIPT, checkpoint, picture, tmp_path)
+    assert found["classes"] == ["LlavaLinearModel", "LlavaLinearForConditionalGeneration", "LlavaPromptProcessor"]
+    processor = AutoProcessor.from_pretrained(tmp_path / "again")
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "again")
+    assert {type(each).__module__.split(".")[0] for each in (processor, model)} == {"transformers_minigpt4"}
+    assert found["prompt"].startswith("A chat between a curious user") and found["prompt"].endswith(" ASSISTANT:")
+    assert processor.writes("llava_v1")
+    question = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is this?"}]}
+    answer = {"role": "assistant", "content": [{"type": "text", "text": "A red circle."}]}
+    assert found["prompt"] == processor.apply_chat_template([question], add_generation_prompt=True)
+    assert found["row"] == [list(each) for each in processor.encode_conversation([question, answer])]
+    inputs = processor(images=Image.open(picture), text=found["prompt"], return_tensors="pt")
+    ids = model.generate(**inputs, do_sample=False, max_new_tokens=8, min_new_tokens=8).tolist()
+    assert found["ids"] == ids

@@ -26,8 +26,16 @@ from transformers import (
     SiglipVisionConfig,
     T5Config,
 )
+from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
-from transformers_minigpt4 import MiniGPT4Config, MiniGPT4ForConditionalGeneration, MiniGPT4Processor
+from transformers_minigpt4 import (
+    LlavaLinearConfig,
+    LlavaLinearForConditionalGeneration,
+    MiniGPT4Config,
+    MiniGPT4ForConditionalGeneration,
+    MiniGPT4Processor,
+)
+from transformers_minigpt4.processing.processing_llava import LlavaPromptProcessor
 
 
 SIZE = {"height": 56, "width": 56}
@@ -117,6 +125,25 @@ def save_llava(folder: Path) -> None:
         image_token_index=1200,
     )
     LlavaForConditionalGeneration(config).save_pretrained(folder)
+    processor.save_pretrained(folder)
+
+
+def save_linear_llava(folder: Path, prompt_format: str = "llava_v1") -> None:
+    """LLaVA with the article's projector, and the processor that writes an authors' prompt format."""
+    torch.manual_seed(0)
+    processor = LlavaPromptProcessor(
+        LlavaImageProcessorPil(size={"shortest_edge": 56}, crop_size=SIZE),
+        AutoTokenizer.from_pretrained(GOLDEN / "tokenizer"),
+        patch_size=14,
+        prompt_format=prompt_format,
+    )
+    config = LlavaLinearConfig(
+        vision_config=CLIPVisionConfig(**TOWER),
+        text_config=_llama(1201),
+        image_token_index=processor.image_token_id,
+        image_seq_length=processor.image_seq_length,
+    )
+    LlavaLinearForConditionalGeneration(config).save_pretrained(folder)
     processor.save_pretrained(folder)
 
 
