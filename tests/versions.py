@@ -11,6 +11,10 @@ def transformers_before(minimum: str) -> bool:
     return version.parse(transformers.__version__) < version.parse(minimum)
 
 
+# An argument of `TrainingArguments`, by the name that it has from transformers 5.23 on, or the one before.
+NO_CHECKPOINTING = {"gradient_checkpointing" if transformers_before("5.23") else "activation_checkpointing": False}
+
+
 def needs_transformers(minimum: str) -> AbstractContextManager:
     """For `with`: what it contains works from a version of transformers on, and says so before."""
     if transformers_before(minimum):

@@ -5,6 +5,7 @@ import torch
 from datasets import Dataset
 from PIL import Image
 from trl import SFTConfig, SFTTrainer
+from versions import NO_CHECKPOINTING
 
 from transformers_minigpt4.training.collator import ImageTextCollator
 from transformers_minigpt4.training.stages import prepare_stage
@@ -102,7 +103,7 @@ def test_golden_batches_through_sft_trainer(model, processor, golden, golden_ten
         model.lm_head.weight[1200] = 0
     prepare_stage(model)
     arguments = SFTConfig(
-        str(tmp_path), max_length=None, bf16=False, use_cpu=True, report_to="none", activation_checkpointing=False
+        str(tmp_path), max_length=None, bf16=False, use_cpu=True, report_to="none", **NO_CHECKPOINTING
     )
     rows_as_data = Dataset.from_list([{**row, "images": []} for row in rows])
     trainer = SFTTrainer(

@@ -9,6 +9,7 @@ from test_collator import CASES, check_gradients, golden_rows
 from tiny_models import LLAVA_TEMPLATE, drawn_image, save_llava, save_minigpt4
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 from trl.trainer.utils import add_fused_lm_head
+from versions import NO_CHECKPOINTING
 
 from transformers_minigpt4 import MiniGPT4ForConditionalGeneration, MiniGPT4Processor
 from transformers_minigpt4.training.arguments import StageConfig
@@ -230,7 +231,7 @@ def test_trainers_learn_the_same(trainer_class, tmp_path, golden, mixed):
             use_cpu=True,
             report_to="none",
             save_strategy="no",
-            activation_checkpointing=False,
+            **NO_CHECKPOINTING,
             dataloader_pin_memory=False,
         )
         trainer = trainer_class(

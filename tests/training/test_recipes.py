@@ -82,6 +82,23 @@ def test_a_recipe_trains(name, tmp_path):
         assert any("multi_modal_projector" in key for key in weights(folder))
 
 
+@pytest.mark.parametrize("value", ["true", "false"])
+def test_checkpointing_by_the_name_of_every_transformers(value):
+    """What transformers before 5.23 reads is its older name for the recipes' key."""
+    words = [
+        "--config",
+        "minigpt4_stage2",
+        "--bf16",
+        "false",
+        "--use_cpu",
+        "true",
+        "--activation_checkpointing",
+        value,
+    ]
+    config = parse_recipe(words)[1]
+    assert config.gradient_checkpointing is config.activation_checkpointing is (value == "true")
+
+
 @pytest.mark.parametrize("name", [n for n in recipe_names() if n.endswith("_stage1") and not n.startswith("llava")])
 def test_stage_1_has_the_papers_numbers(name):
     stage, config, _ = parse_recipe(["--config", name, "--bf16", "false", "--use_cpu", "true"])

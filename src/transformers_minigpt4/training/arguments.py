@@ -84,6 +84,8 @@ class StageConfig(SFTConfig):
         eval_rows (`int`): Rows of an evaluation, at most.
         sample_images (`list[str]`): Image files about which the model writes at each checkpoint; by default the images
             of the first rows of the evaluation.
+        activation_checkpointing (`bool`, *optional*): What transformers before 5.23 only knows by its former name,
+            `gradient_checkpointing`; recipes work with either.
 
     Where there is no GPU, `use_cpu` is set (`without_gpu` says so), and `changes` lists what else this changed.
 
@@ -98,6 +100,9 @@ class StageConfig(SFTConfig):
     eval_share: float | None = field(default=None, metadata={"help": "Fraction of the images that is held out."})
     eval_rows: int = field(default=256, metadata={"help": "Rows of an evaluation, at most."})
     sample_images: list[str] = field(default_factory=list, metadata={"help": "Images described at each checkpoint."})
+    activation_checkpointing: bool | None = field(
+        default=None, metadata={"help": "Recompute activations.", "nargs": "?", "const": True}
+    )
     # TRL's own truncation could cut image tokens; answers are cut by `max_completion_length`.
     max_length: int | None = field(default=None, metadata={"help": "Must stay unset."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "The collator gets complete rows."})
@@ -109,6 +114,8 @@ class StageConfig(SFTConfig):
     def __post_init__(self) -> None:
         # transformers hides bars where libraries are quiet, as they are in `minigpt4`.
         self.disable_tqdm = bool(self.disable_tqdm)
+        if self.activation_checkpointing is not None:
+            self.gradient_checkpointing = self.activation_checkpointing
         self.without_gpu = not self.use_cpu and not has_accelerator()
         self.changes = fit_trainer(self, self.without_gpu)
         set_up_evaluation(self)

@@ -8,9 +8,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NoReturn
 
-import transformers
 import yaml
-from packaging import version
 from trl import ModelConfig, TrlParser
 
 from .arguments import StageArguments, StageConfig, check_arguments
@@ -30,7 +28,6 @@ RENAMED = {
     "max_bad_share": "max_error_rate",
     "requires_projection_layers": "requires_projector_layers",
 }
-_LOWEST_TRANSFORMERS = version.parse("5.23")
 _UNSET = object()
 
 
@@ -55,9 +52,8 @@ def parse_recipe(arguments: list[str] | None = None) -> tuple[StageArguments, St
 
     Raises:
         ValueError: for a recipe or a key that does not exist, a value that its key cannot have, and options that
-            exclude each other; or for a transformers that is too old for training.
+            exclude each other.
     """
-    _check_transformers()
     words = normalize_options(list(sys.argv[1:] if arguments is None else arguments))
     if "--config" in words:
         place = words.index("--config") + 1
@@ -78,15 +74,6 @@ def parse_recipe(arguments: list[str] | None = None) -> tuple[StageArguments, St
         config.changes += fit_model(model_args, config.without_gpu)
     check_arguments(stage, config, model_args)
     return stage, config, model_args
-
-
-def _check_transformers() -> None:
-    """Training has a newer transformers than the rest: recipes have the names of its `TrainingArguments`."""
-    if version.parse(transformers.__version__) < _LOWEST_TRANSFORMERS:
-        raise ValueError(
-            f"Training needs transformers {_LOWEST_TRANSFORMERS} or later; {transformers.__version__} is installed. "
-            "Update it, or train in another environment: checkpoints load with either."
-        )
 
 
 def resolved_recipe(words: list[str]) -> str:

@@ -117,14 +117,14 @@ class StageTrainerMixin(EvaluationMixin):
 
     def end(self) -> None:
         """
-        See [`~Trainer.end`].
+        Finishes the trackers and destroys the process group, as [`~Trainer.end`] of transformers from 5.18 on does.
 
         torch's reducer goes before the process group. As the group's last owner, the reducer would wait for one of its
         threads while it holds Python's lock, which that thread may need: the process would never end.
         """
         self.model_wrapped = self.model
         self.accelerator.free_memory()
-        super().end()
+        self.accelerator.end_training()
 
     def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LRScheduler:
         """
