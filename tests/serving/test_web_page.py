@@ -17,7 +17,7 @@ from PIL import Image
 from tiny_models import drawn_image
 from web_parts import GREEDY, image_files, served_model
 
-from transformers_minigpt4.inference.chat import Chat
+from transformers_minigpt4.inference.chat import PRESETS, Chat
 from transformers_minigpt4.inference.loading import load_model_and_processor
 from transformers_minigpt4.serving import web_server
 from transformers_minigpt4.serving.web_images import Limits
@@ -395,6 +395,27 @@ def test_a_closed_tab_and_a_reload_end_the_answer(open_window, url):
 
 
 @pytest.mark.slow
+def test_parameters_apply_at_once_while_the_server_is_busy(open_window, url):
+    """Requests outside the queue get no answer until the question has been sent."""
+    window = open_window(url)
+    page = window.page
+    window.set_length(4)
+    held, sent = [], []
+    page.route("**/gradio_api/run/**", lambda route: held.append(route))
+    page.on("request", lambda request: "queue/join" in request.url and sent.append(request.post_data_json["data"]))
+    page.click("text=Sampling, as in the authors' chat")
+    page.fill("#longest input[type=number]", "5")
+    with page.expect_request("**/queue/join*"):
+        window.send("What is this?")
+    page.unroute("**/gradio_api/run/**")
+    for route in held:
+        route.continue_()
+    window.wait_for_answer()
+    authors = PRESETS["authors"]
+    assert sent[0][2:] == [True, authors["temperature"], authors["top_p"], authors["repetition_penalty"], 5]
+
+
+@pytest.mark.slow
 def test_keyboard_and_screen_readers(open_window, url):
     window = open_window(url)
     window.set_length(4)
@@ -412,6 +433,11 @@ def test_keyboard_and_screen_readers(open_window, url):
     for name in names[:-1]:
         assert page.get_by_role("button", name=name, exact=True).count() == 1, name
     assert page.get_by_role("button", name="Share").count() == 0
+    page.get_by_role("textbox", name="Message").focus()
+    page.keyboard.type("two")
+    page.keyboard.press("Shift+Enter")
+    page.keyboard.type("lines")
+    assert page.input_value(BOX) == "two\nlines"
     page.get_by_role("button", name="Edit last").focus()
     page.keyboard.press("Enter")
     page.wait_for_function("document.querySelector('#message textarea').value.startsWith('What')")

@@ -1,6 +1,7 @@
 """The web page: conversations with images, with one model or several next to each other."""
 
 import html
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -288,7 +289,7 @@ def _fill(chat: ChatPage, page: "gr.Blocks", examples: Sequence[Example], greedy
     with gradio.Row(elem_id="buttons"):
         names = ("Stop", "Regenerate", "Edit last", "Clear")
         stop, again, edit, clear = (
-            gradio.Button(name, size="sm", min_width=60, interactive=False, elem_id=name.lower().replace(" ", "-"))
+            gradio.Button(name, size="sm", min_width=100, interactive=False, elem_id=name.lower().replace(" ", "-"))
             for name in names
         )
     _example_buttons(examples, box)
@@ -309,7 +310,8 @@ def _fill(chat: ChatPage, page: "gr.Blocks", examples: Sequence[Example], greedy
     for choice, button in votes.items():
         button.click(lambda key, choice=choice: chat.vote(key, choice), [key], shown, **quick)
     page.load(chat.load, [key], [key, box, *shown], js=_KNOWN_KEY, **quick).then(None, [key], None, js=_KEEP_KEY)
-    clear.click(chat.clear, [key], [key, box, *shown], **quick).then(None, [key], None, js=_KEEP_KEY)
+    cleared = clear.click(chat.clear, [key], [key, box, *shown], **quick)
+    cleared.then(None, [key], None, js=_KEEP_KEY).then(None, None, [reason, thanks], js="() => ['', '']")
 
 
 def _column(name: str) -> "gr.Chatbot":
@@ -375,7 +377,8 @@ def _settings(new_tokens: int, greedy: bool) -> "list[gr.components.Component]":
         longest = gradio.Slider(
             1, new_tokens, min(300, new_tokens), step=1, label="Longest answer, in tokens", elem_id="longest"
         )
-    preset.change(lambda name: values[name], [preset], fields, queue=False, api_visibility="private")
+    # By the browser: a question that is sent before a busy server has answered would be asked with the old values.
+    preset.change(None, [preset], fields, js=f"(name) => ({json.dumps(values)})[name]")
     return [*fields, longest]
 
 

@@ -47,9 +47,11 @@ _KEYS = """
     } else if (keys[key]) { event.preventDefault(); press(keys[key]); }
     else if (key === "z") zoom(document.querySelector(".image img"));
   }, true);
-  // Enter leaves a box of one line before the page's own code has heard of it: what is typed next are keys.
+  // Enter leaves a box of one line before the page's own code has heard of it: what is typed next are keys. Boxes that
+  // grow have one line at first, and Shift-Enter begins their second.
   document.addEventListener("keypress", (event) => {
-    if (event.key === "Enter" && event.target.matches("input, textarea[rows='1']")) event.target.blur();
+    const leaves = event.key === "Enter" && !event.shiftKey;
+    if (leaves && event.target.matches("input, textarea[rows='1']")) event.target.blur();
   }, true);
   document.addEventListener("click", (event) => {
     const node = event.target.closest ? event.target : event.target.parentElement;
