@@ -20,6 +20,7 @@ SECTION = "## Private names of other packages"
 # (module, attributes from it, as they stand in the docs table)
 NAMES = [
     ("transformers", "PreTrainedModel._from_config"),
+    ("transformers", "PreTrainedModel._auto_class"),
     ("transformers", "PreTrainedConfig._attn_implementation"),
     ("transformers", "Trainer._get_output_dir"),
     ("transformers", "Trainer._save_checkpoint"),
@@ -31,6 +32,10 @@ NAMES = [
     # Without an underscore, but not documented either.
     ("transformers.core_model_loading", "revert_weight_conversion"),
     ("transformers.dynamic_module_utils", "custom_object_save"),
+    ("transformers.models.llava.modeling_llava", "LlavaCausalLMOutputWithPast"),
+    ("transformers.models.llava.image_processing_pil_llava", "LlavaImageProcessorPil"),
+    ("transformers.conversion_mapping", "register_checkpoint_conversion_mapping"),
+    ("transformers.conversion_mapping", "get_checkpoint_conversion_mapping"),
     ("transformers.utils.hub", "cached_files"),
     ("transformers.utils.hub", "extract_commit_hash"),
     ("transformers.utils.hub", "get_checkpoint_shard_files"),

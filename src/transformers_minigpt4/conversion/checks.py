@@ -2,9 +2,17 @@
 
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, TypeAlias
+
+from transformers import LlavaForConditionalGeneration, LlavaProcessor
+
+from transformers_minigpt4.modeling.modeling_minigpt4 import MiniGPT4ForConditionalGeneration
+from transformers_minigpt4.processing.processing_minigpt4 import MiniGPT4Processor
 
 
+# What can be checked; LLaVA with a linear projector is a class derived from transformers'.
+Model: TypeAlias = MiniGPT4ForConditionalGeneration | LlavaForConditionalGeneration
+Processor: TypeAlias = MiniGPT4Processor | LlavaProcessor
 Status = Literal["ok", "warn", "fail", "skip"]
 
 
@@ -42,4 +50,4 @@ class Report:
         return "\n".join([*lines, f"{'passed' if self.ok else 'FAILED'}: {summary}"])
 
 
-__all__ = ["Check", "Report", "Status"]
+__all__ = ["Check", "Model", "Processor", "Report", "Status"]

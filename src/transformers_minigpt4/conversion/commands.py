@@ -150,7 +150,7 @@ def export(
 
 def verify(
     checkpoint: Annotated[
-        str, typer.Argument(metavar="CHECKPOINT", help="Folder or Hub id of a MiniGPT-4 checkpoint.")
+        str, typer.Argument(metavar="CHECKPOINT", help="Folder or Hub id of a MiniGPT-4 or a LLaVA.")
     ],
     sentences: Annotated[
         Path | None,

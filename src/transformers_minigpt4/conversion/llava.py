@@ -39,6 +39,7 @@ from .sources import (
     split_revision,
     vision_source_config,
 )
+from .weight_record import save_record
 from .weights import Piece, describe_source, find_file, open_weights
 
 
@@ -144,6 +145,7 @@ def convert_llava(
     with output_folder(output, overwrite) as folder:
         save_checkpoint(folder, model, processor, pieces, dtypes, max_shard_size, show_progress)
         save_sources(folder, sources, recorded)
+        save_record(folder, ("projector",) if fresh else ())
     return output
 
 

@@ -4,17 +4,16 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
 
 from transformers_minigpt4.data.readers import RawRow
 from transformers_minigpt4.data.sources import open_reader, parse_source
-from transformers_minigpt4.modeling.modeling_minigpt4 import MiniGPT4ForConditionalGeneration
 from transformers_minigpt4.processing.image_utils_minigpt4 import load_image
-from transformers_minigpt4.processing.processing_minigpt4 import MiniGPT4Processor
 
-from .checks import Check
+from .checks import Check, Model, Processor
 
 
 EMOJI, SHAPES = "emoji", "shapes"  # the sets in `captioned_images/`
@@ -86,8 +85,8 @@ def own_images(source: str) -> list[Captioned]:
 
 
 def caption_losses(
-    model: MiniGPT4ForConditionalGeneration,
-    processor: MiniGPT4Processor,
+    model: Model,
+    processor: Processor,
     features: torch.Tensor,
     prompt: str,
     captions: Sequence[str],
@@ -140,16 +139,15 @@ def match(losses: torch.Tensor, prompt: str = "") -> Match:
 
 
 def check_captions(
-    model: MiniGPT4ForConditionalGeneration,
-    processor: MiniGPT4Processor,
+    model: Model,
+    processor: Processor,
     knows_only_shapes: bool,
     images: list[Captioned] | None = None,
 ) -> Check:
     """Tries the format of stage 1, no prompt, and that of the chat template; the better one counts."""
     chosen = "own images" if images else SHAPES if knows_only_shapes else EMOJI
     rows = images or bundled(chosen)
-    pixels = processor.image_processor([row.image for row in rows], return_tensors="pt")["pixel_values"]
-    features: torch.Tensor = model.get_image_features(for_tower(model, pixels))["pooler_output"]
+    features = features_of(model, processor, [row.image for row in rows])
     matches = []
     for kind, prompt, captions in _prompts(processor, rows):
         losses = caption_losses(model, processor, features, prompt, captions)
@@ -170,10 +168,10 @@ def check_captions(
     return Check("captions", "ok", detail)
 
 
-def _prompts(processor: MiniGPT4Processor, rows: list[Captioned]) -> list[tuple[str, str, list[str]]]:
+def _prompts(processor: Processor, rows: list[Captioned]) -> list[tuple[str, str, list[str]]]:
     bos = processor.tokenizer.bos_token or ""
     prompts = [("without a prompt", bos + processor.image_token, [row.caption + "\n" for row in rows])]
-    message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": _REQUEST}]}
+    message: Any = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": _REQUEST}]}
     try:
         chat = processor.apply_chat_template([message], add_generation_prompt=True, tokenize=False)
     except Exception:  # a template that takes no such message; the format of stage 1 is left
@@ -183,10 +181,28 @@ def _prompts(processor: MiniGPT4Processor, rows: list[Captioned]) -> list[tuple[
     return prompts
 
 
-def for_tower(model: MiniGPT4ForConditionalGeneration, pixels: torch.Tensor) -> torch.Tensor:
+def features_of(model: Model, processor: Processor, images: list[Image.Image]) -> torch.Tensor:
+    """Projected features of images, `(N, K, D)`."""
+    pixels = processor.image_processor(images, return_tensors="pt")["pixel_values"]
+    features = model.get_image_features(for_tower(model, pixels))["pooler_output"]
+    return features if isinstance(features, torch.Tensor) else torch.stack(list(features))  # LLaVA gives a list
+
+
+def for_tower(model: Model, pixels: torch.Tensor) -> torch.Tensor:
     """Pixels with the dtype and on the device of the vision tower."""
     first = next(model.get_submodule("model.vision_tower").parameters())
     return pixels.to(first.device, first.dtype if first.is_floating_point() else model.dtype)
 
 
-__all__ = ["EMOJI", "SHAPES", "Captioned", "Match", "bundled", "check_captions", "match", "own_images"]
+__all__ = [
+    "EMOJI",
+    "SHAPES",
+    "Captioned",
+    "Match",
+    "bundled",
+    "check_captions",
+    "features_of",
+    "for_tower",
+    "match",
+    "own_images",
+]

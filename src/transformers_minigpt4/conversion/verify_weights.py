@@ -5,14 +5,12 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedConfig
 
-from transformers_minigpt4.modeling.configuration_minigpt4 import MiniGPT4Config
-from transformers_minigpt4.modeling.modeling_minigpt4 import MiniGPT4ForConditionalGeneration
 from transformers_minigpt4.modeling.trained_modules_minigpt4 import TensorSlice, target_name
-from transformers_minigpt4.processing.processing_minigpt4 import MiniGPT4Processor
 from transformers_minigpt4.utils.file_names import WEIGHTS_FILE
 
-from .checks import Check
+from .checks import Check, Model, Processor
 from .key_maps import POST_LAYERNORM, shorten
 from .weight_record import (
     PARTS,
@@ -51,7 +49,7 @@ _PIXELS = {
 }
 
 
-def check_finite(model: MiniGPT4ForConditionalGeneration) -> Check:
+def check_finite(model: Model) -> Check:
     """Looks for infinities, NaNs, and matrices of zeros, in the weights as they were loaded."""
     broken, empty = [], []
     for name, parameter in model.named_parameters():
@@ -75,14 +73,14 @@ def check_finite(model: MiniGPT4ForConditionalGeneration) -> Check:
     return Check("finite weights", "ok", f"{count / 1e9:.2f} B parameters" if count > 1e8 else f"{count:,} parameters")
 
 
-def records_of(checkpoint: str, config: MiniGPT4Config, trained: Collection[str]) -> list[WeightRecord]:
+def records_of(checkpoint: str, config: PreTrainedConfig, trained: Collection[str]) -> list[WeightRecord]:
     """
     The records of a checkpoint, or of the bases of its trained modules, without what was trained since.
 
     Raises:
         OSError: for a record that is damaged.
     """
-    bases = config.base_checkpoints or []
+    bases = getattr(config, "base_checkpoints", None) or []
     places = [(base["name_or_path"], base["revision"], base["prefixes"]) for base in bases]
     records = []
     for place, revision, prefixes in places or [(checkpoint, None, {"": ""})]:
@@ -206,7 +204,9 @@ def _judge(
             )
 
 
-def check_trained(tensors: Tensors, config: MiniGPT4Config, records: list[WeightRecord], untrained: set[str]) -> Check:
+def check_trained(
+    tensors: Tensors, config: PreTrainedConfig, records: list[WeightRecord], untrained: set[str]
+) -> Check:
     """
     Tells trained weights from random numbers, and from those whose norms, biases or order were lost.
 
@@ -226,7 +226,7 @@ def check_trained(tensors: Tensors, config: MiniGPT4Config, records: list[Weight
             problems += _random_layers(part, ratios)
         problems += _lost_vectors(part, chosen)
     weight = tensors.get(POST_LAYERNORM + "weight")
-    if config.qformer_config is not None and "Q-Former" not in fresh and weight is not None:
+    if getattr(config, "qformer_config", None) is not None and "Q-Former" not in fresh and weight is not None:
         bias = tensors[POST_LAYERNORM + "bias"][:]
         if bool((weight[:] == 1).all()) and not bool(bias.any()):
             problems.append(f"{POST_LAYERNORM}* is a new LayerNorm, not the ln_vision trained with the Q-Former")
@@ -328,7 +328,7 @@ def _siblings(name: str) -> tuple[str, str]:
     return ("query", "value") if ".key." in name else ("q_proj", "v_proj")
 
 
-def check_pixels(config: MiniGPT4Config, processor: MiniGPT4Processor, records: list[WeightRecord]) -> Check:
+def check_pixels(config: PreTrainedConfig, processor: Processor, records: list[WeightRecord]) -> Check:
     """Compares what the image processor does to values with the record, or with what the tower was trained with."""
     name, settings = "image processor", processor.image_processor
     now = {key: getattr(settings, key, None) for key in PIXEL_SETTINGS}

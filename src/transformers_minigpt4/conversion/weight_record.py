@@ -25,6 +25,8 @@ PARTS = {
 }
 # What an image processor does to an image, as far as its values go.
 PIXEL_SETTINGS = ("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std")
+# Which features of the tower the projector was made for.
+FEATURE_SETTINGS = ("vision_feature_layer", "vision_feature_select_strategy")
 KNOWN_SOURCES = Path(__file__).with_name("known_sources.json")
 _ROWS, _COLUMNS = 8, 2  # values of a tensor that are recorded: two of each of eight rows
 
@@ -38,11 +40,13 @@ class WeightRecord:
         values: Shape and sampled values of each tensor, by name.
         fresh: Parts of `PARTS` that were drawn at random, to be trained.
         pixels: `PIXEL_SETTINGS` of the image processor.
+        features: `FEATURE_SETTINGS` of the config, for LLaVA.
     """
 
     values: dict[str, tuple[tuple[int, ...], list[float]]]
     fresh: tuple[str, ...] = ()
     pixels: dict[str, Any] = field(default_factory=dict)
+    features: dict[str, Any] = field(default_factory=dict)
 
 
 def part_of(name: str) -> str | None:
@@ -81,7 +85,10 @@ def save_record(folder: Path, fresh: Iterable[str] = ()) -> None:
     processor = folder / "processor_config.json"
     found = json.loads(processor.read_text(encoding="utf-8")).get("image_processor", {}) if processor.is_file() else {}
     pixels = {key: found[key] for key in PIXEL_SETTINGS if key in found}
-    (folder / WEIGHTS_FILE).write_text(_dumps(WeightRecord(values, tuple(fresh), pixels)), encoding="utf-8")
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    features = {key: config[key] for key in FEATURE_SETTINGS if key in config}
+    record = WeightRecord(values, tuple(fresh), pixels, features)
+    (folder / WEIGHTS_FILE).write_text(_dumps(record), encoding="utf-8")
 
 
 def _dumps(record: WeightRecord) -> str:
@@ -90,7 +97,8 @@ def _dumps(record: WeightRecord) -> str:
         f"{json.dumps(name)}: {json.dumps([list(shape), [float(f'{value:.6g}') for value in values]])}"
         for name, (shape, values) in record.values.items()
     )
-    head = json.dumps({"fresh": record.fresh, "image_processor": record.pixels})
+    entries: dict[str, Any] = {"fresh": record.fresh, "image_processor": record.pixels}
+    head = json.dumps({**entries, **({"features": record.features} if record.features else {})})
     return f'{head[:-1]},\n"tensors": {{\n{rows}\n}}}}\n'
 
 
@@ -104,7 +112,8 @@ def load_record(path: Path) -> WeightRecord:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         values = {name: (tuple(shape), list(map(float, row))) for name, (shape, row) in found["tensors"].items()}
-        return WeightRecord(values, tuple(found["fresh"]), dict(found["image_processor"]))
+        features = dict(found.get("features", {}))  # only LLaVA has them
+        return WeightRecord(values, tuple(found["fresh"]), dict(found["image_processor"]), features)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise OSError(f"{path} is damaged ({error!r}); convert the checkpoint again, or delete the file") from error
 
@@ -141,4 +150,4 @@ def known_sources() -> dict[str, WeightRecord]:
 def restricted(record: WeightRecord, names: Collection[str]) -> WeightRecord:
     """The record without tensors of other names."""
     values = {name: entry for name, entry in record.values.items() if name in names}
-    return WeightRecord(values, record.fresh, record.pixels)
+    return WeightRecord(values, record.fresh, record.pixels, record.features)
