@@ -1,4 +1,4 @@
-"""The inference benchmark runs at its smallest size and refuses to compare different work; no timing is judged."""
+"""The benchmarks run at their smallest size and refuse to compare different work; no timing is judged."""
 
 import json
 import subprocess
@@ -72,3 +72,19 @@ def test_startup_benchmark_measures_every_row():
     assert run.returncode == 0, run.stderr
     rows = [line.split("|")[1].strip() for line in run.stdout.splitlines()[2:]]
     assert rows[0] == "`minigpt4 --help`" and "`trl --help`" in rows and "`import torch`" in rows
+
+
+@pytest.mark.slow
+def test_chat_benchmark_compares_answers_of_several_people(tmp_path):
+    out = tmp_path / "results.json"
+    options = ["--size", "tiny", "--threads", "1", "--repeats", "1", "--people", "3", "--tokens", "4"]
+    run = subprocess.run(
+        [sys.executable, BENCHMARKS / "chat.py", *options, "--json", out], capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+    results = json.loads(out.read_text())
+    assert results.keys() == {"one after another", "together"}
+    for times in results.values():
+        assert times.keys() == {"seconds", "cpu", "first"} and all(len(times[name]) == 1 for name in times)
+        assert 0 < times["first"][0] < times["seconds"][0]
+    assert "| tokens per second, 3 answers of 4 |" in run.stdout
