@@ -22,6 +22,7 @@ from transformers_minigpt4.inference.loading import load_model_and_processor
 from transformers_minigpt4.serving import web_server
 from transformers_minigpt4.serving.web_images import Limits
 from transformers_minigpt4.serving.web_server import WebSettings, serve_chats
+from transformers_minigpt4.web import uploads
 
 
 NASTY = "<script>window.hacked = 1</script><img src=x onerror='window.hacked = 2'> ![](http://evil.example/x.png) ${1}"
@@ -242,13 +243,21 @@ def test_uploads_have_a_limit_and_are_no_pages(url):
     assert answer.headers["content-disposition"].startswith("attachment")
 
 
-def test_a_name_and_a_password(loaded, output):
+def test_a_name_and_a_password(loaded, output, monkeypatch):
+    pauses = []
+
+    async def pause(seconds):
+        pauses.append(seconds)
+
+    monkeypatch.setattr(uploads, "sleep", pause)
     with serve_chats([served_model(loaded, "tiny")], WebSettings(output, credentials="anna:pässword:1")) as server:
         for path in ("", "config", "assets/x.js", "gradio_api/upload", "gradio_api/heartbeat/x"):
             answer = httpx.get(server.url + path)
             assert answer.status_code == 401 and answer.headers["www-authenticate"].startswith("Basic")
         assert httpx.get(f"{server.url}config", auth=("anna", "pässword:2")).status_code == 401
+        assert pauses == [1.0]  # for the wrong one, not for those without
         assert httpx.get(f"{server.url}config", auth=("anna", "pässword:1")).status_code == 200
+        assert len(pauses) == 1
 
 
 # --- slow ---

@@ -64,7 +64,7 @@ def check_pixels(paths: Sequence[Path], limits: Limits, before: int = 0) -> None
     if total > limits.all_pixels:
         raise ValueError(
             f"the images of this conversation have {total:,} pixels together, but {limits.all_pixels // 1_000_000} "
-            "million is the most; shrink them, or begin anew"
+            "million is the most; shrink them, or start over"
         )
 
 

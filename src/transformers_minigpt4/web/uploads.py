@@ -5,11 +5,17 @@ import contextlib
 import hmac
 import json
 import os
+import shutil
+import stat
 import tempfile
+import time
+from asyncio import sleep
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from transformers_minigpt4.utils.files import LOCK_FILE, InUseError, folder_lock
 
 
 if TYPE_CHECKING:
@@ -22,6 +28,9 @@ UPLOAD_PREFIXES = (f"{_API}upload", f"{_API}file=", f"{_API}queue/join", f"{_API
 # Texts and settings; images are uploads.
 _MAX_REQUEST = 1024 * 1024
 _FOLDER_VARIABLE = "GRADIO_TEMP_DIR"  # where Gradio looks, at every request
+_FOLDER_PREFIX = "minigpt4-web-"
+_NEW = 60  # seconds in which a folder may not be locked yet
+_WRONG_PASSWORD = 1.0  # seconds until the answer
 
 
 @dataclass(frozen=True)
@@ -55,19 +64,34 @@ def upload_folder() -> Iterator[Path]:
     """
     A new folder that only this user can read, and that Gradio puts uploads into; it is deleted at the end.
 
+    Folders of pages that were killed are deleted too.
+
     Gradio has one such folder for all pages of a process: while a second is open, the first page refuses its uploads.
     """
     before = os.environ.get(_FOLDER_VARIABLE)
-    with tempfile.TemporaryDirectory(prefix="minigpt4-web-", ignore_cleanup_errors=True) as name:
+    with tempfile.TemporaryDirectory(prefix=_FOLDER_PREFIX, ignore_cleanup_errors=True) as name:
         folder = Path(name).resolve()
-        os.environ[_FOLDER_VARIABLE] = str(folder)
-        try:
-            yield folder
-        finally:
-            if before is None:
-                os.environ.pop(_FOLDER_VARIABLE, None)
-            else:
-                os.environ[_FOLDER_VARIABLE] = before
+        with folder_lock(folder, "the folder of uploads is in use by {owner}"):
+            _delete_left_over(folder)
+            os.environ[_FOLDER_VARIABLE] = str(folder)
+            try:
+                yield folder
+            finally:
+                if before is None:
+                    os.environ.pop(_FOLDER_VARIABLE, None)
+                else:
+                    os.environ[_FOLDER_VARIABLE] = before
+
+
+def _delete_left_over(own: Path) -> None:
+    """Deletes this user's upload folders that no running page has locked."""
+    for folder in own.parent.glob(f"{_FOLDER_PREFIX}*"):
+        with contextlib.suppress(OSError, InUseError):
+            status = folder.lstat()
+            is_ours = stat.S_ISDIR(status.st_mode) and status.st_uid == own.stat().st_uid
+            if is_ours and time.time() - status.st_mtime > _NEW and (folder / LOCK_FILE).is_file():
+                with folder_lock(folder, "in use"):
+                    shutil.rmtree(folder, ignore_errors=True)
 
 
 class UploadGuard:
@@ -138,6 +162,8 @@ class Password:
     """
     ASGI middleware that answers nothing without a name and password (HTTP Basic) but Gradio's own check at the start.
 
+    The answer to a wrong one comes a second later. Attempts are not counted: choose a long password.
+
     Args:
         app: What it protects, all of it.
         credentials (`str`): `USER:PASSWORD`.
@@ -155,6 +181,8 @@ class Password:
         if kind.lower() == "basic" and hmac.compare_digest(given.strip().encode("latin-1"), self._expected):
             await self.app(scope, receive, send)
             return
+        if given:
+            await sleep(_WRONG_PASSWORD)
         challenge = (b"www-authenticate", b'Basic realm="minigpt4", charset="UTF-8"')
         await refuse(send, 401, b"name and password, please", challenge)
 
