@@ -116,4 +116,8 @@ def test_checkpoint_loads_by_the_auto_classes_and_brings_its_code(tmp_path):
     loaded = AutoModelForImageTextToText.from_pretrained(tmp_path)
     assert isinstance(loaded, LlavaLinearForConditionalGeneration) and loaded.config.vision_feature_layer == -1
     torch.testing.assert_close(loaded.state_dict(), model.state_dict(), atol=0, rtol=0)
-    assert {path.name for path in tmp_path.glob("*.py")} == {"configuration_llava.py", "modeling_llava.py"}
+    assert {path.name for path in tmp_path.glob("*.py")} == {
+        "configuration_llava.py",
+        "kept_positions_minigpt4.py",
+        "modeling_llava.py",
+    }

@@ -328,7 +328,7 @@ def _choose_dtypes(model: PreTrainedModel, pieces: Mapping[str, Piece], dtype: s
     same bits again. With `"auto"` the model's dtype is that of the language model.
     """
     main = DTYPES[dtype] if dtype != AUTO else pieces[key_maps.EMBEDDING].dtype
-    for config in (model.config, *(getattr(model.config, name) for name in model.config.sub_configs_defaults)):
+    for config in (model.config, *(getattr(model.config, name) for name in model.config.sub_configs)):
         if config is not None:
             config.dtype = main
     kept = _kept_in_fp32(model, main)

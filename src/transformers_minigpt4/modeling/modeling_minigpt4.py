@@ -314,8 +314,8 @@ class MiniGPT4Model(MiniGPT4PreTrainedModel):
 
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)  # (B, T, D)
-        # Training may pack several rows, each with positions from 0, into one. vLLM does, and then gives no mask.
-        packed = position_ids is not None and attention_mask is None
+        # Training may pack several rows, each with positions from 0, into one. vLLM does: without mask and cache.
+        packed = position_ids is not None and attention_mask is None and kwargs.get("use_cache") is False
         if not self.training and not packed:
             self._check_length(inputs_embeds.shape[1])
 

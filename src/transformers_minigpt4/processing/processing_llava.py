@@ -165,6 +165,12 @@ class LlavaPromptProcessor(LlavaProcessor):
         return stop_strings(self.prompt_format) if self.has_own_template else []
 
     @property
+    def answer_opening(self) -> str:
+        """What training learns in front of an answer, and a prompt ends with."""
+        own = self.has_own_template and PROMPT_FORMATS[self.prompt_format].style == "single"
+        return "### Assistant:" if own else ""
+
+    @property
     def has_own_template(self) -> bool:
         """Whether the chat template is that of the prompt format."""
         return bool(self.chat_template == template_of(self.prompt_format, self._mark(self.image_token)))

@@ -132,8 +132,11 @@ class SampleCallback(TrainerCallback):
         """A batch that ends where the row's first answer begins, and the ids of that answer, `(1, length)`."""
         batch = dict(self.collator([row]))
         labels = batch.pop("labels")
-        learned = (labels[0] != IGNORED).nonzero()[:, 0]
-        start = int(learned[0])
+        learned = (labels[0] != IGNORED).nonzero()[:, 0].tolist()
+        start = learned[0]
+        if opening := getattr(self.processor, "answer_opening", ""):  # of LLaVA's v0, which learns it
+            decode, ids = self.processor.tokenizer.decode, batch["input_ids"][0]
+            start = next((place + 1 for place in learned if decode(ids[: place + 1]).endswith(opening)), start)
         end = next((place for place in range(start, len(labels[0])) if labels[0, place] == IGNORED), len(labels[0]))
         if not family_of(model.config).encoder_decoder:
             batch["input_ids"] = batch["input_ids"][:, :start]
@@ -143,7 +146,9 @@ class SampleCallback(TrainerCallback):
     def _line_end(self, row: Row, answer: torch.Tensor) -> list[int]:
         """The token that ends a caption of stage 1, which no generation config names."""
         last = int(answer[0, -1])
-        ends = row.get("completion", "").endswith("\n") and not self.processor.tokenizer.decode([last]).strip()
+        is_line = row.get("completion", "").endswith("\n")
+        is_line = is_line or getattr(self.processor, "prompt_format", None) == "llava_plain"
+        ends = is_line and not self.processor.tokenizer.decode([last]).strip()
         return [last] if ends else []
 
     def _text(self, ids: torch.Tensor) -> str:
