@@ -89,6 +89,15 @@ def test_training_reads_it(sink, written, tmp_path):
     assert all(row["images"][0].size == (60, 48) for row in found)
 
 
+@pytest.mark.parametrize("sink", [JsonLinesSink("p", "m"), ParquetSink("p", "m")])
+def test_a_shard_without_captions_does_not_keep_datasets_from_reading(sink, tmp_path):
+    folder = tmp_path / "out"
+    folder.mkdir()
+    write_shard(folder / f"captions-0{sink.suffix}", sink, [Description(BulkImage("x", b""), error="it is broken")])
+    write_shard(folder / f"captions-1{sink.suffix}", sink, descriptions(tmp_path))
+    assert len(load_dataset(str(folder), split="train", cache_dir=str(tmp_path / "cache"))) == 5
+
+
 def test_the_images_own_bytes_are_kept(tmp_path):
     for sink in (ParquetSink("p", "m"), WebdatasetSink("p", "m")):
         path = tmp_path / f"a{sink.suffix}"

@@ -49,4 +49,5 @@ class ParquetSink:
 
         with pq.ParquetWriter(path, schema) as writer:
             yield write
-            flush()
+            if rows:  # `datasets` fails at a first row group without rows
+                flush()
