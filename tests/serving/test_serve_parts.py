@@ -168,7 +168,7 @@ def test_images_have_limits_of_number_and_pixels(monkeypatch, pictures):
 
     monkeypatch.setattr(serve_requests, "MAX_IMAGES", 2)
     body = {"messages": [user("What?", *pictures)]}
-    with pytest.raises(ApiError, match="a request may have 2 images"):
+    with pytest.raises(ApiError, match="a request may have at most 2 images; send fewer"):
         serve_requests.load_messages(body, (), None)
     monkeypatch.setattr(serve_requests, "MAX_PIXELS", 100)
     with pytest.raises(ApiError, match="may have 100 pixels together; make them smaller"):
@@ -196,7 +196,7 @@ class TestCommand:
         port = ("--port", free_port())
         assert "there is no model folder" in self.complaint(tmp_path / "gone", *port)
         assert "cannot use the device 'gpu'" in self.complaint(tiny_checkpoint, "--device", "gpu", *port)
-        assert "'--seed' is an option of another engine" in self.complaint(tiny_checkpoint, "--", "--seed", 1)
+        assert "there is no use for '--seed': a server has" in self.complaint(tiny_checkpoint, "--", "--seed", 1)
         assert "name the checkpoint before `--`" in self.complaint("--engine", "vllm", "--", "--seed", 1)
         assert "vLLM is not installed" in self.complaint(tiny_checkpoint, "--engine", "vllm")
 

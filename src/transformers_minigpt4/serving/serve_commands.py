@@ -78,7 +78,10 @@ def serve(
             arguments or [],
         )
     if arguments:
-        raise ValueError(f"{arguments[0]!r} is an option of another engine; leave out what follows `--`")
+        raise ValueError(
+            f"there is no use for {arguments[0]!r}: a server has one checkpoint, and only --engine vllm takes options "
+            "after `--`; leave it out"
+        )
     with interruptible("stopped serving"):
         serve_app = _import_app()
         from transformers_minigpt4.inference.loading import load_model_and_processor

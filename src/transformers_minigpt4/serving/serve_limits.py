@@ -39,7 +39,7 @@ class Limits:
             return
         body = await self._body(scope, receive)
         if body is None:
-            limit = f"the request is larger than {self.max_bytes // 2**20} MiB"
+            limit = f"the request is larger than {self.max_bytes // 2**20} MiB; send fewer or smaller images"
             await _refuse(ApiError(limit, 413, code="request_too_large"), send)
             return
         unread = [body]

@@ -163,7 +163,9 @@ class _Images:
     def load(self, url: str, where: str) -> Image.Image:
         self.count += 1
         if self.count > MAX_IMAGES:
-            raise ApiError(f"a request may have {MAX_IMAGES} images", param=where, code="too_many_images")
+            raise ApiError(
+                f"a request may have at most {MAX_IMAGES} images; send fewer", param=where, code="too_many_images"
+            )
         scheme = url.partition(":")[0].lower()
         if scheme not in ("data", "http", "https"):
             raise ApiError(
