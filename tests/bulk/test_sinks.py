@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from datasets import load_dataset
 from PIL import Image
+from pyarrow.parquet import read_metadata
 from tiny_models import drawn_image
 
 from transformers_minigpt4.bulk.images import BulkImage, Description
@@ -104,6 +105,15 @@ def test_the_images_own_bytes_are_kept(tmp_path):
         write_shard(path, sink, descriptions(tmp_path))
         _, (shard,) = open_sources([source_of(path, sink)])
         assert [image.source for image in shard.images()] == [content_of(number) for number in (0, 1, 3, 4, 5)]
+
+
+def test_parquet_files_have_no_row_group_without_rows(tmp_path):
+    image = BulkImage("a.png", "a.png", content=content_of(0))
+    for count in (0, 100):
+        path = tmp_path / f"{count}.parquet"
+        write_shard(path, ParquetSink("p", "m"), [Description(image, caption="a dog")] * count)
+        assert read_metadata(path).num_row_groups == count // 100
+    assert len(load_dataset(str(tmp_path), split="train", cache_dir=str(tmp_path / "cache"))) == 100
 
 
 def test_tar_files_keep_the_names_of_the_shard_they_come_from(tmp_path):

@@ -32,6 +32,7 @@ MANIFEST = ".manifest.json"
 MAX_ATTEMPTS = 3  # a shard that has taken three processes down is not given to a fourth
 _VERSION = 1
 _ATTEMPTS, _LOST = ".attempts", ".lost"
+_EMPTY = ".empty"  # in place of a file without captions, which `datasets` may not be able to read
 
 
 class Shard(NamedTuple):
@@ -144,9 +145,21 @@ class ShardFolder:
                 )
 
     def finished(self) -> set[int]:
-        """The numbers of the shards whose files are there."""
+        """The numbers of the shards whose files are there, or from which no image could be described."""
         names = {entry.name for entry in os.scandir(self.path)}
-        return {number for number in range(self.count) if self.file(number).name in names}
+        return {
+            number
+            for number in range(self.count)
+            if self.file(number).name in names or self._note(number, _EMPTY).name in names
+        }
+
+    def is_finished(self, number: int) -> bool:
+        """Whether a shard is among [`finished`]."""
+        return self.file(number).exists() or self._note(number, _EMPTY).exists()
+
+    def hide(self, number: int) -> None:
+        """Renames the file of a finished shard that has no captions."""
+        os.replace(self.file(number), self._note(number, _EMPTY))
 
     def failed(self) -> dict[int, str]:
         """The errors of the shards that [`note_failure`] was told of in this run."""
@@ -178,13 +191,13 @@ class ShardFolder:
         other machines two of them may do the same shard; then its file is replaced by an equal one.
         """
         path, failure = self.file(number), self._note(number, _LOST)
-        if path.exists() or failure.exists():
+        if self.is_finished(number) or failure.exists():
             yield False
             return
         try:
             with file_lock(path, "taken"):
-                yield not (path.exists() or failure.exists())
-                if path.exists() or failure.exists():
+                yield not (self.is_finished(number) or failure.exists())
+                if self.is_finished(number) or failure.exists():
                     # Whoever gets the lock from now on finds one of them, whether it is this lock or a new one.
                     path.with_name(f".{path.name}{LOCK_FILE}").unlink(missing_ok=True)
         except InUseError:
@@ -209,7 +222,7 @@ def split(images: Sequence[str], size: int) -> list[Shard]:
 
 def finish_shard(shard: Shard, folder: ShardFolder, write: Callable[[Shard, Path], tuple[int, int]]) -> ShardResult:
     """
-    Write the file of one shard, unless it is there.
+    Write the file of one shard, unless it is there. A shard without captions gets a hidden file instead.
 
     Args:
         shard (`Shard`): whose images are described.
@@ -221,7 +234,7 @@ def finish_shard(shard: Shard, folder: ShardFolder, write: Callable[[Shard, Path
         `ShardResult`: with every error in it, because a shard that fails must not take others with it.
     """
     path = folder.file(shard.number)
-    if path.exists():
+    if folder.is_finished(shard.number):
         return ShardResult(shard.number)
     try:
         with folder.attempt(shard.number) as attempts:
@@ -229,6 +242,8 @@ def finish_shard(shard: Shard, folder: ShardFolder, write: Callable[[Shard, Path
             if attempts > MAX_ATTEMPTS:
                 raise ValueError(f"{MAX_ATTEMPTS} processes died while they worked on it")
             described, failed = write(shard, path)
+            if not described:
+                folder.hide(shard.number)
     except Exception as error:
         return ShardResult(shard.number, error=first_line(error), fatal=is_disk_full(error))
     return ShardResult(shard.number, described, failed)

@@ -42,7 +42,8 @@ def read_captions(folder: Path, cache: Path) -> tuple[Dataset, JsonObject]:
     kinds = {path.suffix for path in shards}
     if len(counts) > 1 or len(kinds) > 1:
         raise ValueError(f"{str(folder)!r} holds captions of more than one run; publish each folder by itself")
-    if missing := counts.pop() - len(shards):
+    empty = sum(1 for _ in folder.glob(".captions-*.empty"))  # shards from which no image could be described
+    if missing := counts.pop() - len(shards) - empty:
         raise ValueError(
             f"{missing} shards of captions are missing in {str(folder)!r}; run the same `minigpt4 describe` again to "
             "finish them"
