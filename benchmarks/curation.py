@@ -36,11 +36,12 @@ from transformers.utils import logging
 from transformers_minigpt4.curation.config import CurationConfig
 from transformers_minigpt4.curation.duplicates import HASH_BYTES, near_duplicate_hash
 from transformers_minigpt4.curation.filter import run_filter
-from transformers_minigpt4.curation.generate import continue_answers, continue_inputs, run_generate
+from transformers_minigpt4.curation.generate import run_generate
 from transformers_minigpt4.curation.records import IMAGES, Result
 from transformers_minigpt4.curation.review_page import serve_review
 from transformers_minigpt4.curation.sampling import sample_images
 from transformers_minigpt4.curation.store import Project
+from transformers_minigpt4.curation.turns import continue_answers, continue_inputs
 from transformers_minigpt4.demo.run import build_model as build_demo_model
 from transformers_minigpt4.llm.types import ChatSettings
 

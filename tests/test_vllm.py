@@ -31,6 +31,8 @@ from transformers import (
 )
 
 from transformers_minigpt4 import MiniGPT4Config, MiniGPT4ForConditionalGeneration, MiniGPT4Processor
+from transformers_minigpt4.curation.config import CurationConfig
+from transformers_minigpt4.curation.turns import Description, describe_in_turns
 from transformers_minigpt4.inference.chat import Chat
 from transformers_minigpt4.inference.engines import Request
 from transformers_minigpt4.inference.loading import load_engine
@@ -38,6 +40,11 @@ from transformers_minigpt4.inference.loading import load_engine
 
 PYTHON = os.environ.get("MINIGPT4_VLLM_PYTHON")
 pytestmark = pytest.mark.skipif(not PYTHON, reason="MINIGPT4_VLLM_PYTHON names no Python that has vLLM")
+# Of `minigpt4 curate generate`: with the paper's prompts, and by the chat template.
+TURNS = (
+    {"max_new_tokens": 12},
+    {"max_new_tokens": 12, "prompt": "Describe this image.", "continue_prompt": "Continue"},
+)
 IMAGES_OF_PROMPTS = (0, 1, 2, 1, 1, 3, 0, 2)
 
 
@@ -163,13 +170,16 @@ def test_answers_end_at_both_forms_of_the_end_mark(answers):
 
 def test_the_engine_gives_the_answers_of_transformers(tmp_path):
     save(tmp_path / "checkpoint", authors_parts())
+    path = tmp_path / "checkpoint" / "generation_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "eos_token_id": list(range(5, 1200, 17))}))
     paths = [str(tmp_path / f"{number}.png") for number in range(3)]
     for number, path in enumerate(paths):
         drawn_image(number).save(path)
     rows = [{"images": [path], "prompt": f"What is this, {n}?"} for path in paths for n in range(4)]
     rows += [{"images": [], "prompt": "Who are you?"}, {"images": paths[:2], "prompt": "Which is larger?"}]
+    turns = {"images": paths, "settings": TURNS}
     # In one process, where calls of the model can be counted.
-    found = run_in_vllm("vllm_engine_answers.py", tmp_path, rows, VLLM_ENABLE_V1_MULTIPROCESSING="0")
+    found = run_in_vllm("vllm_engine_answers.py", tmp_path, [*rows, turns], VLLM_ENABLE_V1_MULTIPROCESSING="0")
     engine = load_engine("transformers", str(tmp_path / "checkpoint"), dtype="float32", device="cpu", batch_size=2)
     pictures = {path: drawn_image(number) for number, path in enumerate(paths)}
     requests = [Request([pictures[path] for path in row["images"]], row["prompt"]) for row in rows]
@@ -180,6 +190,11 @@ def test_the_engine_gives_the_answers_of_transformers(tmp_path):
     assert found["encoded"] == 3  # each image once, for five prompts
     assert found["first"] == next(engine.answers([Request([], "What is this?")], do_sample=False, max_new_tokens=2))
     assert found["left"] == 0
+    for settings, described in zip(TURNS, found["turns"], strict=True):
+        ours = describe_in_turns(list(pictures.values()), engine, CurationConfig("images", "checkpoint", **settings))
+        assert [Description(tuple(one["turns"]), tuple(one["tokens"])) for one in described] == ours
+        assert all(len(one.turns) == 2 and min(one.tokens) < 12 for one in ours)  # some end before the limit
+    assert found["encoded in turns"] == 0  # still known from the requests before
 
 
 def complete(text: str) -> str:

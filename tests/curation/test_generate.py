@@ -9,10 +9,13 @@ from histories import history
 from PIL import Image
 
 from transformers_minigpt4.curation import generate
+from transformers_minigpt4.curation import turns as in_turns
 from transformers_minigpt4.curation.config import CONTINUE_PROMPT, PROMPT, CurationConfig
-from transformers_minigpt4.curation.generate import answer_lengths, describe_in_turns, run_generate
+from transformers_minigpt4.curation.generate import run_generate
 from transformers_minigpt4.curation.settings_file import CurationError
 from transformers_minigpt4.curation.store import Project
+from transformers_minigpt4.curation.turns import answer_lengths, describe_in_turns
+from transformers_minigpt4.inference.engines import TransformersEngine
 
 
 COLORS = ("red", "green", "blue", "white", "black", "yellow", "purple")
@@ -59,14 +62,14 @@ def test_the_cached_second_turn_is_the_uncached_one(model, processor, prompts, m
     ends_early(model)
     settings = config(prompt=prompts[0], continue_prompt=prompts[1], max_new_tokens=most, continue_below=below)
     expected = [uncached(image, model, processor, settings) for image in plain()]
-    lengths = [turns[0].shape[1] for turns in expected]
+    lengths = [said[0].shape[1] for said in expected]
     assert len(set(lengths)) > 2, "the batch is to have answers of several lengths"
     assert min(lengths) <= below and (max(lengths) == most)
 
     said = []  # ids of both turns, as `describe_in_turns` decodes them
-    decode = generate.decode_answers
-    monkeypatch.setattr(generate, "decode_answers", lambda _, answers: said.append(answers) or decode(_, answers))
-    found = describe_in_turns(plain(), model, processor, settings)
+    decode = in_turns.decode_answers
+    monkeypatch.setattr(in_turns, "decode_answers", lambda _, answers: said.append(answers) or decode(_, answers))
+    found = describe_in_turns(plain(), TransformersEngine(model, processor), settings)
     continued = [row for row, turns in enumerate(expected) if len(turns) == 2]
     for row, turns in enumerate(expected):
         assert [turn.shape[1] for turn in turns] == list(found[row].tokens)
@@ -81,7 +84,7 @@ def test_a_batch_goes_through_the_tower_once(model, processor):
     ends_early(model)
     seen = []
     model.model.vision_tower.register_forward_hook(lambda _, inputs, __: seen.append(len(inputs[0])))
-    found = describe_in_turns(plain(), model, processor, config())
+    found = describe_in_turns(plain(), TransformersEngine(model, processor), config())
     assert any(len(description.turns) == 2 for description in found)
     assert seen == [len(COLORS)]
 
@@ -105,11 +108,48 @@ def test_answer_lengths_stop_at_the_first_mark(model):
 def test_other_families_go_by_their_chat_template(model, processor):
     ends_early(model)
     asked = config(prompt="Describe this image.", continue_prompt="Continue", continue_below=80)
-    found = describe_in_turns(plain()[:3], model, processor, asked)
+    found = describe_in_turns(plain()[:3], TransformersEngine(model, processor), asked)
     assert all(len(description.turns) == 2 for description in found)
     assert {
-        len(d.turns) for d in describe_in_turns(plain()[:3], model, processor, replace(asked, continue_below=0))
+        len(d.turns)
+        for d in describe_in_turns(plain()[:3], TransformersEngine(model, processor), replace(asked, continue_below=0))
     } == {1}
+
+
+class IdsEngine:
+    """An engine that, like the one with vLLM, takes ids and gives ids with their end mark; one image at a time."""
+
+    batch_size, device, dtype = 2, "cpu", "float32"
+
+    def __init__(self, model, processor):
+        self.model, self.processor, self.generation_config = model, processor, model.generation_config
+        self.options = []
+
+    def answer_ids(self, requests, **options):
+        self.options.append(options)
+        for request in requests:
+            inputs = self.processor(images=list(request.images), text=PROMPT, return_tensors="pt")
+            token, count = self.processor.image_token_id, self.processor.image_seq_length
+            ids = [one for id_ in request.ids for one in ([token] * count if id_ == token else [id_])]
+            arguments = {name: value for name, value in options.items() if name != "seed"}
+            ids = self.model.generate(input_ids=torch.tensor([ids]), pixel_values=inputs["pixel_values"], **arguments)[
+                0, len(ids) :
+            ]
+            yield ids.tolist()
+
+
+@pytest.mark.parametrize("prompts", [(PROMPT, CONTINUE_PROMPT), (AUTHORS_PROMPT, AUTHORS_CONTINUE)])
+def test_an_engine_that_takes_ids_gives_the_same(model, processor, prompts):
+    ends_early(model)
+    settings = config(prompt=prompts[0], continue_prompt=prompts[1])
+    engine = IdsEngine(model, processor)
+    found = describe_in_turns(plain(), engine, settings)
+    assert found == describe_in_turns(plain(), TransformersEngine(model, processor), settings)
+    assert {len(description.turns) for description in found} == {1, 2}
+    assert len(describe_in_turns(plain()[:2], engine, replace(settings, continue_below=0))) == 2
+    describe_in_turns(plain()[:1], engine, replace(settings, do_sample=True, seed=7))
+    assert [options.get("seed") for options in engine.options[-2:]] == [7, 7]
+    assert not any("seed" in options for options in engine.options[:-2])
 
 
 @pytest.fixture
@@ -155,8 +195,28 @@ def test_a_stopped_run_resumes_with_the_batch_it_was_at(settings, tmp_path, monk
         run_generate(project, settings, False)
         assert calls == [3, 3, 3, 1]
         assert texts(project) == whole
-        monkeypatch.setattr(generate, "load_model_and_processor", None)  # nothing to do loads no model
+        monkeypatch.setattr(generate, "load_engine", None)  # nothing to do loads no model
         assert run_generate(project, settings, False).described == 0
+
+
+def test_the_engine_of_a_run(settings, tmp_path, monkeypatch):
+    loaded = []
+    load = generate.load_engine
+
+    def stand_in(name, checkpoint, *, batch_size, **options):
+        loaded.append((name, batch_size))
+        engine = load("transformers", checkpoint, batch_size=batch_size, **options)
+        return IdsEngine(engine.model, engine.processor)
+
+    with Project.create(tmp_path / "expected", settings) as project:
+        run_generate(project, settings, False)
+        expected = texts(project)
+    monkeypatch.setattr(generate, "load_engine", stand_in)
+    with Project.create(tmp_path / "project", settings) as project:
+        run_generate(project, settings, False, "vllm")
+        assert texts(project) == expected
+        assert loaded == [("vllm", None)]
+        assert run_generate(project, settings, False).described == 0  # another engine's answers are the same
 
 
 def test_a_changed_prompt_touches_all_and_a_changed_batch_size_none(settings, tmp_path):
@@ -197,4 +257,4 @@ def test_an_image_deleted_or_damaged_between_the_steps(settings, tmp_path):
 def test_a_prompt_that_does_not_fit_the_model(settings, model, processor, monkeypatch):
     monkeypatch.setattr(processor, "image_token", "<image>")
     with pytest.raises(CurationError, match="does not know <ImageHere>"):
-        describe_in_turns(plain()[:1], model, processor, settings)
+        describe_in_turns(plain()[:1], TransformersEngine(model, processor), settings)

@@ -6,6 +6,7 @@ import pytest
 from tiny_models import drawn_image
 from transformers import GenerationConfig
 
+from transformers_minigpt4.inference.chat import Chat
 from transformers_minigpt4.inference.engines import Request, TransformersEngine, answer_items
 from transformers_minigpt4.inference.loading import load_engine
 from transformers_minigpt4.inference.vllm_engine import _devices, sampling_settings
@@ -65,6 +66,21 @@ def test_batches_have_requests_with_the_same_number_of_images(tiny_checkpoint):
     assert sizes == [1, 2, 1, 1]
     alone = [next(engine.answers([request], do_sample=False, max_new_tokens=3)) for request in requests]
     assert answers == alone
+
+
+def test_earlier_turns_are_read(tiny_checkpoint):
+    engine = load_engine("transformers", tiny_checkpoint, device="cpu", batch_size=2)
+    shown = [drawn_image(0)]
+    requests = [Request(shown, "Go on.", [("What is it?", said)]) for said in ("A dog.", "Two cats on a mat.", "")]
+    answers = list(engine.answers(requests, do_sample=False, max_new_tokens=3))
+    chat = Chat(engine.model, engine.processor, parameters={"do_sample": False, "max_new_tokens": 3})
+    chat.ask("What is it?", shown)
+    again = Request(shown, "Go on.", [("What is it?", chat.turns[0].answer)])
+    assert list(engine.answers([again], do_sample=False, max_new_tokens=3)) == [chat.ask("Go on.")]
+    assert len(set(answers)) > 1
+    engine.processor.chat_template = None
+    with pytest.raises(ValueError, match="no chat template and takes one turn only"):
+        list(engine.answers(requests))
 
 
 def test_a_batch_needs_a_request():

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from transformers_minigpt4.hub import commands as hub
-from transformers_minigpt4.utils.command_line import DryRun, Host, Port, Seed
+from transformers_minigpt4.utils.command_line import DryRun, EngineOption, Host, Port, Seed
 
 from .project_commands import (
     Decided,
@@ -81,17 +81,18 @@ def init(
     typer.echo(f"settings in {path}; edit them, then: minigpt4 curate run {project}")
 
 
-def generate(project: ProjectPath) -> None:
+def generate(project: ProjectPath, engine: EngineOption = "transformers") -> None:
     """
     Sample images and describe them with the checkpoint.
 
     Examples:
         minigpt4 curate generate my-curation
+        minigpt4 curate generate my-curation --engine vllm
     """
     from .generate import run_generate
 
     with _opened(project, create=True) as found:
-        typer.echo(str(run_generate(found, found.config)), err=True)
+        typer.echo(str(run_generate(found, found.config, engine=engine)), err=True)
 
 
 def repair(project: ProjectPath) -> None:

@@ -7,7 +7,7 @@ from itertools import groupby, islice
 from typing import Literal, NamedTuple, Protocol, TypeVar, get_args
 
 from PIL import Image
-from transformers import ProcessorMixin
+from transformers import GenerationConfig, ProcessorMixin
 
 from transformers_minigpt4.processing.image_utils_minigpt4 import ImageLoadError
 from transformers_minigpt4.utils.loading import MAX_THREADS, load_ahead
@@ -24,10 +24,23 @@ Item = TypeVar("Item")
 
 
 class Request(NamedTuple):
-    """One user turn: RGB images, and a text without image placeholder."""
+    """
+    One user turn: RGB images, and a text without image placeholder.
+
+    `earlier` are the turns before it, prompt and answer of each; then the images belong to the first of them. They
+    need a processor with a chat template.
+    """
 
     images: Sequence[Image.Image]
     prompt: str
+    earlier: Sequence[tuple[str, str]] = ()
+
+
+class TokenRequest(NamedTuple):
+    """RGB images, and the ids of all that the model reads, with one id of the placeholder for each image."""
+
+    images: Sequence[Image.Image]
+    ids: list[int]
 
 
 class Engine(Protocol):
@@ -63,6 +76,23 @@ class Engine(Protocol):
 
         Raises:
             ValueError: for settings or numbers of images that the engine or the model does not support.
+        """
+        ...
+
+
+class TokenEngine(Engine, Protocol):
+    """An engine that keeps what it computed for the start of a prompt, and so takes prompts that continue another."""
+
+    @property
+    def generation_config(self) -> GenerationConfig: ...
+
+    def answer_ids(self, requests: Iterable[TokenRequest], **generate_kwargs: object) -> Iterator[list[int]]:
+        """
+        The ids of the answers, and those of their end mark if they have one; otherwise as [`Engine.answers`].
+
+        Args:
+            requests (`Iterable[TokenRequest]`): What to ask.
+            generate_kwargs: As of [`Engine.answers`].
         """
         ...
 
@@ -107,7 +137,8 @@ class TransformersEngine:
         for _, alike in groupby(requests, key=lambda request: len(request.images)):
             while batch := list(islice(alike, self.batch_size)):
                 images, prompts = [request.images for request in batch], [request.prompt for request in batch]
-                yield from answer_prompts(images, prompts, self.model, self.processor, **generate_kwargs)
+                earlier = [request.earlier for request in batch]
+                yield from answer_prompts(images, prompts, self.model, self.processor, earlier, **generate_kwargs)
 
 
 def answer_items(

@@ -50,6 +50,8 @@ def answer_prompts(
     prompts: Sequence[str],
     model: GenerativeModel,
     processor: ProcessorMixin,
+    earlier: Sequence[Sequence[tuple[str, str]]] | None = None,
+    /,
     **generate_kwargs: object,
 ) -> list[str]:
     """
@@ -60,16 +62,19 @@ def answer_prompts(
             before its text. None at all for prompts that are text only.
         prompts (`Sequence[str]`): without image placeholder; a processor without chat template gets the bare text.
         model (`PreTrainedModel`), processor (`ProcessorMixin`): of any image-text-to-text family.
+        earlier (`Sequence[Sequence[tuple[str, str]]]`, *optional*): prompts and answers of the turns before each
+            prompt. The first of them has the images.
         generate_kwargs: passed on to `model.generate`.
 
     Returns:
         `list[str]`: one answer per prompt, without prompt, special tokens and surrounding white space.
 
     Raises:
-        ValueError: if the model cannot take that many images per prompt, or `generate_kwargs` ask for several answers
-            or for more than the answers.
+        ValueError: if the model cannot take that many images or turns per prompt, or `generate_kwargs` ask for several
+            answers or for more than the answers.
     """
-    inputs = _inputs(images, prompts, processor).to(model.device, dtype=model.dtype)
+    earlier = earlier if earlier is not None else [()] * len(prompts)
+    inputs = _inputs(images, prompts, earlier, processor).to(model.device, dtype=model.dtype)
     if getattr(model.generation_config, "max_new_tokens", None) is None:
         generate_kwargs = {"max_new_tokens": DEFAULT_MAX_NEW_TOKENS, **generate_kwargs}
     sequences = generate_ids(model, inputs, **generate_kwargs)
@@ -128,10 +133,19 @@ def context_length(model: GenerativeModel) -> int | None:
 
 
 def _inputs(
-    images: Sequence[Sequence[Image.Image]], prompts: Sequence[str], processor: ProcessorMixin
+    images: Sequence[Sequence[Image.Image]],
+    prompts: Sequence[str],
+    earlier: Sequence[Sequence[tuple[str, str]]],
+    processor: ProcessorMixin,
 ) -> BatchFeature:
     if getattr(processor, "chat_template", None):
-        return encode_conversations([conversation(row, prompt) for row, prompt in zip(images, prompts)], processor)
+        rows = [conversation(*row) for row in zip(images, prompts, earlier, strict=True)]
+        return encode_conversations(rows, processor)
+    if any(earlier):
+        raise ValueError(
+            f"{type(processor).__name__} has no chat template and takes one turn only; use a checkpoint with a chat "
+            "template"
+        )
     for row in images:
         if len(row) != 1:
             raise ValueError(
@@ -173,7 +187,14 @@ def _padding_left(processor: ProcessorMixin) -> ProcessorMixin:
     return processor
 
 
-def conversation(images: Sequence[Image.Image], prompt: str) -> list[JsonObject]:
-    """One user turn, its images first, as chat templates take it."""
+def conversation(
+    images: Sequence[Image.Image], prompt: str, earlier: Sequence[tuple[str, str]] = ()
+) -> list[JsonObject]:
+    """A user turn after earlier ones, the images first, as chat templates take them."""
     content: list[JsonObject] = [{"type": "image", "image": image} for image in images]
-    return [{"role": "user", "content": [*content, {"type": "text", "text": prompt}]}]
+    turns: list[JsonObject] = []
+    for question, answer in earlier:
+        turns.append({"role": "user", "content": [*content, {"type": "text", "text": question}]})
+        turns.append({"role": "assistant", "content": [{"type": "text", "text": answer or " "}]})
+        content = []
+    return [*turns, {"role": "user", "content": [*content, {"type": "text", "text": prompt}]}]

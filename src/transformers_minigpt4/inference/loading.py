@@ -11,7 +11,7 @@ from transformers_minigpt4.utils.checkpoint_files import loading_from
 from transformers_minigpt4.utils.models import GenerativeModel, check_is_folder, usable_device
 from transformers_minigpt4.utils.text import first_line
 
-from .engines import DEFAULT_BATCH_SIZE, Engine, EngineName, TransformersEngine
+from .engines import DEFAULT_BATCH_SIZE, EngineName, TransformersEngine
 from .vllm_engine import VllmEngine
 
 
@@ -125,7 +125,7 @@ def load_engine(
     trust_remote_code: bool = False,
     quantization: Quantization | None = None,
     images_per_prompt: int = 1,
-) -> Engine:
+) -> TransformersEngine | VllmEngine:
     """
     Load a checkpoint into an engine.
 

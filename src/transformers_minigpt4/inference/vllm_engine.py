@@ -13,7 +13,7 @@ from transformers_minigpt4.utils.checkpoint_files import loading_from
 from transformers_minigpt4.utils.models import check_is_folder
 from transformers_minigpt4.utils.text import first_line
 
-from .engines import Request
+from .engines import Request, TokenRequest
 from .generation import DEFAULT_MAX_NEW_TOKENS, conversation, decode_answers
 
 
@@ -23,7 +23,8 @@ _SAMPLING = {
     "min_new_tokens": "min_tokens",
     "repetition_penalty": "repetition_penalty",
 }
-_DRAWING = {"temperature": "temperature", "top_p": "top_p", "top_k": "top_k", "min_p": "min_p"}
+# `generate` takes the seed of torch instead.
+_DRAWING = {"temperature": "temperature", "top_p": "top_p", "top_k": "top_k", "min_p": "min_p", "seed": "seed"}
 # Those that ask for what vLLM does anyway, with these values.
 _IMPLIED = {"num_beams": 1, "num_return_sequences": 1, "use_cache": True, "do_sample": None}
 _TOP_K = 50  # of `generate`, where nothing else is set
@@ -101,11 +102,17 @@ class VllmEngine:
 
     def answers(self, requests: Iterable[Request], **generate_kwargs: object) -> Iterator[str]:
         """See [`~inference.engines.Engine`]."""
+        for ids in self.answer_ids(requests, **generate_kwargs):
+            # Its own text differs where the tokens of a character's bytes do not make one.
+            yield decode_answers(self.processor, torch.tensor([ids]))[0]
+
+    def answer_ids(self, requests: Iterable[Request | TokenRequest], **generate_kwargs: object) -> Iterator[list[int]]:
+        """See [`~inference.engines.TokenEngine`]."""
         parameters = self._parameters(**sampling_settings(self.generation_config, generate_kwargs))
         engine = self._llm.llm_engine
         waiting = iter(requests)
         running: dict[str, int] = {}  # the place of each request that vLLM has, by vLLM's number for it
-        finished: dict[int, str] = {}
+        finished: dict[int, list[int]] = {}
         taken = given = 0
         more = True
         try:
@@ -120,9 +127,7 @@ class VllmEngine:
                     taken += 1
                 for output in engine.step() if running else ():
                     if output.finished:
-                        # Its own text differs where the tokens of a character's bytes do not make one.
-                        ids = torch.tensor([list(output.outputs[0].token_ids)])
-                        finished[running.pop(output.request_id)] = decode_answers(self.processor, ids)[0]
+                        finished[running.pop(output.request_id)] = list(output.outputs[0].token_ids)
                 while given in finished:
                     yield finished.pop(given)
                     given += 1
@@ -130,17 +135,20 @@ class VllmEngine:
             if running:
                 engine.abort_request(list(running))
 
-    def _enqueue(self, request: Request, parameters: Any) -> str:
-        text = _rendered(request, self.processor)
-        prompt: dict[str, object] = {"prompt": text}
+    def _enqueue(self, request: Request | TokenRequest, parameters: Any) -> str:
+        prompt: dict[str, object]
+        options = {}
+        if isinstance(request, TokenRequest):
+            prompt = {"prompt_token_ids": request.ids}
+        else:
+            text = _rendered(request, self.processor)
+            prompt = {"prompt": text}
+            # As in `apply_chat_template` of transformers' processors.
+            start = self.processor.tokenizer.bos_token
+            options["tokenization_kwargs"] = {"add_special_tokens": start is None or not text.startswith(start)}
         if request.images:
             prompt["multi_modal_data"] = {"image": list(request.images)}
-        # As in `apply_chat_template` of transformers' processors.
-        start = self.processor.tokenizer.bos_token
-        special = start is None or not text.startswith(start)
-        (number,) = self._llm.enqueue(
-            [prompt], parameters, use_tqdm=False, tokenization_kwargs={"add_special_tokens": special}
-        )
+        (number,) = self._llm.enqueue([prompt], parameters, use_tqdm=False, **options)
         return number.partition("-")[0]  # vLLM makes numbers unique by a random suffix, which its outputs leave out
 
 
@@ -201,9 +209,14 @@ def sampling_settings(config: GenerationConfig, generate_kwargs: Mapping[str, ob
 def _rendered(request: Request, processor: ProcessorMixin) -> str:
     """The text of a request, which vLLM extends by the positions of the images; bare without a chat template."""
     if not getattr(processor, "chat_template", None):
+        if request.earlier:
+            name = type(processor).__name__
+            raise ValueError(
+                f"{name} has no chat template and takes one turn only; use a checkpoint with a chat template"
+            )
         return request.prompt
-    turn = conversation(request.images, request.prompt)
-    return str(processor.apply_chat_template(turn, add_generation_prompt=True, tokenize=False))
+    turns = conversation(request.images, request.prompt, request.earlier)
+    return str(processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False))
 
 
 def _devices(device: str | None, kind: str) -> dict[str, Any]:
