@@ -210,3 +210,8 @@ class TestPush:
         (folder / f"captions-00001-of-00002{sink.suffix}").unlink()
         with pytest.raises(ValueError, match=r"1 shards of captions are missing .* to finish them"):
             prepare(folder, REPO, tmp_path, license=CC_BY)
+
+    def test_captions_without_images_are_refused(self, tmp_path):
+        (tmp_path / "captions-00000-of-00001.jsonl").write_text('{"image": "a.png", "caption": "a dog"}\n')
+        with pytest.raises(ValueError, match=r"captions without their images; .*--output parquet:FOLDER"):
+            prepare(tmp_path, REPO, tmp_path, license=CC_BY)

@@ -9,7 +9,7 @@ from datasets import Dataset, load_dataset
 from transformers_minigpt4.utils.files import JsonObject
 
 
-_SHARD = re.compile(r"captions-(\d+)-of-(\d+)\.(parquet|tar)")
+_SHARD = re.compile(r"captions-(\d+)-of-(\d+)\.(parquet|tar|jsonl)")
 _COLUMNS = {
     "jpg": "image",
     "json.image": "key",
@@ -20,7 +20,7 @@ _COLUMNS = {
 
 
 def caption_shards(folder: Path) -> list[Path]:
-    """The Parquet and tar files of captions in a folder, in order."""
+    """The files of captions in a folder, in order."""
     return sorted(path for path in folder.glob("captions-*") if _SHARD.fullmatch(path.name))
 
 
@@ -35,13 +35,18 @@ def read_captions(folder: Path, cache: Path) -> tuple[Dataset, JsonObject]:
         cache: Where `datasets` may write.
 
     Raises:
-        ValueError: for a folder that lacks shards, or has more than one run's.
+        ValueError: for a folder that lacks shards, has more than one run's, or has captions without images.
     """
     shards = caption_shards(folder)
     counts = {int(match[2]) for path in shards if (match := _SHARD.fullmatch(path.name))}
     kinds = {path.suffix for path in shards}
     if len(counts) > 1 or len(kinds) > 1:
         raise ValueError(f"{str(folder)!r} holds captions of more than one run; publish each folder by itself")
+    if kinds == {".jsonl"}:
+        raise ValueError(
+            f"{str(folder)!r} holds captions without their images; describe them again with "
+            "`--output parquet:FOLDER`, and publish that folder"
+        )
     empty = sum(1 for _ in folder.glob(".captions-*.empty"))  # shards from which no image could be described
     if missing := counts.pop() - len(shards) - empty:
         raise ValueError(
