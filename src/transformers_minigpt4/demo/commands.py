@@ -14,19 +14,28 @@ _Folder = Annotated[Path, typer.Option(metavar="FOLDER", help="Folder for checkp
 def demo(
     output: _Folder = Path("minigpt4-demo"),
     seed: Seed = 0,
+    llava: Annotated[
+        bool, typer.Option("--llava", help="Train a tiny LLaVA instead, on instruction data made for it.")
+    ] = False,
     ablations: Annotated[
-        bool, typer.Option("--ablations", help="Then also train the paper's variants (a), (b), (c) and compare.")
+        bool, typer.Option("--ablations", help="Then also train the variants of the paper, and compare.")
     ] = False,
 ) -> None:
     """
-    Train a tiny MiniGPT-4 in both stages on generated images.
+    Train a tiny MiniGPT-4 or LLaVA in both stages on generated images.
 
     Needs neither a GPU nor downloads. Afterwards, `minigpt4 describe` uses the result where no --model is named.
 
     Examples:
         minigpt4 demo
         minigpt4 demo --output my-demo --seed 1
+        minigpt4 demo --llava
     """
+    if llava:
+        from .llava import ABLATIONS, run_llava
+
+        run_llava(output / "llava", seed=seed, ablations=ABLATIONS if ablations else ())
+        return
     from transformers_minigpt4.inference.demo_checkpoint import keep_checkpoint
 
     from .run import run_demo

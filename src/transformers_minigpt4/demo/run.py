@@ -5,7 +5,7 @@ import os
 import random
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TypedDict
@@ -22,6 +22,8 @@ from transformers import (
     Blip2VisionModel,
     BlipImageProcessorPil,
     LlamaForCausalLM,
+    PreTrainedModel,
+    ProcessorMixin,
     TrainerCallback,
     set_seed,
 )
@@ -140,8 +142,8 @@ class _Progress(TrainerCallback):
 
 def train_stage(
     recipe: str,
-    model: MiniGPT4ForConditionalGeneration,
-    processor: MiniGPT4Processor,
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
     output_dir: Path,
     *,
     steps: int,
@@ -149,9 +151,10 @@ def train_stage(
     console: Console,
     title: str | None = None,
     trainable_modules: Sequence[str] = ("projector",),
+    changes: Mapping[str, object] | None = None,
 ) -> None:
     """
-    Trains one of `RECIPES` in place and leaves its run info in `output_dir`, as `minigpt4 train` would.
+    Trains a recipe in place and leaves its run info in `output_dir`, as `minigpt4 train` would.
 
     Args:
         recipe: Name of the recipe.
@@ -163,6 +166,7 @@ def train_stage(
         console: Where the loss goes.
         title: Prefix of the progress lines; the recipe's name by default.
         trainable_modules: Modules to train; the others stay frozen.
+        changes: Further keys of the recipe and their values.
     """
     shutil.rmtree(output_dir, ignore_errors=True)
     settings = {
@@ -172,6 +176,7 @@ def train_stage(
         "warmup_steps": max(1, steps // 8),
         "logging_steps": max(1, steps // 5),
         "save_strategy": "no",
+        **(changes or {}),
     }
     overrides = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
     stage, config, model_args = parse_recipe(
@@ -181,8 +186,9 @@ def train_stage(
     trainer.remove_callback(TrainingProgress)
     trainer.add_callback(_Progress(console, title or recipe))
     trainer.train()
-    # Stage 2 asks whether the projector has been trained.
-    model.config.trained_parameters = sorted({*(model.config.trained_parameters or []), *trainable_parameters(model)})
+    if isinstance(model, MiniGPT4ForConditionalGeneration):  # its stage 2 asks whether the projector has been trained
+        trained = {*(model.config.trained_parameters or []), *trainable_parameters(model)}
+        model.config.trained_parameters = sorted(trained)
     model.eval()
 
 
@@ -198,9 +204,7 @@ def describe(
     return processor.post_process_image_text_to_text(new), ended
 
 
-def save_checkpoint(
-    model: MiniGPT4ForConditionalGeneration, processor: MiniGPT4Processor, folder: Path, run: Path
-) -> None:
+def save_checkpoint(model: PreTrainedModel, processor: ProcessorMixin, folder: Path, run: Path) -> None:
     """
     Saves model, processor and the run info of `run` in one step: `folder` is either as before or complete.
 

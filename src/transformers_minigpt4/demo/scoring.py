@@ -77,6 +77,11 @@ def failure(text: str, scene: Scene, ended: bool = True) -> Failure | None:
     return None
 
 
+def is_well_formed(text: str, ended: bool) -> bool:
+    """Whether an answer of any length reached its stop string at the end of a sentence and repeats nothing."""
+    return ended and text.rstrip().endswith((".", "!", "?")) and not _repeats(text)
+
+
 def _repeats(text: str) -> bool:
     sentences = [" ".join(sentence.lower().split()) for sentence in re.split(r"[.!?]", text) if sentence.strip()]
     if len(set(sentences)) < len(sentences):

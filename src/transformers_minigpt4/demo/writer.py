@@ -19,23 +19,21 @@ from .world import COLOURS, COLUMNS, ROWS, SHAPES, SIZES, Scene
 _BOX = re.compile(r"^[a-z ]+: \[([\d., ]+)\]$", re.MULTILINE)
 _TURNS = (2, 4)  # of a conversation
 # Questions that need the shape's place and size; our own, as the toy world is.
-_REASONING = (
-    (
-        "If the image were cut into nine equal fields, which of them would have to be kept to see the shape?",
+_REASONING = {
+    "If the image were cut into nine equal fields, which of them would have to be kept to see the shape?": (
         "The field in the {row} row and the {column} column would have to be kept. The {shape} is in the {place} of "
-        "the image, and since it is {size}, nearly all of it is within that field.",
+        "the image, and since it is {size}, nearly all of it is within that field."
     ),
-    (
-        "Would a second shape of the same size fit next to this one without touching it?",
+    "Would a second shape of the same size fit next to this one without touching it?": (
         "Yes, it would. The {colour} {shape} is {size} and takes up only the {place} of the image, so that the other "
-        "fields around it are free.",
+        "fields around it are free."
     ),
-    (
-        "Somebody wants to draw attention to the shape. What could be done with the background?",
+    "Somebody wants to draw attention to the shape. What could be done with the background?": (
         "A background that differs clearly from {colour} would help, because the {shape} is {colour}. As it is {size} "
-        "and in the {place} of the image, the rest of the image is free for that.",
+        "and in the {place} of the image, the rest of the image is free for that."
     ),
-)
+}
+REASONING = tuple(_REASONING)
 
 
 def write_answer(texts: Sequence[str]) -> str | None:
@@ -60,12 +58,16 @@ def write_answer(texts: Sequence[str]) -> str | None:
     if kind == DETAIL:
         return detailed_description(scene, rng)
     if kind == COMPLEX:
-        question, said = rng.choice(_REASONING)
-        words = {"colour": scene.colour, "shape": scene.shape, "size": scene.size}
-        said = said.format(**words, place=scene.place, row=scene.row, column=scene.column)
-        return render_turns([Turn(question, said)])
+        question = rng.choice(REASONING)
+        return render_turns([Turn(question, reason(question, scene))])
     questions = rng.sample(QUESTIONS, rng.randint(*_TURNS))
     return render_turns(Turn(question, answer(question, scene, rng)) for question in questions)
+
+
+def reason(question: str, scene: Scene) -> str:
+    """The answer to one of `REASONING`."""
+    words = {"colour": scene.colour, "shape": scene.shape, "size": scene.size}
+    return _REASONING[question].format(**words, place=scene.place, row=scene.row, column=scene.column)
 
 
 def read_scene(query: str) -> Scene | None:
