@@ -165,3 +165,9 @@ def test_every_module_says_what_it_is_for(path):
 def test_public_names_exist():
     for name in transformers_minigpt4.__all__:
         assert getattr(transformers_minigpt4, name).__doc__
+
+
+def test_names_of_test_files_are_unique():
+    """Test folders are no packages, so that pytest would mix up two modules of one name."""
+    names = [path.name for path in Path(__file__).parent.rglob("test_*.py")]
+    assert len(names) == len(set(names)), sorted({name for name in names if names.count(name) > 1})
