@@ -1,5 +1,7 @@
 """LLaVA made of the demo's tower and language model, and its answers."""
 
+from typing import Any
+
 import torch
 from PIL.Image import Image as PILImage
 from transformers import AutoTokenizer, Blip2VisionModel, GenerationConfig, LlamaForCausalLM, ViTConfig, set_seed
@@ -11,6 +13,7 @@ from transformers_minigpt4.modeling.modeling_llava import LlavaLinearForConditio
 from transformers_minigpt4.processing.processing_llava import LlavaPromptProcessor
 
 from .run import BASE
+from .world import IMAGE_SIZE
 
 
 # The names of ViTModel's tensors, which computes what the demo's tower does, for what that one calls them.
@@ -25,6 +28,12 @@ _TOWER_NAMES = {
     "post_layernorm": "layernorm",
 }
 NEW_TOKENS = 128  # the longest answer of the stand-in has 99
+_PATCH_SIZE = 8  # of the demo's tower
+# Keys of its config that ViTConfig has as well.
+_SAME = (
+    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size"),
+    *("hidden_act", "layer_norm_eps", "qkv_bias"),
+)
 _QKV = "self_attn.qkv"
 
 
@@ -35,19 +44,18 @@ def build_llava(
     set_seed(seed)
     tower = Blip2VisionModel.from_pretrained(BASE / "vision_tower", dtype=torch.float32)
     language_model = LlamaForCausalLM.from_pretrained(BASE / "language_model", dtype=torch.float32)
-    side = tower.config.image_size
     processor = LlavaPromptProcessor(
-        LlavaImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side}),
+        LlavaImageProcessorPil(
+            size={"shortest_edge": IMAGE_SIZE}, crop_size={"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+        ),
         AutoTokenizer.from_pretrained(BASE / "language_model"),
-        patch_size=tower.config.patch_size,
+        patch_size=_PATCH_SIZE,
         prompt_format="llava_v0",
     )
     language_model.resize_token_embeddings(len(processor.tokenizer))
-    same = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size")
-    same += ("hidden_act", "layer_norm_eps", "qkv_bias")
     language_model.config.name_or_path = ""  # a path of this machine, which would be saved with the checkpoint
     config = LlavaLinearConfig(
-        vision_config=ViTConfig(**{name: getattr(tower.config, name) for name in same}),
+        vision_config=ViTConfig(**{name: getattr(tower.config, name) for name in _SAME}),
         text_config=language_model.config,
         image_token_index=processor.image_token_id,
         image_seq_length=processor.image_seq_length,
@@ -84,13 +92,10 @@ def answer_questions(
     questions: list[str],
 ) -> tuple[list[str], list[bool]]:
     """Greedy answers, and whether each reached its stop string within 128 new tokens."""
-    prompts = [
-        processor.apply_chat_template(
-            [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}],
-            add_generation_prompt=True,
-        )
-        for question in questions
-    ]
+    prompts = []
+    for question in questions:
+        turn: Any = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}
+        prompts.append(processor.apply_chat_template([turn], add_generation_prompt=True))
     inputs = processor(images=[[image] for image in images], text=prompts, padding=True, return_tensors="pt")
     new = generate_ids(
         model,
