@@ -145,7 +145,7 @@ _add_group(
 )
 _add_group(
     "instruct",
-    """Make instruction data from captions and boxes, as LLaVA's.
+    """Make instruction data from captions and boxes.
 
     Examples:
       minigpt4 instruct init my-data --captions photos.jsonl --model llama-3.1-8b --base-url http://127.0.0.1:8000/v1

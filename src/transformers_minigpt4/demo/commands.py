@@ -22,7 +22,7 @@ def demo(
     ] = False,
 ) -> None:
     """
-    Train a tiny MiniGPT-4 or LLaVA in both stages on generated images.
+    Train a tiny MiniGPT-4 or LLaVA on generated images.
 
     Needs neither a GPU nor downloads. Afterwards, `minigpt4 describe` uses the result where no --model is named.
 
